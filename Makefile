@@ -1,0 +1,77 @@
+# Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   MAX_JOBS=1          files compiled at a time
+#   PYTEST_ARGS=...     further arguments for pytest
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+export MAX_JOBS ?= $(shell nproc)
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.installed
+EXTENSION := vlmfast/_C.abi3.so
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format clean distclean
+
+help:
+	@echo "make demo       patch real models, check them, time them side by side; results in out/"
+	@echo "make test       every test that needs no GPU"
+	@echo "make bench      time the kernels against their peers on this machine"
+	@echo "make lint       ruff, clang-format, mypy;  make format mends what can be mended"
+	@echo "make build      the environment and the C++ extension alone"
+	@echo "make clean      remove what was built;  make distclean removes .venv, too"
+
+build: $(EXTENSION)
+
+demo: $(EXTENSION)
+	$(BIN)/python -m vlmfast demo
+
+test: $(EXTENSION)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(EXTENSION)
+	$(BIN)/python -m bench flash_attention
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist out *.egg-info vlmfast/*.so
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+	find bench kernels tests vlmfast -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# torch goes first and alone: whatever else asks for it then finds the build that is there.
+$(ENVIRONMENT): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "vlmfast needs Python 3.10 or later; say which: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.isfile(s.get_path("include") + "/Python.h"))' \
+	  || { echo "$(PYTHON) has no C headers (Python.h); on Debian: apt install python3-dev"; exit 1; }
+	@command -v $(CXX) >/dev/null \
+	  || { echo "no C++ compiler ($(CXX)); on Debian: apt install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -r constraints.txt
+	@touch $@
+
+$(EXTENSION): $(ENVIRONMENT) setup.py $(CPP_FILES)
+	@mkdir -p build
+	@echo "building $@ (log: build/build.log)"
+	@$(BIN)/python setup.py build_ext --inplace >build/build.log 2>&1 \
+	  || { cat build/build.log; exit 1; }
+	@touch $@
