@@ -1,0 +1,448 @@
+// The operators flash_attention_cpu and flash_attention_backward_cpu: checks, allocation, division
+// into tasks.
+#include "cpu/flash_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace vlmfast::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using MaybeTensor = std::optional<Tensor>;
+
+enum Causal : int64_t { kNone, kTopLeft, kBottomRight };
+
+constexpr int64_t kMostSplitBytes = 128 << 20;
+
+const FlashAttentionKernel& kernel() {
+  switch (current_isa()) {
+#ifdef __x86_64__
+    case Isa::kAvx2:
+      return avx2::flash_attention_kernel;
+    case Isa::kAvx512:
+      return avx512::flash_attention_kernel;
+    case Isa::kAvx512Bf16:
+      return avx512_bf16::flash_attention_kernel;
+#endif
+    default:
+      return base::flash_attention_kernel;
+  }
+}
+
+ElementType element_type(const char* name, const Tensor& tensor, bool allow_bool) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kHalf;
+    case ScalarType::Bool:
+      if (allow_bool) return ElementType::kBool;
+      [[fallthrough]];
+    default:
+      VLMFAST_CHECK(false, name, ": expected float32, bfloat16 or float16",
+                    allow_bool ? " or bool" : "");
+  }
+  return ElementType::kFloat;
+}
+
+Strided strided(const Tensor& tensor) {
+  Strided result;
+  result.data = tensor.data_ptr();
+  for (int i = 0; i < 4; i++) result.stride[i] = tensor.stride(i);
+  return result;
+}
+
+// An uninitialised (B, H, rows, columns) tensor in the memory order of `like`: heads inside rows,
+// or rows inside heads.
+Tensor dense_like(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t batch = like.size(0), heads = like.size(1);
+  if (like.stride(1) < like.stride(2))
+    return torch::stable::transpose(torch::stable::new_empty(like, {batch, rows, heads, columns}),
+                                    1, 2);
+  return torch::stable::new_empty(like, {batch, heads, rows, columns});
+}
+
+struct Inputs {
+  const Tensor &query, &key, &value;
+  const MaybeTensor &mask, &cu_seqlens_q, &cu_seqlens_k;
+  int64_t causal;
+  double scale, dropout_p;
+  const MaybeTensor& dropout_seed;
+};
+
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
+  check_cpu(name, cu_seqlens);
+  check_dim(name, cu_seqlens, 1);
+  VLMFAST_CHECK(cu_seqlens.scalar_type() == ScalarType::Int, name, ": expected int32");
+  VLMFAST_CHECK(cu_seqlens.is_contiguous(), name, ": expected a contiguous tensor");
+  const int64_t n = cu_seqlens.numel();
+  VLMFAST_CHECK(n >= 1, name, ": expected at least one element");
+  const int32_t* x = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  VLMFAST_CHECK(x[0] == 0, name, ": expected to start at 0, got ", x[0]);
+  for (int64_t i = 1; i < n; i++)
+    VLMFAST_CHECK(x[i] >= x[i - 1], name, ": expected not to decrease, got ", x[i], " after ",
+                  x[i - 1]);
+  VLMFAST_CHECK(x[n - 1] <= total, name, ": expected at most ", total, " rows, got ", x[n - 1]);
+}
+
+// Fills what forward and backward share, after checking everything that a wrong value of could
+// touch foreign memory.
+void describe(const Inputs& in, FlashAttentionProblem* problem) {
+  check_dim("query", in.query, 4);
+  check_dim("key", in.key, 4);
+  check_dim("value", in.value, 4);
+  check_cpu("query", in.query);
+  check_cpu("key", in.key);
+  check_cpu("value", in.value);
+  const ElementType dtype = element_type("query", in.query, false);
+  VLMFAST_CHECK(element_type("key", in.key, false) == dtype, "key: expected the dtype of query");
+  VLMFAST_CHECK(element_type("value", in.value, false) == dtype,
+                "value: expected the dtype of query");
+  const int64_t batch = in.query.size(0), heads = in.query.size(1), length = in.query.size(2);
+  const int64_t key_heads = in.key.size(1), keys = in.key.size(2);
+  check_size("key", in.key, 0, batch);
+  check_size("value", in.value, 0, batch);
+  check_size("key", in.key, 3, in.query.size(3));
+  check_size("value", in.value, 1, key_heads);
+  check_size("value", in.value, 2, keys);
+  VLMFAST_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0, "query: expected its ", heads,
+                " heads to be a multiple of the ", key_heads, " heads of key");
+  VLMFAST_CHECK(in.query.size(3) > 0, "query: expected a head dimension of at least 1, got 0");
+  constexpr int64_t most = 1 << 29;
+  VLMFAST_CHECK(
+      length <= most && keys <= most && in.query.size(3) <= 65536 && in.value.size(3) <= 65536,
+      "query, key, value: expected lengths of at most ", most,
+      " and head dimensions of at most 65536");
+  VLMFAST_CHECK(in.causal >= kNone && in.causal <= kBottomRight, "causal: expected 0, 1 or 2, got ",
+                in.causal);
+  VLMFAST_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1,
+                "dropout_p: expected a value in [0, 1], got ", in.dropout_p);
+  VLMFAST_CHECK(in.cu_seqlens_q.has_value() == in.cu_seqlens_k.has_value(),
+                "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+  if (in.cu_seqlens_q) {
+    VLMFAST_CHECK(batch == 1, "query: expected a batch of 1 with packed sequences, got ", batch);
+    VLMFAST_CHECK(!in.mask, "attn_mask: expected None with packed sequences");
+    check_cu_seqlens("cu_seqlens_q", *in.cu_seqlens_q, length);
+    check_cu_seqlens("cu_seqlens_k", *in.cu_seqlens_k, keys);
+    check_size("cu_seqlens_k", *in.cu_seqlens_k, 0, in.cu_seqlens_q->size(0));
+  }
+  problem->dtype = dtype;
+  problem->query = strided(in.query);
+  problem->key = strided(in.key);
+  problem->value = strided(in.value);
+  problem->heads = static_cast<int>(heads);
+  problem->group = key_heads > 0 ? static_cast<int>(heads / key_heads) : 1;
+  problem->query_length = length;
+  problem->head_dim = static_cast<int>(in.query.size(3));
+  problem->value_dim = static_cast<int>(in.value.size(3));
+  problem->scale = static_cast<float>(in.scale);
+  problem->dropout_p = static_cast<float>(in.dropout_p);
+  if (in.mask) {
+    check_dim("attn_mask", *in.mask, 4);
+    check_cpu("attn_mask", *in.mask);
+    problem->mask = strided(*in.mask);
+    problem->mask_dtype = element_type("attn_mask", *in.mask, true);
+    const int64_t sizes[4] = {batch, heads, length, keys};
+    for (int i = 0; i < 4; i++) {
+      if (in.mask->size(i) == 1) problem->mask.stride[i] = 0;
+      if (in.mask->size(i) != 1) check_size("attn_mask", *in.mask, i, sizes[i]);
+    }
+  }
+  if (in.dropout_p > 0) {
+    VLMFAST_CHECK(in.dropout_seed.has_value(),
+                  "dropout_seed: expected a tensor where dropout_p is not 0");
+    check_cpu("dropout_seed", *in.dropout_seed);
+    VLMFAST_CHECK(
+        in.dropout_seed->numel() == 1 && in.dropout_seed->scalar_type() == ScalarType::Long,
+        "dropout_seed: expected one int64 element");
+    problem->dropout_seed =
+        static_cast<uint64_t>(*static_cast<const int64_t*>(in.dropout_seed->const_data_ptr()));
+  }
+}
+
+// A run of queries that sees one run of keys: a batch element, or a packed sequence.
+struct Segment {
+  int batch, q_begin, q_end, k_begin, k_end, causal_shift;
+};
+
+std::vector<Segment> segments(const Inputs& in) {
+  std::vector<Segment> result;
+  const int length = static_cast<int>(in.query.size(2)), keys = static_cast<int>(in.key.size(2));
+  const auto add = [&](int batch, int q0, int q1, int k0, int k1) {
+    const int shift = in.causal == kNone
+                          ? kNotCausal
+                          : k0 - q0 + (in.causal == kBottomRight ? (k1 - k0) - (q1 - q0) : 0);
+    result.push_back({batch, q0, q1, k0, k1, shift});
+  };
+  if (!in.cu_seqlens_q) {
+    for (int b = 0; b < in.query.size(0); b++) add(b, 0, length, 0, keys);
+    return result;
+  }
+  const auto* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
+  const auto* k = static_cast<const int32_t*>(in.cu_seqlens_k->const_data_ptr());
+  const int64_t n = in.cu_seqlens_q->numel() - 1;
+  for (int64_t i = 0; i < n; i++) add(0, q[i], q[i + 1], k[i], k[i + 1]);
+  // Rows past the last sequence see nothing: a segment without keys zeroes them, one without
+  // queries zeroes the gradients of the keys.
+  add(0, q[n], length, k[n], k[n]);
+  add(0, length, length, k[n], keys);
+  return result;
+}
+
+void set_most(const std::vector<FlashAttentionTask>& tasks, FlashAttentionProblem* problem) {
+  problem->queries_most = problem->keys_most = 0;
+  for (const auto& task : tasks) {
+    problem->queries_most = std::max(problem->queries_most, task.q_end - task.q_begin);
+    problem->keys_most = std::max(problem->keys_most, task.k_end - task.k_begin);
+  }
+}
+
+// Tasks of whole segments where there are enough of them, else of runs of tiles; at least
+// kTilesPerTask, since every task packs its keys afresh.
+std::vector<FlashAttentionTask> forward_tasks(const std::vector<Segment>& all, int heads,
+                                              int queries_per_tile) {
+  constexpr int kTilesPerTask = 4, kMostTilesPerTask = 16;
+  int64_t tiles = 0;
+  for (const auto& s : all)
+    tiles += (int64_t)heads * ((s.q_end - s.q_begin + queries_per_tile - 1) / queries_per_tile);
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t per_task = std::clamp<int64_t>(tiles / wanted, kTilesPerTask, kMostTilesPerTask);
+  std::vector<FlashAttentionTask> tasks;
+  for (const auto& s : all)
+    for (int head = 0; head < heads; head++) {
+      const int length = s.q_end - s.q_begin;
+      const int step = static_cast<int>(per_task) * queries_per_tile,
+                parts = std::max(1, (length + step - 1) / step);
+      // Equal parts, each a whole number of tiles but the last.
+      const int rows = ((length + parts - 1) / parts + queries_per_tile - 1) / queries_per_tile *
+                       queries_per_tile;
+      for (int first = 0; first < length; first += rows)
+        tasks.push_back({s.batch, head, s.q_begin + first,
+                         std::min(s.q_end, s.q_begin + first + rows), s.k_begin, s.k_end,
+                         s.causal_shift});
+    }
+  return tasks;
+}
+
+std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& key,
+                                           const Tensor& value, MaybeTensor mask,
+                                           MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
+                                           int64_t /*max_seqlen_q*/, int64_t /*max_seqlen_k*/,
+                                           int64_t causal, double scale, double dropout_p,
+                                           MaybeTensor dropout_seed) {
+  const Inputs in{query,        key,    value, mask,      cu_seqlens_q,
+                  cu_seqlens_k, causal, scale, dropout_p, dropout_seed};
+  FlashAttentionForward problem;
+  describe(in, &problem);
+  Tensor out = dense_like(query, query.size(2), value.size(3));
+  Tensor logsumexp = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
+                                              ScalarType::Float);
+  problem.out = strided(out);
+  problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  const FlashAttentionKernel& run = kernel();
+  const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
+  set_most(tasks, &problem);
+  for_each_task(static_cast<int64_t>(tasks.size()), run.forward_scratch(problem),
+                [&](int64_t i, float* scratch) { run.forward(problem, tasks[i], scratch); });
+  return {out, logsumexp};
+}
+
+// Backward runs one task per key head and segment, so that grad_key and grad_value have one writer.
+// Where those are fewer than the threads, the keys are split further, and the partial sums of
+// grad_query are added in order afterwards.
+int key_splits(const std::vector<Segment>& all, int64_t key_heads, int64_t split_bytes) {
+  int64_t units = 0, keys_most = 0;
+  for (const auto& s : all) {
+    if (s.q_end > s.q_begin && s.k_end > s.k_begin) units += key_heads;
+    keys_most = std::max<int64_t>(keys_most, s.k_end - s.k_begin);
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  if (units == 0 || units >= threads) return 1;
+  constexpr int64_t kKeysPerSplit = 192;
+  const int64_t wanted = (2 * threads + units - 1) / units;
+  const int64_t most =
+      std::min(keys_most / kKeysPerSplit, kMostSplitBytes / std::max<int64_t>(split_bytes, 1));
+  return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+}
+
+std::vector<FlashAttentionTask> backward_tasks(const std::vector<Segment>& all, int key_heads,
+                                               int splits, bool heads_first) {
+  std::vector<FlashAttentionTask> tasks;
+  const auto add = [&](const Segment& s, int head) {
+    const int n = s.k_end - s.k_begin;
+    for (int i = 0; i < splits; i++) {
+      const int k0 = s.k_begin + static_cast<int>((int64_t)n * i / splits);
+      const int k1 = s.k_begin + static_cast<int>((int64_t)n * (i + 1) / splits);
+      tasks.push_back(
+          {s.batch, head, s.q_begin, s.q_end, k0, k1, s.causal_shift, s.k_begin, s.k_end, i, 0});
+    }
+  };
+  if (heads_first) {
+    for (int head = 0; head < key_heads; head++)
+      for (const auto& s : all) add(s, head);
+  } else {
+    for (const auto& s : all)
+      for (int head = 0; head < key_heads; head++) add(s, head);
+  }
+  return tasks;
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// The gradient of a mask that broadcasts is a sum over tasks, which must not depend on the threads'
+// timing: tasks that add to the same element run one after the other in one unit. Where that would
+// leave threads idle, units get copies of their own, added in order at the end.
+struct MaskUnits {
+  std::vector<std::vector<int64_t>> tasks;
+  bool copies;
+};
+
+MaskUnits mask_units(std::vector<FlashAttentionTask>* tasks, const Tensor& mask) {
+  const bool by_batch = mask.size(0) != 1, by_head = mask.size(1) != 1, by_key = mask.size(3) != 1;
+  std::vector<std::vector<int64_t>> exclusive;
+  std::map<std::tuple<int, int, int>, size_t> unit_of;
+  for (size_t i = 0; i < tasks->size(); i++) {
+    const auto& task = (*tasks)[i];
+    const auto [at, is_new] = unit_of.try_emplace(
+        {by_batch ? task.batch : 0, by_head ? task.head : 0, by_key ? task.split : 0},
+        exclusive.size());
+    if (is_new) exclusive.emplace_back();
+    exclusive[at->second].push_back(static_cast<int64_t>(i));
+  }
+  const size_t threads = torch::stable::get_num_threads();
+  if (exclusive.size() >= std::min(threads, tasks->size())) return {exclusive, false};
+  const size_t units = std::min(threads, tasks->size());
+  std::vector<std::vector<int64_t>> shared(units);
+  for (size_t i = 0; i < tasks->size(); i++) {
+    const size_t unit = i * units / tasks->size();
+    (*tasks)[i].unit = static_cast<int>(unit);
+    shared[unit].push_back(static_cast<int64_t>(i));
+  }
+  return {shared, true};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
+    const Tensor& grad_out, MaybeTensor grad_logsumexp, const Tensor& query, const Tensor& key,
+    const Tensor& value, MaybeTensor mask, const Tensor& out, const Tensor& logsumexp,
+    MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/, int64_t causal, double scale, double dropout_p,
+    MaybeTensor dropout_seed, bool query_grad, bool key_value_grad, bool mask_grad) {
+  const Inputs in{query,        key,    value, mask,      cu_seqlens_q,
+                  cu_seqlens_k, causal, scale, dropout_p, dropout_seed};
+  FlashAttentionBackward problem;
+  describe(in, &problem);
+  const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2),
+                head_dim = query.size(3);
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const Tensor&>{"grad_out", grad_out}, {"out", out}}) {
+    check_dim(name, tensor, 4);
+    check_cpu(name, tensor);
+    VLMFAST_CHECK(element_type(name, tensor, false) == problem.dtype, name,
+                  ": expected the dtype of query");
+    check_size(name, tensor, 0, batch);
+    check_size(name, tensor, 1, heads);
+    check_size(name, tensor, 2, length);
+    check_size(name, tensor, 3, value.size(3));
+  }
+  VLMFAST_CHECK(out.stride(3) == 1 || value.size(3) <= 1,
+                "out: expected a last dimension of stride 1");
+  const auto check_rows = [&](const char* name, const Tensor& tensor) {
+    check_cpu(name, tensor);
+    VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+                      tensor.numel() == batch * heads * length,
+                  name, ": expected a contiguous float32 tensor of shape (B, Hq, L)");
+    return static_cast<const float*>(tensor.const_data_ptr());
+  };
+  problem.logsumexp = check_rows("logsumexp", logsumexp);
+  MaybeTensor grad_rows;
+  if (grad_logsumexp) grad_rows = torch::stable::contiguous(*grad_logsumexp);
+  problem.grad_logsumexp = grad_rows ? check_rows("grad_logsumexp", *grad_rows) : nullptr;
+  problem.grad_out = strided(grad_out);
+  problem.out = strided(out);
+  problem.wants_query = query_grad;
+  problem.wants_key_value = key_value_grad;
+
+  Tensor grad_query = query_grad ? dense_like(query, length, head_dim) : nothing(query);
+  Tensor grad_key = key_value_grad ? dense_like(key, key.size(2), head_dim) : nothing(key);
+  Tensor grad_value =
+      key_value_grad ? dense_like(value, value.size(2), value.size(3)) : nothing(value);
+  if (query_grad) problem.grad_query = strided(grad_query);
+  if (key_value_grad) {
+    problem.grad_key = strided(grad_key);
+    problem.grad_value = strided(grad_value);
+  }
+  const bool wants_mask = mask_grad && mask && problem.mask_dtype != ElementType::kBool;
+  Tensor grad_mask = mask ? nothing(*mask) : nothing(query);
+
+  const FlashAttentionKernel& run = kernel();
+  const int key_heads = static_cast<int>(key.size(1));
+  const auto all = segments(in);
+  problem.grad_query_split_size = batch * heads * length * head_dim;
+  const int splits = key_splits(all, key_heads, problem.grad_query_split_size * 4);
+  MaybeTensor partial;
+  if (splits > 1 && query_grad) {
+    partial =
+        torch::stable::new_empty(query, {splits, problem.grad_query_split_size}, ScalarType::Float);
+    problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
+  set_most(tasks, &problem);
+  const int64_t scratch_size = run.backward_scratch(problem);
+  const auto run_task = [&](int64_t i, float* scratch) {
+    run.backward(problem, tasks[i], scratch);
+  };
+  if (!wants_mask) {
+    for_each_task(static_cast<int64_t>(tasks.size()), scratch_size, run_task);
+  } else {
+    const MaskUnits units = mask_units(&tasks, *mask);
+    const int64_t copies = units.copies ? static_cast<int64_t>(units.tasks.size()) : 1;
+    const int64_t m[4] = {mask->size(0), mask->size(1), mask->size(2), mask->size(3)};
+    Tensor sums =
+        torch::stable::new_zeros(*mask, {copies, m[0], m[1], m[2], m[3]}, ScalarType::Float);
+    problem.grad_mask = static_cast<float*>(sums.mutable_data_ptr());
+    problem.grad_mask_unit_size = units.copies ? mask->numel() : 0;
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; i--) {
+      problem.grad_mask_stride[i] = m[i] == 1 ? 0 : stride;
+      stride *= m[i];
+    }
+    for_each_task(static_cast<int64_t>(units.tasks.size()), scratch_size,
+                  [&](int64_t unit, float* scratch) {
+                    for (int64_t i : units.tasks[unit]) run_task(i, scratch);
+                  });
+    const int64_t first_dim = 0;
+    Tensor total = copies == 1 ? torch::stable::select(sums, 0, 0)
+                               : torch::stable::sum(
+                                     sums, torch::headeronly::IntHeaderOnlyArrayRef(&first_dim, 1));
+    grad_mask = torch::stable::to(total, mask->scalar_type());
+  }
+  if (problem.grad_query_splits != nullptr) {
+    for_each_task(batch * heads * length, 0, [&](int64_t row, float*) {
+      run.sum_splits(problem, splits, static_cast<int>(row / length / heads),
+                     static_cast<int>(row / length % heads), row % length);
+    });
+  }
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+}  // namespace
+}  // namespace vlmfast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(vlmfast, CPU, m) {
+  m.impl("flash_attention_cpu", TORCH_BOX(&vlmfast::cpu::flash_attention));
+  m.impl("flash_attention_backward_cpu", TORCH_BOX(&vlmfast::cpu::flash_attention_backward));
+}

@@ -1,0 +1,807 @@
+// Flash attention on one tile of queries at a time: forward by online softmax, backward by
+// recomputation.
+//
+// Dao et al., "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+// 2023. Nothing of size L x S is ever held: keys are packed a panel at a time (one panel lies in
+// the second-level cache), and scores live in blocks of kBlock keys by one tile of queries
+// (first-level cache). Everything is computed in units of log2, so that exp2 needs no further
+// factor.
+#include "cpu/flash_attention.h"
+#include "cpu/tile.h"
+
+namespace vlmfast::cpu::VLMFAST_VARIANT {
+namespace {
+
+constexpr int kBlock = 96;
+constexpr int kMaxTile = kMaxGroups * kLanes;
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.40282346638528859812e38f;
+// Beyond this |logsumexp| its fp32 rounding would show in exp(score - logsumexp); see
+// Backward::row_statistics.
+constexpr float kImpreciseLogsumexp = 1024.f;
+
+// How much of the second-level cache a packed panel may take, in floats.
+constexpr int64_t kForwardPanel = 96 * 1024;
+constexpr int64_t kBackwardPanel = 144 * 1024;
+
+int panel_keys(int64_t budget, int64_t floats_per_key, int keys) {
+  const int most = maximum((int)(budget / floats_per_key) / kBlock * kBlock, kBlock);
+  const int panels = (keys + most - 1) / most;
+  return panels <= 1 ? keys : round_up((keys + panels - 1) / panels, kBlock);
+}
+
+// Queries are cut into tiles of nearly equal size: a short last tile would use few lanes and few
+// accumulators.
+struct Tiling {
+  int vectors, tiles;
+
+  explicit Tiling(int queries) : vectors((queries + kLanes - 1) / kLanes) {
+    tiles = (vectors + kMaxGroups - 1) / kMaxGroups;
+  }
+  VLMFAST_INLINE int first_vector(int tile) const { return (int)((int64_t)vectors * tile / tiles); }
+};
+
+// Carves arrays out of one scratch buffer; with a null buffer it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+
+  VLMFAST_INLINE float* take(int64_t n) {
+    float* p = base == nullptr ? nullptr : base + used;
+    used += (n + 15) / 16 * 16;
+    return p;
+  }
+};
+
+template <class M>
+VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
+  M buffer[kLanes];
+  const Vec raw = load_first(contiguous(row, stride, 0, n, buffer), n);
+  // Finite values stay finite: torch adds them, and a row of equal lowest values is uniform, not
+  // empty.
+  const Vec scaled = max(broadcast(kLowest), fma(raw, broadcast(kLog2E), zero()));
+  return select_eq(raw, broadcast(-kInfinity), broadcast(-kInfinity), scaled);
+}
+
+VLMFAST_INLINE Vec load_mask_row(const bool* row, int64_t stride, int n) {
+  float values[kLanes];
+  for (int i = 0; i < kLanes; i++) values[i] = i < n && row[i * stride] ? 0.f : -kInfinity;
+  return load(values);
+}
+
+Philox dropout(const FlashAttentionProblem& problem) {
+  const double threshold = (double)problem.dropout_p * 4294967296.0;
+  return Philox{(uint32_t)problem.dropout_seed, (uint32_t)(problem.dropout_seed >> 32),
+                threshold >= 4294967295.0 ? 4294967295u : (uint32_t)threshold};
+}
+
+// What the weights that dropout keeps are multiplied by.
+float kept_scale(const FlashAttentionProblem& problem) {
+  return problem.dropout_p >= 1.f ? 0.f : 1.f / (1.f - problem.dropout_p);
+}
+
+// One tile of queries of one task: its scores against blocks of packed keys.
+template <class Words, class T>
+struct Scores {
+  const FlashAttentionProblem& problem;
+  const FlashAttentionTask& task;
+  int head;                // query head
+  int first_query, count;  // rows of the tensor
+  const float* query;      // pack_transposed
+  float* mask_tile;        // [kBlock][kGroups * kLanes] in log2 units, where there is a mask
+
+  VLMFAST_INLINE int visible_end(int end) const {
+    if (task.causal_shift == kNotCausal) return end;
+    const int64_t last = (int64_t)first_query + count - 1 + task.causal_shift;
+    return last + 1 < end ? (int)(last + 1) : end;
+  }
+  VLMFAST_INLINE bool crosses_diagonal(int key, int n) const {
+    return task.causal_shift != kNotCausal &&
+           (int64_t)key + n - 1 > (int64_t)first_query + task.causal_shift;
+  }
+
+  template <int kGroups, class M>
+  bool load_mask(const M* base, int key, int n) const {
+    const int64_t row_stride = problem.mask.stride[2], key_stride = problem.mask.stride[3];
+    constexpr int kWidth = kGroups * kLanes;
+    Vec most = broadcast(-kInfinity);
+    if (row_stride == 0) {
+      for (int j = 0; j < n; j += kLanes) {
+        const int m = minimum(kLanes, n - j);
+        const Vec row = load_mask_row(base + (key + j) * key_stride, key_stride, m);
+        float values[kLanes];
+        store(values, row);
+        for (int i = 0; i < m; i++) {
+          const Vec v = broadcast(values[i]);
+          most = max(most, v);
+          for (int g = 0; g < kGroups; g++) store(mask_tile + (j + i) * kWidth + g * kLanes, v);
+        }
+      }
+    } else {
+      for (int j = 0; j < n; j += kLanes) {
+        const int m = minimum(kLanes, n - j);
+        for (int g = 0; g < kGroups; g++) {
+          Vec r[kLanes];
+          for (int i = 0; i < kLanes; i++) {
+            const int row = first_query + g * kLanes + i;
+            r[i] =
+                g * kLanes + i < count
+                    ? load_mask_row(base + row * row_stride + (key + j) * key_stride, key_stride, m)
+                    : broadcast(-kInfinity);
+          }
+          transpose(r);
+          for (int i = 0; i < m; i++) {
+            most = max(most, r[i]);
+            store(mask_tile + (j + i) * kWidth + g * kLanes, r[i]);
+          }
+        }
+      }
+    }
+    return !(horizontal_max(most) == -kInfinity);
+  }
+
+  template <int kGroups>
+  bool load_mask(int key, int n) const {
+    const int64_t offset = task.batch * problem.mask.stride[0] + head * problem.mask.stride[1];
+    switch (problem.mask_dtype) {
+      case ElementType::kBool:
+        return load_mask<kGroups>((const bool*)problem.mask.data + offset, key, n);
+      case ElementType::kFloat:
+        return load_mask<kGroups>((const float*)problem.mask.data + offset, key, n);
+      case ElementType::kBFloat16:
+        return load_mask<kGroups>((const BFloat16*)problem.mask.data + offset, key, n);
+      default:
+        return load_mask<kGroups>((const Half*)problem.mask.data + offset, key, n);
+    }
+  }
+
+  // Scores of keys [key, key + n), with `factor` still to be multiplied in; `most` is their
+  // maximum, times factor. False where a mask hides all of them; `scores` is then not written.
+  template <int kGroups>
+  VLMFAST_INLINE bool block(const float* keys, int words, int key, int n, float* scores,
+                            float* factor, Vec* most) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const bool masked = problem.mask.data != nullptr, diagonal = crosses_diagonal(key, n);
+    if (masked && !load_mask<kGroups>(key, n)) return false;
+    *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+    multiply_rows<Words, kGroups>(query, keys, words, n, scores,
+                                  masked || diagonal ? nullptr : most);
+    if (masked) {
+      const Vec f = broadcast(*factor), hidden = broadcast(-kInfinity);
+      for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          float* s = scores + j * kWidth + g * kLanes;
+          const Vec m = load(mask_tile + j * kWidth + g * kLanes);
+          // A hidden key's score is dropped, not added to -inf: it may be NaN.
+          const Vec x = select_eq(m, hidden, hidden, fma(f, load(s), m));
+          store(s, x);
+          most[g] = max(most[g], x);
+        }
+      *factor = 1.f;
+    }
+    if (diagonal) {
+      const int64_t shift = (int64_t)first_query + task.causal_shift - key;
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+      for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          float* s = scores + j * kWidth + g * kLanes;
+          const Vec x =
+              select_ge(lane_index((int32_t)shift + g * kLanes), j, load(s), broadcast(-kInfinity));
+          store(s, x);
+          most[g] = max(most[g], x);
+        }
+    }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] =
+        fma(most[g], broadcast(*factor), zero());
+    return true;
+  }
+};
+
+// Pads a block's rows [n, padded) with zero weights.
+template <int kGroups>
+VLMFAST_INLINE void clear_rows(float* rows, int n, int padded) {
+  for (int i = n * kGroups * kLanes; i < padded * kGroups * kLanes; i += kLanes)
+    store(rows + i, zero());
+}
+
+// Joins rows 2r and 2r + 1 of the scores into words of bf16 pairs, in place.
+template <class Words, int kGroups>
+VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2) {
+    store(rows + (j / 2 * kGroups + g) * kLanes,
+          interleave(narrow_bf16(first), narrow_bf16(second)));
+    return;
+  }
+#endif
+  store(rows + (j * kGroups + g) * kLanes, first);
+}
+
+template <class Words, class T>
+struct Forward {
+  const FlashAttentionForward& problem;
+  int words, value_columns, keys_at_once;
+  bool keeps_state;
+  float *keys, *values, *query, *scores, *mask_tile, *keep, *state;
+  int64_t state_size;
+  int64_t scratch_size;
+
+  Forward(const FlashAttentionForward& p, float* scratch) : problem(p) {
+    words = word_count<Words>(p.head_dim);
+    value_columns = round_up(p.value_dim, kRowStep);
+    keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.keys_most);
+    keeps_state = keys_at_once < p.keys_most;
+    state_size = (value_columns + 2) * kMaxTile + 16;
+    Arena arena{scratch};
+    const int64_t padded = round_up(keys_at_once, kRowStep);
+    keys = arena.take(padded * words);
+    values = arena.take(padded / Words::kElements * value_columns);
+    query = arena.take((int64_t)round_up(words, kLanes) * kMaxTile);
+    scores = arena.take(kBlock * kMaxTile);
+    mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
+    keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
+    state = arena.take(state_size * (keeps_state ? Tiling(p.queries_most).tiles : 1));
+    scratch_size = arena.used;
+  }
+
+  template <int kGroups>
+  void weights(int n, float factor, const Vec* most, Vec* sum, const float* kept) const {
+    const Vec f = broadcast(factor);
+    constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
+    Vec total[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = sum[g];
+    for (int j = 0; j < n; j += kStep) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        Vec p[2] = {zero(), zero()};
+        VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
+          if (kStep == 2 && j + i >= n) break;
+          const int at = (j + i) * kWidth + g * kLanes;
+          p[i] = exp2<Words::kExpDegree>(fms(f, load(scores + at), most[g]));
+          total[g] = total[g] + p[i];
+          if (kept != nullptr) p[i] = p[i] * load(kept + at);
+        }
+        store_weight<Words, kGroups>(scores, j, g, p[0], p[1]);
+      }
+    }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = total[g];
+  }
+
+  template <int kGroups>
+  void tile(const FlashAttentionTask& task, int first_query, int count, int panel, int panel_end,
+            bool is_first, bool is_last, float* slot) const {
+    constexpr int kWidth = kGroups * kLanes;
+    float* out = slot + 2 * kWidth + 16;
+    float* started = slot + 2 * kWidth;
+    const Scores<Words, T> tile{problem, task, task.head, first_query, count, query, mask_tile};
+    const Rows<T> rows{problem.query.at<T>(task.batch, task.head, first_query),
+                       problem.query.stride[2], problem.query.stride[3]};
+    pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
+    Vec most[kGroups], sum[kGroups];
+    if (is_first) *started = 0.f;
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      most[g] = is_first ? broadcast(-kInfinity) : load(slot + g * kLanes);
+      sum[g] = is_first ? zero() : load(slot + kWidth + g * kLanes);
+    }
+    const int end = tile.visible_end(panel_end);
+    for (int key = panel; key < end; key += kBlock) {
+      const int n = minimum(kBlock, end - key);
+      float factor;
+      Vec block_most[kGroups], rescale[kGroups];
+      if (!tile.template block<kGroups>(keys + (int64_t)(key - panel) * words, words, key, n,
+                                        scores, &factor, block_most))
+        continue;
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const Vec next = max(most[g], block_most[g]);
+        // Where nothing is visible yet the maximum is -inf; subtracting 0 instead gives weights of
+        // 0, not NaN.
+        const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
+        rescale[g] = exp2<5>(most[g] - subtracted);
+        sum[g] = sum[g] * rescale[g];
+        most[g] = next;
+        block_most[g] = subtracted;
+      }
+      if (keep != nullptr) {
+        dropout(problem).keep(key, n, first_query, kWidth,
+                              (uint32_t)(task.batch * problem.heads + task.head), keep);
+        weights<kGroups>(n, factor, block_most, sum, keep);
+      } else {
+        weights<kGroups>(n, factor, block_most, sum, nullptr);
+      }
+      const int n_rows = (n + Words::kElements - 1) / Words::kElements;
+      weighted_sum<Words, kGroups>(
+          scores, values + (int64_t)(key - panel) / Words::kElements * value_columns, value_columns,
+          n_rows, value_columns, out, *started != 0.f ? rescale : nullptr);
+      *started = 1.f;
+    }
+    if (!is_last) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        store(slot + g * kLanes, most[g]);
+        store(slot + kWidth + g * kLanes, sum[g]);
+      }
+      return;
+    }
+    if (*started == 0.f)
+      for (int i = 0; i < value_columns * kWidth; i += kLanes) store(out + i, zero());
+    finish<kGroups>(task, first_query, count, most, sum, out);
+  }
+
+  template <int kGroups>
+  VLMFAST_INLINE void finish(const FlashAttentionTask& task, int first_query, int count,
+                             const Vec* most, const Vec* sum, const float* out) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const Vec kept = broadcast(kept_scale(problem));
+    float logs[kWidth], tops[kWidth];
+    Vec factor[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      // Rows that see no key have a sum of 0 and give 0.
+      factor[g] = select_eq(sum[g], zero(), zero(), kept / sum[g]);
+      store(logs + g * kLanes, select_eq(sum[g], zero(), broadcast(1.f), sum[g]));
+      store(tops + g * kLanes, most[g]);
+    }
+    log2_in_place(logs, kWidth);
+    float* logsumexp = problem.logsumexp +
+                       ((int64_t)task.batch * problem.heads + task.head) * problem.query_length +
+                       first_query;
+    // A row of nothing but the lowest mask was clamped there in log2 units.
+    for (int i = 0; i < count; i++)
+      logsumexp[i] = tops[i] == kLowest ? kLowest : (tops[i] + logs[i]) * kLn2;
+    store_transposed<kGroups>(out, factor, problem.out.at<T>(task.batch, task.head, first_query),
+                              problem.out.stride[2], count, problem.value_dim);
+  }
+
+  void run(const FlashAttentionTask& task) const {
+    const Tiling tiling(task.q_end - task.q_begin);
+    const int key_head = task.head / problem.group;
+    int panel = task.k_begin;
+    do {
+      const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
+      const Rows<T> key_rows{problem.key.at<T>(task.batch, key_head, panel), problem.key.stride[2],
+                             problem.key.stride[3]};
+      const Rows<T> value_rows{problem.value.at<T>(task.batch, key_head, panel),
+                               problem.value.stride[2], problem.value.stride[3]};
+      pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
+      pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
+                            values);
+      for (int t = 0; t < tiling.tiles; t++) {
+        const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
+        const int first_query = task.q_begin + first * kLanes;
+        const int count = minimum(groups * kLanes, task.q_end - first_query);
+        const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
+        float* slot = state + (keeps_state ? t * state_size : 0);
+        switch (groups) {
+          case 1:
+            tile<1>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            break;
+          case 2:
+            tile<2>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            break;
+#if VLMFAST_LEVEL >= 1
+          case 3:
+            tile<3>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            break;
+#endif
+#if VLMFAST_LEVEL >= 2
+          case 4:
+            tile<4>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            break;
+#endif
+        }
+      }
+      panel = panel_end;
+    } while (panel < task.k_end);
+  }
+};
+
+template <class Words, class T>
+struct Backward {
+  const FlashAttentionBackward& problem;
+  int words, value_words, columns, vectors, value_vectors, keys_at_once;
+  float *keys, *values, *key_pairs, *grad_keys, *grad_values;
+  float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left,
+      *mask_tile, *keep;
+  float *grad_query, *temporary_keys;
+  int64_t grad_query_tile;
+  int64_t scratch_size;
+
+  static constexpr bool kPairs = Words::kElements == 2;
+
+  Backward(const FlashAttentionBackward& p, float* scratch) : problem(p) {
+    words = word_count<Words>(p.head_dim);
+    value_words = word_count<Words>(p.value_dim);
+    columns = round_up(p.head_dim, kRowStep);
+    vectors = (p.head_dim + kLanes - 1) / kLanes;
+    value_vectors = (p.value_dim + kLanes - 1) / kLanes;
+    const int64_t per_key = words + value_words + (kPairs ? columns / 2 : 0) +
+                            (p.wants_key_value ? (vectors + value_vectors) * kLanes : 0);
+    keys_at_once = panel_keys(kBackwardPanel, per_key, p.keys_most);
+    grad_query_tile = (int64_t)columns * kMaxTile;
+    Arena arena{scratch};
+    const int64_t padded = round_up(keys_at_once, kRowStep);
+    keys = arena.take(padded * words);
+    values = arena.take(padded * value_words);
+    key_pairs = kPairs ? arena.take(padded / 2 * columns) : keys;
+    grad_keys = arena.take(p.wants_key_value ? padded * vectors * kLanes : 0);
+    grad_values = arena.take(p.wants_key_value ? padded * value_vectors * kLanes : 0);
+    query = arena.take((int64_t)round_up(words, kLanes) * kMaxTile);
+    grad_out = arena.take((int64_t)round_up(value_words, kLanes) * kMaxTile);
+    query_rows = arena.take((int64_t)kMaxTile / Words::kElements * vectors * kLanes);
+    grad_out_rows = arena.take((int64_t)kMaxTile / Words::kElements * value_vectors * kLanes);
+    scores = arena.take(kBlock * kMaxTile);
+    grad_scores = arena.take(kBlock * kMaxTile);
+    left = kPairs ? arena.take(kBlock * kMaxTile / 2) : scores;
+    grad_left = kPairs ? arena.take(kBlock * kMaxTile / 2) : grad_scores;
+    mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
+    keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
+    temporary_keys = arena.take((int64_t)kBlock * words);
+    const bool many_panels = keys_at_once < p.keys_most || p.grad_query_splits != nullptr;
+    grad_query = arena.take(grad_query_tile *
+                            (many_panels ? (int64_t)Tiling(p.queries_most).tiles * p.group : 1));
+    scratch_size = arena.used;
+  }
+
+  // grad_out . out - grad_logsumexp of each row, and the logsumexp in log2 units as `top` +
+  // `log_sum`.
+  template <int kGroups>
+  VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, int batch, const T* grad,
+                                 int64_t grad_stride, int64_t grad_column_stride, float* delta,
+                                 float* top, float* log_sum) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const T* out = problem.out.at<T>(batch, tile.head, tile.first_query);
+    const int64_t row =
+        ((int64_t)batch * problem.heads + tile.head) * problem.query_length + tile.first_query;
+    bool imprecise = false;
+    for (int i = 0; i < kWidth; i++) {
+      // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
+      delta[i] = 0.f, top[i] = kInfinity, log_sum[i] = 0.f;
+      if (i >= tile.count) continue;
+      Vec sum = zero();
+      for (int d = 0; d < problem.value_dim; d += kLanes) {
+        T buffer[kLanes];
+        const int n = minimum(kLanes, problem.value_dim - d);
+        const T* g = contiguous(grad + i * grad_stride, grad_column_stride, d, n, buffer);
+        sum = fma(load_first(g, n), load_first(out + i * problem.out.stride[2] + d, n), sum);
+      }
+      delta[i] = horizontal_sum(sum) -
+                 (problem.grad_logsumexp == nullptr ? 0.f : problem.grad_logsumexp[row + i]);
+      const float logsumexp = problem.logsumexp[row + i];
+      if (logsumexp == -kInfinity) {
+        delta[i] = 0.f;
+        continue;
+      }
+      top[i] = logsumexp * kLog2E;
+      imprecise |= __builtin_fabsf(logsumexp) > kImpreciseLogsumexp;
+    }
+    if (imprecise) row_statistics<kGroups>(tile, top, log_sum);
+  }
+
+  // A large |logsumexp| (a row of masks as low as -1e9 or the lowest float has one) loses log(sum)
+  // to rounding: compute the row's maximum and sum afresh and keep them apart.
+  template <int kGroups>
+  void row_statistics(const Scores<Words, T>& tile, float* top, float* log_sum) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const FlashAttentionTask& task = tile.task;
+    Vec most[kGroups], sum[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity),
+                                                     sum[g] = zero();
+    const int end = tile.visible_end(task.all_k_end);
+    for (int key = task.all_k_begin; key < end; key += kBlock) {
+      const int n = minimum(kBlock, end - key);
+      const Rows<T> rows{problem.key.at<T>(task.batch, tile.head / problem.group, key),
+                         problem.key.stride[2], problem.key.stride[3]};
+      pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, temporary_keys);
+      float factor;
+      Vec block_most[kGroups];
+      if (!tile.template block<kGroups>(temporary_keys, words, key, n, scores, &factor, block_most))
+        continue;
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const Vec next = max(most[g], block_most[g]);
+        const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
+        sum[g] = sum[g] * exp2<5>(most[g] - subtracted);
+        most[g] = next;
+        for (int j = 0; j < n; j++)
+          sum[g] =
+              sum[g] + exp2<Words::kExpDegree>(fms(
+                           broadcast(factor), load(scores + j * kWidth + g * kLanes), subtracted));
+      }
+    }
+    float tops[kWidth], logs[kWidth];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      store(tops + g * kLanes, most[g]);
+      store(logs + g * kLanes, select_eq(sum[g], zero(), broadcast(1.f), sum[g]));
+    }
+    log2_in_place(logs, kWidth);
+    for (int i = 0; i < tile.count; i++)
+      if (top[i] != kInfinity) top[i] = tops[i], log_sum[i] = logs[i];
+  }
+
+  // P and dS of a block: `scores` becomes the (dropped-out) weights, `grad_scores` the gradient of
+  // the scores.
+  template <int kGroups>
+  VLMFAST_INLINE void gradients(int n, float factor, const float* delta, const float* top,
+                                const float* log_sum) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem));
+    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = j * kWidth + g * kLanes;
+        const Vec shifted =
+            fms(f, load(scores + at), load(top + g * kLanes)) - load(log_sum + g * kLanes);
+        Vec p = exp2<Words::kExpDegree>(shifted), grad = load(grad_scores + at);
+        Vec dropped = p;
+        if (keep != nullptr) {
+          const Vec kept = load(keep + at) * scale;
+          dropped = p * kept;
+          grad = grad * kept;
+        }
+        store(scores + at, dropped);
+        store(grad_scores + at, p * (grad - load(delta + g * kLanes)));
+      }
+  }
+
+  // bf16 words: `left` and `grad_left` get the weights as pairs along the queries, `grad_scores`
+  // pairs along the keys.
+  template <int kGroups>
+  VLMFAST_INLINE void pack_pairs([[maybe_unused]] int padded) const {
+#if VLMFAST_LEVEL >= 3
+    constexpr int kWidth = kGroups * kLanes;
+    for (int j = 0; j < padded; j += 2) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        __m256i grad[2];
+        VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
+          const int at = (j + i) * kWidth + g * kLanes;
+          grad[i] = narrow_bf16(load(grad_scores + at));
+          _mm256_storeu_si256((__m256i*)(left + at / 2), narrow_bf16(load(scores + at)));
+          _mm256_storeu_si256((__m256i*)(grad_left + at / 2), grad[i]);
+        }
+        store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0], grad[1]));
+      }
+#endif
+  }
+
+  // Adds the block's dS to the gradient of the mask, summed over the dimensions along which the
+  // mask broadcasts.
+  template <int kGroups>
+  void add_grad_mask(const FlashAttentionTask& task, const Scores<Words, T>& tile, int key,
+                     int n) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const int64_t* stride = problem.grad_mask_stride;
+    float* base = problem.grad_mask + task.unit * problem.grad_mask_unit_size +
+                  task.batch * stride[0] + tile.head * stride[1] + tile.first_query * stride[2] +
+                  key * stride[3];
+    if (stride[2] == 0) {
+      for (int j = 0; j < n; j++) {
+        Vec sum = zero();
+        for (int g = 0; g < kGroups; g++) sum = sum + load(grad_scores + j * kWidth + g * kLanes);
+        base[j * stride[3]] += horizontal_sum(sum);
+      }
+    } else if (stride[3] == 0) {
+      float rows[kWidth];
+      for (int g = 0; g < kGroups; g++) {
+        Vec sum = zero();
+        for (int j = 0; j < n; j++) sum = sum + load(grad_scores + j * kWidth + g * kLanes);
+        store(rows + g * kLanes, sum);
+      }
+      for (int i = 0; i < tile.count; i++) base[i * stride[2]] += rows[i];
+    } else {
+      for (int g = 0; g < kGroups; g++)
+        for (int j = 0; j < n; j += kLanes) {
+          Vec r[kLanes];
+          for (int i = 0; i < kLanes; i++)
+            r[i] = j + i < n ? load(grad_scores + (j + i) * kWidth + g * kLanes) : zero();
+          transpose(r);
+          const int m = minimum(kLanes, n - j), rows = minimum(kLanes, tile.count - g * kLanes);
+          for (int i = 0; i < rows; i++) {
+            float* target = base + (g * kLanes + i) * stride[2] + j;
+            store_first(target, load_first(target, m) + r[i], m);
+          }
+        }
+    }
+  }
+
+  template <int kGroups>
+  void tile(const FlashAttentionTask& task, int head, int first_query, int count, int panel,
+            int panel_end, float* grad_query_sum, bool is_first, bool is_last) const {
+    constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
+    const Scores<Words, T> tile{problem, task, head, first_query, count, query, mask_tile};
+    const int end = tile.visible_end(panel_end);
+    Vec factors[kGroups];
+    if (is_first)
+      for (int i = 0; i < columns * kWidth; i += kLanes) store(grad_query_sum + i, zero());
+    if (panel < end) {
+      const Rows<T> query_in{problem.query.at<T>(task.batch, head, first_query),
+                             problem.query.stride[2], problem.query.stride[3]};
+      const Rows<T> grad_in{problem.grad_out.at<T>(task.batch, head, first_query),
+                            problem.grad_out.stride[2], problem.grad_out.stride[3]};
+      pack_transposed<Words, kGroups>(query_in, count, problem.head_dim, problem.scale * kLog2E,
+                                      query);
+      pack_transposed<Words, kGroups>(grad_in, count, problem.value_dim, 1.f, grad_out);
+      if (problem.wants_key_value) {
+        pack_row_pairs<Words>(query_in, count, kWidth, problem.head_dim, vectors * kLanes,
+                              query_rows);
+        pack_row_pairs<Words>(grad_in, count, kWidth, problem.value_dim, value_vectors * kLanes,
+                              grad_out_rows);
+      }
+      float delta[kWidth], top[kWidth], log_sum[kWidth];
+      row_values<kGroups>(tile, task.batch, grad_in.data, grad_in.row_stride, grad_in.column_stride,
+                          delta, top, log_sum);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
+      for (int key = panel; key < end; key += kBlock) {
+        const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep), at = key - panel;
+        float factor;
+        Vec unused[kGroups];
+        if (!tile.template block<kGroups>(keys + (int64_t)at * words, words, key, n, scores,
+                                          &factor, unused))
+          continue;
+        multiply_rows<Words, kGroups>(grad_out, values + (int64_t)at * value_words, value_words, n,
+                                      grad_scores, nullptr);
+        if (keep != nullptr)
+          dropout(problem).keep(key, n, first_query, kWidth,
+                                (uint32_t)(task.batch * problem.heads + head), keep);
+        gradients<kGroups>(n, factor, delta, top, log_sum);
+        clear_rows<kGroups>(scores, n, padded);
+        clear_rows<kGroups>(grad_scores, n, padded);
+        if (problem.grad_mask != nullptr) add_grad_mask<kGroups>(task, tile, key, n);
+        if (kPairs) pack_pairs<kGroups>(padded);
+        if (problem.wants_key_value) {
+          outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n,
+                                  grad_values + (int64_t)at * value_vectors * kLanes,
+                                  value_vectors);
+          outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, n,
+                                  grad_keys + (int64_t)at * vectors * kLanes, vectors);
+        }
+        if (problem.wants_query)
+          weighted_sum<Words, kGroups>(
+              grad_scores, key_pairs + (int64_t)at / Words::kElements * columns, columns,
+              padded / Words::kElements, columns, grad_query_sum, factors);
+      }
+    }
+    if (!is_last || !problem.wants_query) return;
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(problem.scale);
+    if (problem.grad_query_splits != nullptr) {
+      float* target =
+          problem.grad_query_splits + task.split * problem.grad_query_split_size +
+          (((int64_t)task.batch * problem.heads + head) * problem.query_length + first_query) *
+              problem.head_dim;
+      store_transposed<kGroups>(grad_query_sum, factors, target, problem.head_dim, count,
+                                problem.head_dim);
+    } else {
+      store_transposed<kGroups>(grad_query_sum, factors,
+                                problem.grad_query.at<T>(task.batch, head, first_query),
+                                problem.grad_query.stride[2], count, problem.head_dim);
+    }
+  }
+
+  void run(const FlashAttentionTask& task) const {
+    const Tiling tiling(task.q_end - task.q_begin);
+    const bool many_panels = task.k_end - task.k_begin > keys_at_once;
+    int panel = task.k_begin;
+    do {
+      const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
+      const int padded = round_up(n, kRowStep);
+      const Rows<T> key_rows{problem.key.at<T>(task.batch, task.head, panel), problem.key.stride[2],
+                             problem.key.stride[3]};
+      const Rows<T> value_rows{problem.value.at<T>(task.batch, task.head, panel),
+                               problem.value.stride[2], problem.value.stride[3]};
+      pack_rows<Words>(key_rows, n, padded, problem.head_dim, keys);
+      pack_rows<Words>(value_rows, n, padded, problem.value_dim, values);
+      if (kPairs) pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
+      if (problem.wants_key_value) {
+        for (int64_t i = 0; i < (int64_t)padded * vectors * kLanes; i += kLanes)
+          store(grad_keys + i, zero());
+        for (int64_t i = 0; i < (int64_t)padded * value_vectors * kLanes; i += kLanes)
+          store(grad_values + i, zero());
+      }
+      for (int h = 0; h < problem.group; h++)
+        for (int t = 0; t < tiling.tiles; t++) {
+          const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
+          const int first_query = task.q_begin + first * kLanes,
+                    head = task.head * problem.group + h;
+          const int count = minimum(groups * kLanes, task.q_end - first_query);
+          const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
+          float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
+          switch (groups) {
+            case 1:
+              tile<1>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              break;
+            case 2:
+              tile<2>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              break;
+#if VLMFAST_LEVEL >= 1
+            case 3:
+              tile<3>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              break;
+#endif
+#if VLMFAST_LEVEL >= 2
+            case 4:
+              tile<4>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              break;
+#endif
+          }
+        }
+      if (problem.wants_key_value) {
+        T* grad_key = problem.grad_key.at<T>(task.batch, task.head, panel);
+        T* grad_value = problem.grad_value.at<T>(task.batch, task.head, panel);
+        for (int j = 0; j < n; j++) {
+          for (int d = 0; d < problem.head_dim; d += kLanes)
+            store_first(
+                grad_key + j * problem.grad_key.stride[2] + d,
+                load(grad_keys + (int64_t)j * vectors * kLanes + d) * broadcast(problem.scale),
+                minimum(kLanes, problem.head_dim - d));
+          for (int d = 0; d < problem.value_dim; d += kLanes)
+            store_first(grad_value + j * problem.grad_value.stride[2] + d,
+                        load(grad_values + (int64_t)j * value_vectors * kLanes + d),
+                        minimum(kLanes, problem.value_dim - d));
+        }
+      }
+      panel = panel_end;
+    } while (panel < task.k_end);
+  }
+};
+
+// Runs `body` with the word and element types of the problem.
+template <class Body>
+VLMFAST_INLINE auto with_types(const FlashAttentionProblem& problem, Body body) {
+  switch (problem.dtype) {
+    case ElementType::kFloat:
+      return body(Fp32Words(), float());
+    case ElementType::kHalf:
+      return body(Fp32Words(), Half());
+#if VLMFAST_LEVEL >= 3
+    default:
+      return body(Bf16Words(), BFloat16());
+#else
+    default:
+      return body(Fp32Words(), BFloat16());
+#endif
+  }
+}
+
+int64_t forward_scratch(const FlashAttentionForward& problem) {
+  return with_types(problem, [&](auto words, auto element) {
+    return Forward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
+  });
+}
+
+void forward(const FlashAttentionForward& problem, const FlashAttentionTask& task, float* scratch) {
+  with_types(problem, [&](auto words, auto element) {
+    Forward<decltype(words), decltype(element)>(problem, scratch).run(task);
+  });
+}
+
+int64_t backward_scratch(const FlashAttentionBackward& problem) {
+  return with_types(problem, [&](auto words, auto element) {
+    return Backward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
+  });
+}
+
+void backward(const FlashAttentionBackward& problem, const FlashAttentionTask& task,
+              float* scratch) {
+  with_types(problem, [&](auto words, auto element) {
+    Backward<decltype(words), decltype(element)>(problem, scratch).run(task);
+  });
+}
+
+// The gradient of one row of queries from its `splits` partial sums, added in order.
+void sum_splits(const FlashAttentionBackward& problem, int splits, int batch, int head,
+                int64_t row) {
+  with_types(problem, [&](auto, auto element) {
+    using T = decltype(element);
+    T* out = problem.grad_query.at<T>(batch, head, row);
+    const float* partial =
+        problem.grad_query_splits +
+        (((int64_t)batch * problem.heads + head) * problem.query_length + row) * problem.head_dim;
+    for (int d = 0; d < problem.head_dim; d += kLanes) {
+      const int n = minimum(kLanes, problem.head_dim - d);
+      Vec sum = zero();
+      for (int i = 0; i < splits; i++)
+        sum = sum + load_first(partial + i * problem.grad_query_split_size + d, n);
+      store_first(out + d, sum, n);
+    }
+  });
+}
+
+}  // namespace
+
+extern const FlashAttentionKernel flash_attention_kernel = {
+    forward_scratch, forward, backward_scratch, backward, sum_splits, kMaxTile};
+
+}  // namespace vlmfast::cpu::VLMFAST_VARIANT

@@ -1,0 +1,65 @@
+// How the operators spread independent tasks over torch's threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace vlmfast::cpu {
+
+// A 64-byte aligned buffer that each thread keeps between calls, so that its pages are mapped once.
+// What is larger than `kKept` bytes is given back after the call.
+class Scratch {
+ public:
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
+  float* get(int64_t floats) {
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    if (bytes > size_) {
+      size_ = 0;
+      data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_.get();
+  }
+
+  void trim() {
+    if (size_ <= kKept) return;
+    data_.reset();
+    size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kKept = 8u << 20;
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+  size_t size_ = 0;
+};
+
+// Calls body(task, scratch) for every task in [0, tasks). Threads take the next task as they become
+// free: tasks may be of unequal size (causal rows are), and so may cores. A task's result must not
+// depend on which thread runs it.
+template <class Body>
+void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    Scratch& scratch = Scratch::of_this_thread();
+    float* buffer = scratch.get(scratch_floats);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      body(task, buffer);
+    scratch.trim();
+  };
+  torch::stable::parallel_for(0, workers, 1, work);
+}
+
+}  // namespace vlmfast::cpu

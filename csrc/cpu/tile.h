@@ -1,0 +1,374 @@
+// Register-tiled products on packed operands, shared by all families, written once for every
+// instruction set.
+//
+// Lanes are queries. A tile holds kGroups vectors of queries, and every matrix is kept so that the
+// query index (or, in `outer_accumulate`, the feature index) runs along the lanes: then softmax is
+// vertical arithmetic, K and V are read as broadcast scalars in their natural layout, and only the
+// query and the output are ever transposed.
+//
+// Packed operands consist of 32-bit words: one float, or two bfloat16 that one dot-product
+// instruction takes at once.
+#pragma once
+#include "cpu/vec.h"
+
+namespace vlmfast::cpu::VLMFAST_VARIANT {
+
+constexpr int kMaxGroups = kLanes == 4 ? 2 : kRegisters == 32 ? 4 : 3;
+constexpr int kRowStep = 8;  // packed key rows and value columns are padded to a multiple of this
+
+VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
+VLMFAST_INLINE int minimum(int a, int b) { return a < b ? a : b; }
+VLMFAST_INLINE int maximum(int a, int b) { return a > b ? a : b; }
+
+struct Fp32Words {
+  static constexpr int kElements = 1;
+  static constexpr int kExpDegree = 5;
+  static VLMFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+#if VLMFAST_LEVEL >= 3
+struct Bf16Words {
+  static constexpr int kElements = 2;
+  static constexpr int kExpDegree = 3;
+  static VLMFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+// Words of (low[i], high[i]) from the 16 bfloat16 of two rows.
+VLMFAST_INLINE Vec interleave(__m256i low, __m256i high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
+}
+#endif
+
+template <class Words>
+VLMFAST_INLINE int word_count(int columns) {
+  return round_up((columns + Words::kElements - 1) / Words::kElements, kRowStep);
+}
+
+// Rows of a strided matrix in memory.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  VLMFAST_INLINE const T* row(int i) const { return data + i * row_stride; }
+};
+
+// Elements [first, first + n) of a row, contiguous: the row itself, or a copy in `buffer`.
+template <class T>
+VLMFAST_INLINE const T* contiguous(const T* row, int64_t column_stride, int first, int n,
+                                   T* buffer) {
+  if (column_stride == 1) return row + first;
+  for (int i = 0; i < n; i++) buffer[i] = row[(first + i) * column_stride];
+  return buffer;
+}
+
+// kLanes words of a row of `columns` elements, from word `word` on; what lies beyond the row is
+// zero.
+template <class Words, class T>
+VLMFAST_INLINE Vec load_words(const T* row, int64_t column_stride, int word, int columns) {
+  const int first = word * Words::kElements;
+  const int n = maximum(0, minimum(columns - first, kLanes * Words::kElements));
+  T buffer[kLanes * Words::kElements];
+  const T* p = contiguous(row, column_stride, first, n, buffer);
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2) {
+    return (Vec)_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1, p);
+  } else
+#endif
+    return load_first(p, n);
+}
+
+// out[word][kGroups * kLanes]: the transposed rows, times `scale` (fp32 words) or with the sign of
+// `scale` (bf16 words, which stay unrounded; the caller scales the product). Rows from n_rows on
+// are zero.
+template <class Words, int kGroups, class T>
+VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float scale,
+                                    float* out) {
+  const int words = word_count<Words>(columns);
+  const Vec factor = broadcast(scale);
+  for (int g = 0; g < kGroups; g++) {
+    for (int w = 0; w < words; w += kLanes) {
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; i++) {
+        const int row = g * kLanes + i;
+        r[i] = row < n_rows ? load_words<Words>(rows.row(row), rows.column_stride, w, columns)
+                            : zero();
+        if constexpr (Words::kElements == 1) r[i] = fma(r[i], factor, zero());
+      }
+#if VLMFAST_LEVEL >= 3
+      if (Words::kElements == 2 && scale < 0)
+        for (int i = 0; i < kLanes; i++)
+          r[i] = (Vec)_mm512_xor_si512((__m512i)r[i], _mm512_set1_epi32((int)0x80008000));
+#endif
+      transpose(r);
+      const int n = minimum(kLanes, words - w);
+      for (int i = 0; i < n; i++) store(out + ((w + i) * kGroups + g) * kLanes, r[i]);
+    }
+  }
+}
+
+// out[row][word_count]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
+// column.
+template <class Words, class T>
+VLMFAST_INLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns, float* out) {
+  const int words = word_count<Words>(columns);
+  for (int j = 0; j < padded_rows; j++)
+    for (int w = 0; w < words; w += kLanes)
+      store_first(
+          out + (int64_t)j * words + w,
+          j < n_rows ? load_words<Words>(rows.row(j), rows.column_stride, w, columns) : zero(),
+          words - w);
+}
+
+// Operand of a product that sums over rows. out[row / kElements][padded_columns]: with bf16 words,
+// word d holds (row 2r, row 2r + 1) of column d.
+template <class Words, class T>
+VLMFAST_INLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
+                                   int padded_columns, float* out) {
+  for (int j = 0; j < padded_rows; j += Words::kElements)
+    for (int d = 0; d < padded_columns; d += kLanes) {
+      float* target = out + (int64_t)(j / Words::kElements) * padded_columns + d;
+#if VLMFAST_LEVEL >= 3
+      if constexpr (Words::kElements == 2) {
+        const int n = maximum(0, minimum(kLanes, columns - d));
+        __m256i half[2];
+        for (int i = 0; i < 2; i++) {
+          T buffer[kLanes];
+          half[i] = j + i < n_rows
+                        ? _mm256_maskz_loadu_epi16(
+                              first_lanes(n),
+                              contiguous(rows.row(j + i), rows.column_stride, d, n, buffer))
+                        : _mm256_setzero_si256();
+        }
+        store_first(target, interleave(half[0], half[1]), padded_columns - d);
+      } else
+#endif
+        store_first(
+            target,
+            j < n_rows ? load_words<Words>(rows.row(j), rows.column_stride, d, columns) : zero(),
+            padded_columns - d);
+    }
+}
+
+// out rows [0, n_rows) = factor * the transpose of source[column][kGroups * kLanes].
+template <int kGroups, class T>
+VLMFAST_INLINE void store_transposed(const float* source, const Vec* factor, T* out,
+                                     int64_t row_stride, int n_rows, int columns) {
+  for (int g = 0; g < kGroups; g++) {
+    const int n = minimum(kLanes, n_rows - g * kLanes);
+    for (int d = 0; d < columns; d += kLanes) {
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        r[i] = d + i < columns
+                   ? fma(factor[g], load(source + ((d + i) * kGroups + g) * kLanes), zero())
+                   : zero();
+      transpose(r);
+      for (int i = 0; i < n; i++)
+        store_first(out + (g * kLanes + i) * row_stride + d, r[i], minimum(kLanes, columns - d));
+    }
+  }
+}
+
+// Rows of a register tile: enough accumulators to hide the latency of the multiply-add, few enough
+// to stay in registers.
+template <int kGroups>
+constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups == 1 ? 8 : 4);
+
+// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) rounded up to kRowStep;
+// `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
+template <class Words, int kGroups>
+VLMFAST_INLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
+                                  int words, int n_rows, float* __restrict scores,
+                                  Vec* running_max) {
+  constexpr int kRows = kTileRows<kGroups>;
+  for (int j = 0; j < n_rows; j += kRows) {
+    const float* key = keys + (int64_t)j * words;
+    Vec sum[kRows][kGroups];
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+        sum[r][g] = zero();
+    for (int w = 0; w < words; w += 4) {
+      VLMFAST_UNROLL for (int u = 0; u < 4; u++) {
+        Vec q[kGroups];
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
+            load(query + ((w + u) * kGroups + g) * kLanes);
+        VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
+          const Vec k = broadcast(key[r * words + w + u]);
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] =
+              Words::multiply_add(q[g], k, sum[r][g]);
+        }
+      }
+    }
+    float* target = scores + j * kGroups * kLanes;
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+        store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+    if (running_max != nullptr) {
+      if (j + kRows <= n_rows) {
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+            VLMFAST_UNROLL for (int r = 0; r < kRows; r++) running_max[g] =
+                max(running_max[g], sum[r][g]);
+      } else {
+        for (int r = 0; r < n_rows - j; r++)
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) running_max[g] =
+              max(running_max[g], load(target + (r * kGroups + g) * kLanes));
+      }
+    }
+  }
+}
+
+template <class Words, int kGroups, int kColumns>
+VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
+                                     const float* __restrict values, int value_stride, int n_rows,
+                                     float* __restrict out, const Vec* rescale) {
+  Vec sum[kColumns][kGroups];
+  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups;
+                                                                        g++) sum[d][g] =
+      rescale == nullptr ? zero() : fma(rescale[g], load(out + (d * kGroups + g) * kLanes), zero());
+  for (int r = 0; r < n_rows; r++) {
+    Vec p[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) p[g] =
+        load(weights + (r * kGroups + g) * kLanes);
+    VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) {
+      const Vec v = broadcast(values[(int64_t)r * value_stride + d]);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[d][g] =
+          Words::multiply_add(p[g], v, sum[d][g]);
+    }
+  }
+  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+      store(out + (d * kGroups + g) * kLanes, sum[d][g]);
+}
+
+// out[column][kGroups * kLanes] = rescale * out + sum over rows of weights[row] *
+// values[row][column]; without `rescale` out starts from zero. n_rows counts rows of words;
+// `columns` is a multiple of kRowStep.
+template <class Words, int kGroups>
+VLMFAST_INLINE void weighted_sum(const float* weights, const float* values, int value_stride,
+                                 int n_rows, int columns, float* out, const Vec* rescale) {
+  constexpr int kColumns = kTileRows<kGroups>;
+  for (int d = 0; d < columns; d += kColumns)
+    weighted_columns<Words, kGroups, kColumns>(weights, values + d, value_stride, n_rows,
+                                               out + d * kGroups * kLanes, rescale);
+}
+
+template <class Words, int kVectors>
+VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
+                                  const float* __restrict right, int right_stride, int depth,
+                                  int n_rows, float* __restrict out, int out_stride) {
+  constexpr int kRows = 4;
+  for (int j = 0; j < n_rows; j += kRows) {
+    const float* l = left + j * left_stride;
+    float* o = out + (int64_t)j * out_stride;
+    Vec sum[kRows][kVectors];
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
+        sum[r][v] = load(o + r * out_stride + v * kLanes);
+    for (int i = 0; i < depth; i++) {
+      Vec x[kVectors];
+      VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
+          load(right + i * right_stride + v * kLanes);
+      VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
+        const Vec weight = broadcast(l[r * left_stride + i]);
+        VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) sum[r][v] =
+            Words::multiply_add(weight, x[v], sum[r][v]);
+      }
+    }
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
+        store(o + r * out_stride + v * kLanes, sum[r][v]);
+  }
+}
+
+// out[row][vectors * kLanes] += sum over i of left[row][i] * right[i][:]: here the lanes run over
+// features. Rows [0, n_rows) rounded up to 4 are touched.
+template <class Words>
+VLMFAST_INLINE void outer_accumulate(const float* left, int left_stride, const float* right,
+                                     int depth, int n_rows, float* out, int vectors) {
+  constexpr int kMost = kRegisters == 32 ? 6 : 2;
+  const int stride = vectors * kLanes;
+  int left_over = vectors;
+  for (int parts = (vectors + kMost - 1) / kMost; parts > 0; parts--) {
+    const int n = (left_over + parts - 1) / parts, first = (vectors - left_over) * kLanes;
+    const float* x = right + first;
+    float* o = out + first;
+    switch (n) {
+      case 1:
+        outer_columns<Words, 1>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+      case 2:
+        outer_columns<Words, 2>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+#if VLMFAST_LEVEL >= 2
+      case 3:
+        outer_columns<Words, 3>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+      case 4:
+        outer_columns<Words, 4>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+      case 5:
+        outer_columns<Words, 5>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+      case 6:
+        outer_columns<Words, 6>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        break;
+#endif
+    }
+    left_over -= n;
+  }
+}
+
+// Dropout without state: out[row][lane], for keys row0 .. row0 + n_rows - 1 and queries lane0 ..
+// lane0 + lanes - 1, is 1 where word key % 4 of philox4x32-10 at counter (key / 4, query, head, 0)
+// reaches `threshold`, else 0. (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// 2011.)
+struct Philox {
+  uint32_t seed_low, seed_high, threshold;
+
+  VLMFAST_INLINE void keep(int row0, int n_rows, int lane0, int lanes, uint32_t head,
+                           float* out) const {
+    for (int block = row0 / 4; block * 4 < row0 + n_rows; block++) {
+      float kept[4][kMaxGroups * kLanes];
+      for (int lane = 0; lane < lanes; lane++) {
+        uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(lane0 + lane), c2 = head, c3 = 0;
+        uint32_t k0 = seed_low, k1 = seed_high;
+        VLMFAST_UNROLL for (int round = 0; round < 10; round++) {
+          const uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+          c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+          c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+          c1 = (uint32_t)p1;
+          c3 = (uint32_t)p0;
+          k0 += 0x9E3779B9u;
+          k1 += 0xBB67AE85u;
+        }
+        kept[0][lane] = c0 >= threshold ? 1.f : 0.f;
+        kept[1][lane] = c1 >= threshold ? 1.f : 0.f;
+        kept[2][lane] = c2 >= threshold ? 1.f : 0.f;
+        kept[3][lane] = c3 >= threshold ? 1.f : 0.f;
+      }
+      for (int i = 0; i < 4; i++) {
+        const int row = block * 4 + i - row0;
+        if (row >= 0 && row < n_rows)
+          for (int lane = 0; lane < lanes; lane++) out[row * lanes + lane] = kept[i][lane];
+      }
+    }
+  }
+};
+
+// In place: x[i] = log2(x[i]) for normal x > 0; NaN stays NaN.
+VLMFAST_INLINE void log2_in_place(float* x, int n) {
+  for (int i = 0; i < n; i++) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    const int32_t exponent =
+        (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    const int32_t mantissa_bits = bits - (exponent << 23);
+    float m;
+    __builtin_memcpy(&m, &mantissa_bits, 4);
+    const float s = (m - 1.f) / (m + 1.f), s2 = s * s;  // log(m) = 2 atanh(s)
+    const float series = 1.f + s2 * (1.f / 3 + s2 * (1.f / 5 + s2 * (1.f / 7 + s2 * (1.f / 9))));
+    x[i] = (float)exponent + 2.88539008178f * s * series + (x[i] - x[i]);
+  }
+}
+
+}  // namespace vlmfast::cpu::VLMFAST_VARIANT
