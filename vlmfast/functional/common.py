@@ -1,0 +1,102 @@
+"""What the functions of all families share: argument checks, autocast, dropout's seed.
+
+Every check raises a ValueError or TypeError that names the argument, what was expected and what was
+got, and none of them reads a tensor's values, but where it says so.
+"""
+
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def reject(argument: str, expected: str, got: Any) -> NoReturn:
+    """Raises ValueError."""
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def reject_type(argument: str, expected: str, got: Any) -> NoReturn:
+    """Raises TypeError."""
+    raise TypeError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_floating_tensor(argument: str, tensor: Any) -> None:
+    """Raises TypeError unless `tensor` is a strided, real, floating tensor."""
+    if not isinstance(tensor, Tensor):
+        reject_type(argument, "a tensor", type(tensor).__name__)
+    if not tensor.is_floating_point():
+        reject_type(argument, "a floating dtype", tensor.dtype)
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        got = "a nested tensor" if tensor.is_nested else tensor.layout
+        reject_type(argument, "a strided tensor (ragged batches: see varlen_attention)", got)
+
+
+def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
+    """Raises unless `tensor` has the dtype (TypeError) and device (ValueError) of `other`."""
+    if tensor.dtype != other.dtype:
+        reject_type(argument, f"the dtype of {other_argument}, {other.dtype}", tensor.dtype)
+    check_device(argument, tensor, other_argument, other)
+
+
+def check_device(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
+    """Raises ValueError unless `tensor` is on the device of `other`."""
+    if tensor.device != other.device:
+        reject(argument, f"the device of {other_argument}, {other.device}", tensor.device)
+
+
+def check_dropout(argument: str, p: Any) -> float:
+    """The dropout probability; raises TypeError or ValueError unless it is a number in [0, 1]."""
+    if not isinstance(p, (int, float)):
+        reject_type(argument, "a number in [0, 1]", type(p).__name__)
+    if not 0.0 <= p <= 1.0:
+        reject(argument, "a probability in [0, 1]", p)
+    return float(p)
+
+
+def softmax_scale(scale: Any, head_dim: int) -> float:
+    """The factor of the logits: 1 / sqrt(head_dim) for None. 0 is legal."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        reject_type("scale", "a number or None", type(scale).__name__)
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """The key of a dropout mask, drawn from torch's generator: int64 (1,)."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, as torch casts its own attention: all but float64."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """A context without autocast, for a reference: it rounds nothing that it was not given."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor.
+
+    It may on the CPU; on a GPU, where that would synchronise, only with VLMFAST_CHECKS=1; and never
+    while a graph is traced, where there are no values.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" or (
+        tensor.device.type != "meta" and os.environ.get("VLMFAST_CHECKS") == "1"
+    )
