@@ -21,9 +21,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 def _load_extension() -> str | None:
     """Loads `vlmfast._C`, which registers the C++ kernels; returns why that failed, or None."""
-    if importlib.util.find_spec("vlmfast._C") is None:
-        return "the C++ extension vlmfast._C is not built"
     try:
+        if importlib.util.find_spec("vlmfast._C") is None:
+            return "the C++ extension vlmfast._C is not built"
         importlib.import_module("vlmfast._C")
     except ImportError as error:
         return f"the C++ extension vlmfast._C does not load: {error}"
