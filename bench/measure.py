@@ -1,0 +1,168 @@
+"""Check first, then race: errors against float64, interleaved times, fractions of the ceilings."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+# A sample shorter than this is made of several calls, so that reading the clock costs nothing.
+SHORTEST_SAMPLE = 1e-3
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot do without: floating-point operations, and bytes read or written."""
+
+    flops: int
+    least_bytes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over the samples of one race."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The error of one call's results against the truth, and the most that it may be."""
+
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """Relative L2 norm of the difference, in float64."""
+    difference = torch.linalg.vector_norm(actual.detach().double() - truth)
+    return float(difference / torch.linalg.vector_norm(truth))
+
+
+def judge(
+    results: Sequence[Tensor], truths: Sequence[Tensor], yardsticks: Sequence[float]
+) -> Verdict:
+    """Judges a call by the result that is nearest to its budget, or furthest beyond it.
+
+    A result's budget is twice its yardstick, the error of the eager formula in the same dtype, plus
+    one rounding of the result.
+    """
+    verdicts = []
+    for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
+        if result.shape != truth.shape:
+            return Verdict(math.inf, 0.0)
+        rounding = torch.finfo(result.dtype).eps / 2
+        verdicts.append(Verdict(relative_error(result, truth), 2 * yardstick + rounding))
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    return max(failed or verdicts, key=lambda verdict: verdict.error / verdict.budget)
+
+
+def race(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
+    """Times every call in turn, A B C A B C ..., for about `seconds` in all.
+
+    Whatever slows the machine down for a while then slows all of them down. Every other round runs
+    backwards, so that nobody always runs after the same rival.
+    """
+    repeats = {}
+    round_seconds = 0.0
+    for name, call in calls.items():
+        call()
+        once = _seconds(call, 1)
+        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / once))
+        round_seconds += once * repeats[name]
+    rounds = max(FEWEST_ROUNDS, round(seconds / round_seconds))
+
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in order:
+            samples[name].append(_seconds(calls[name], repeats[name]))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _summary(samples: Sequence[float]) -> Timing:
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The rates this machine reaches with its threads as they are set.
+
+    Attributes:
+        flops: floating-point operations a second, by dtype, in large matrix products.
+        flops_source: which routine reached them, by dtype.
+        bandwidth: bytes a second, read and written, when copying an array far larger than caches.
+    """
+
+    flops: Mapping[str, float]
+    flops_source: Mapping[str, str]
+    bandwidth: float
+
+    def least_seconds(self, work: Work, dtype: str) -> float:
+        """The time of a call at whichever ceiling it meets first."""
+        return max(work.flops / self.flops[dtype], work.least_bytes / self.bandwidth)
+
+
+def measure_ceilings(dtypes: Sequence[str], size: int = 2048, seconds: float = 2.0) -> Ceilings:
+    """Measures both ceilings: products of two (size, size) matrices, and a copy of 256 MiB.
+
+    Any type may be computed in float32, so no ceiling is below that of float32.
+    """
+    # The fastest fifth: a ceiling is what the machine can do, not what it does on average.
+    rates: dict[str, tuple[float, str]] = {}
+    for dtype in {"float32", *filter(_has_fast_products, dtypes)}:
+        for routine, timing in race(_matrix_products(size, dtype), seconds).items():
+            rate = (2 * size**3 / timing.p20, f"{dtype}, {routine}")
+            rates[dtype] = max(rate, rates.get(dtype, rate))
+    best = {dtype: max(rates["float32"], rates.get(dtype, (0.0, ""))) for dtype in dtypes}
+
+    block = torch.zeros(2**26)
+    target = torch.zeros_like(block)
+    copy = race({"copy": lambda: (target.copy_(block),)}, seconds)["copy"]
+    return Ceilings(
+        flops={dtype: rate for dtype, (rate, _) in best.items()},
+        flops_source={dtype: source for dtype, (_, source) in best.items()},
+        bandwidth=2 * block.nbytes / copy.p20,
+    )
+
+
+def _has_fast_products(dtype: str) -> bool:
+    """Whether torch multiplies matrices of this type by other means than one scalar at a time."""
+    if dtype == "bfloat16":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == "float16":
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def _matrix_products(size: int, dtype: str) -> dict[str, Call]:
+    left, right = torch.rand(2, size, size).to(getattr(torch, dtype)).unbind()
+    # torch.matmul is not the fastest everywhere: on AMD its library keeps to AVX2.
+    packed = torch.ops.mkldnn._reorder_linear_weight(right.t().contiguous(), size)
+    return {
+        "torch.matmul": lambda: (left @ right,),
+        "oneDNN with packed weight": lambda: (
+            torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""),
+        ),
+    }

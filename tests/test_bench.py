@@ -1,0 +1,234 @@
+"""The benchmark's own correctness: its formulas, its check before the race, its report."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import __main__ as command_line
+from bench import flash_attention as family
+from bench.cases import CASES, AttentionCase
+from bench.contest import contests, run
+from bench.measure import Call, Ceilings, Verdict, Work, judge, measure_ceilings, race
+from bench.peers import CONTESTANTS, EAGER, FLASH_ATTENTION, OURS, SDPA, Contestant, eager_attention
+from bench.report import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
+CAUSAL = replace(SELF, name="tiny-causal", is_causal=True)
+CROSS = replace(SELF, name="tiny-cross", query_length=5, key_length=12)
+CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9)
+
+
+def brute_force_pairs(case: AttentionCase) -> int:
+    pairs = itertools.product(range(case.query_length), range(case.key_length))
+    return sum(1 for i, j in pairs if j <= i or not case.is_causal)
+
+
+@pytest.mark.parametrize("lengths", [(10, 10), (10, 4), (4, 10), (1, 1)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_flops_count_the_visible_pairs(lengths: tuple[int, int], is_causal: bool) -> None:
+    case = replace(SELF, query_length=lengths[0], key_length=lengths[1], is_causal=is_causal)
+    per_product = 2 * case.batch * case.heads * brute_force_pairs(case) * case.head_dim
+    for mode, products in {"fwd": 2, "bwd": 5, "fwd+bwd": 7}.items():
+        assert family.work(case, torch.float32, mode).flops == products * per_product
+
+
+def test_flops_are_those_torch_counts() -> None:
+    """Forward of the eager formula does no more than it must; its backward keeps the scores."""
+    for mode, recomputed in {"fwd": 0, "bwd": 1, "fwd+bwd": 1}.items():
+        inputs = family.make_inputs(CROSS, torch.float32, mode)
+        call = family.make_call(eager_attention(CROSS), inputs, mode)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        scores = family.work(CROSS, torch.float32, "fwd").flops // 2
+        work = family.work(CROSS, torch.float32, mode)
+        assert counter.get_total_flops() == work.flops - recomputed * scores
+
+
+@pytest.mark.parametrize("case", [SELF, CROSS], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_least_bytes_are_those_of_the_tensors(case: AttentionCase, dtype: torch.dtype) -> None:
+    inputs = family.make_inputs(case, dtype, "fwd+bwd")
+    out, *gradients = family.make_call(eager_attention(case), inputs, "fwd+bwd")()
+
+    def size(*tensors: torch.Tensor) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    sources = size(inputs.query, inputs.key, inputs.value)
+    logsumexp = out[..., 0].numel() * 4
+    forward = sources + size(out)
+    backward = sources + size(out, inputs.grad_out) + logsumexp + size(*gradients)
+    assert family.work(case, dtype, "fwd").least_bytes == forward
+    assert family.work(case, dtype, "bwd").least_bytes == backward
+    assert family.work(case, dtype, "fwd+bwd").least_bytes == forward + logsumexp + backward
+
+
+def test_inputs_are_slices_of_packed_projections() -> None:
+    inputs = family.make_inputs(SELF, torch.bfloat16, "fwd")
+    token = SELF.heads * SELF.head_dim
+    expected = (10 * 3 * token, SELF.head_dim, 3 * token, 1)
+    for tensor in (inputs.query, inputs.key, inputs.value):
+        assert tensor.stride() == expected
+    storages = {x.untyped_storage().data_ptr() for x in (inputs.query, inputs.key, inputs.value)}
+    assert len(storages) == 1
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("case", [SELF, CAUSAL, CROSS], ids=lambda case: case.name)
+def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: str) -> None:
+    inputs = family.make_inputs(case, torch.float64, mode)
+    whole = family.make_call(SDPA.prepare(case), inputs, mode)()
+    for actual, expected in zip(family.reference(case, inputs, mode), whole, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
+    row = run(family, CAUSAL, dtype, mode, CONTESTANTS["flash_attention"], 0.0)
+    assert set(row.timings) == {OURS, "torch SDPA", "eager"}
+    assert not row.refusals
+    assert row.best_peer in ("torch SDPA", "eager")
+    assert row.ratio(row.best_peer) == pytest.approx(
+        row.timings[row.best_peer].median / row.timings[OURS].median
+    )
+    for timing in row.timings.values():
+        assert 0 < timing.p20 <= timing.median <= timing.p80
+    assert "WRONG" not in markdown([row], ["torch SDPA", "eager"], CEILINGS)
+
+
+def planted(name: str, damage: float) -> Contestant:
+    """Attention whose output is off by a factor of 1 + damage."""
+
+    def prepare(case: AttentionCase):
+        eager = eager_attention(case)
+        return lambda query, key, value: eager(query, key, value) * (1 + damage)
+
+    return Contestant(name, lambda case, dtype: None, prepare)
+
+
+@pytest.mark.parametrize("damage", [1e-4, float("nan")])
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_speed_of_a_wrong_kernel_is_not_reported(damage: float, mode: str) -> None:
+    row = run(family, SELF, "float32", mode, (planted(OURS, damage), SDPA), 0.0)
+    assert not row.timings
+    assert row.noise is None
+    assert row.refusals[OURS].startswith("WRONG")
+    table = markdown([row], ["torch SDPA"], CEILINGS)
+    assert table.count("WRONG") == 2  # in its row, and why below the table
+
+
+def test_wrong_peer_does_not_count_as_a_peer() -> None:
+    row = run(family, SELF, "float32", "fwd", (FLASH_ATTENTION, planted("fast", 1e-4), SDPA), 0.0)
+    assert set(row.timings) == {OURS, "torch SDPA"}
+    assert row.refusals["fast"].startswith("WRONG")
+    assert row.ratio("fast") is None
+
+
+def test_wrong_gradient_alone_is_found() -> None:
+    truths = [torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    results = [torch.ones(3), torch.tensor([1.0, 1.0, 1.0, 1.1])]
+    assert not judge(results, truths, [1e-7, 1e-7]).passed
+    assert not judge([torch.ones(3), torch.ones(1)], truths, [1e-7, 1e-7]).passed
+    assert judge([torch.ones(3), torch.ones(4)], truths, [0.0, 0.0]) == Verdict(
+        0.0, torch.finfo(torch.float32).eps / 2
+    )
+
+
+def test_refusals_are_reported() -> None:
+    shy = Contestant("shy", lambda case, dtype: "not today", SDPA.prepare)
+    row = run(family, SELF, "float32", "fwd", (FLASH_ATTENTION, shy), 0.0)
+    assert row.refusals == {"shy": "not today"}
+    assert "shy: not today" in markdown([row], ["shy"], CEILINGS)
+
+
+def test_eager_refuses_what_would_not_fit_in_memory() -> None:
+    endless = replace(SELF, query_length=2**24, key_length=2**24)
+    assert "score matrices" in EAGER.refusal(endless, torch.float32)
+    assert EAGER.refusal(SELF, torch.float32) is None
+
+
+def test_race_interleaves() -> None:
+    order = []
+
+    def call(name: str) -> Call:
+        def run() -> tuple[torch.Tensor, ...]:
+            order.append(name)
+            time.sleep(0.002)  # longer than the shortest sample: one sample is one call
+            return ()
+
+        return run
+
+    timings = race({"a": call("a"), "b": call("b")}, 0.0)
+    warm_up, rounds = order[:4], order[4:]
+    assert warm_up == ["a", "a", "b", "b"]
+    assert rounds == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
+    assert timings["a"].samples == timings["b"].samples == 5
+
+
+def test_ceilings_and_the_fraction_of_them() -> None:
+    ceilings = measure_ceilings(["float32", "float16"], size=64, seconds=0.0)
+    assert ceilings.flops["float16"] >= ceilings.flops["float32"] > 0
+    assert ceilings.bandwidth > 0
+    limited = replace(ceilings, flops={"float32": 100.0}, bandwidth=10.0)
+    assert limited.least_seconds(Work(1000, 10), "float32") == 10.0
+    assert limited.least_seconds(Work(1000, 1000), "float32") == 100.0
+
+
+def test_names_are_unique_and_lengths_are_real() -> None:
+    for cases in CASES.values():
+        assert len({case.name for case in cases}) == len(cases)
+    chosen = list(contests("flash_attention", ["float16"], ("fwd", "bwd"), "vit-h"))
+    assert [(c.name, d, m) for c, d, m in chosen] == [
+        ("vit-h14", "float16", "fwd"),
+        ("vit-h14", "float16", "bwd"),
+    ]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "new" / "bench.json"
+    arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
+    arguments += ["--ceiling-size", "64", "--json", str(target), "--backend", "reference"]
+    assert command_line.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "| vit-h14 | B1 H16 L257 S257 d80 | float32 | fwd | reference |" in table
+    document = json.loads(target.read_text())
+    assert set(document) == {"machine", "ceilings", "rows"}
+    assert set(document["rows"][0]["timings"]) == {OURS, "torch SDPA", "eager"}
+
+
+def test_command_line_fails_on_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CONTESTANTS, "flash_attention", (planted(OURS, 1e-3), SDPA))
+    arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
+    assert command_line.main([*arguments, "--ceiling-size", "64"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_command_line_says_that_nothing_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["flash_attention", "--filter", "no-such-case"]) == 2
+    assert "no-such-case" in capsys.readouterr().err
+
+
+def test_pytest_benchmark_runs_the_same_calls() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "vit-h14 and float32 and fwd"]
+    result = subprocess.run(
+        [*command, "--benchmark-disable", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 passed" in result.stdout  # three contestants, forward and with backward
