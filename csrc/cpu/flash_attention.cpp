@@ -257,7 +257,9 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
   set_most(tasks, &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), run.forward_scratch(problem),
-                [&](int64_t i, float* scratch) { run.forward(problem, tasks[i], scratch); });
+                [&](int64_t i, int64_t next, float* scratch) {
+                  run.forward(problem, tasks[i], tasks[next], scratch);
+                });
   return {out, logsumexp};
 }
 
@@ -402,8 +404,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
   set_most(tasks, &problem);
   const int64_t scratch_size = run.backward_scratch(problem);
-  const auto run_task = [&](int64_t i, float* scratch) {
-    run.backward(problem, tasks[i], scratch);
+  const auto run_task = [&](int64_t i, int64_t next, float* scratch) {
+    run.backward(problem, tasks[i], tasks[next], scratch);
   };
   if (!wants_mask) {
     for_each_task(static_cast<int64_t>(tasks.size()), scratch_size, run_task);
@@ -421,8 +423,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
       stride *= m[i];
     }
     for_each_task(static_cast<int64_t>(units.tasks.size()), scratch_size,
-                  [&](int64_t unit, float* scratch) {
-                    for (int64_t i : units.tasks[unit]) run_task(i, scratch);
+                  [&](int64_t unit, int64_t, float* scratch) {
+                    const auto& list = units.tasks[unit];
+                    for (size_t i = 0; i < list.size(); i++)
+                      run_task(list[i], list[std::min(i + 1, list.size() - 1)], scratch);
                   });
     const int64_t first_dim = 0;
     Tensor total = copies == 1 ? torch::stable::select(sums, 0, 0)
@@ -431,7 +435,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
     grad_mask = torch::stable::to(total, mask->scalar_type());
   }
   if (problem.grad_query_splits != nullptr) {
-    for_each_task(batch * heads * length, 0, [&](int64_t row, float*) {
+    for_each_task(batch * heads * length, 0, [&](int64_t row, int64_t, float*) {
       run.sum_splits(problem, splits, static_cast<int>(row / length / heads),
                      static_cast<int>(row / length % heads), row % length);
     });

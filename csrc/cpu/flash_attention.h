@@ -63,13 +63,15 @@ struct FlashAttentionBackward : FlashAttentionProblem {
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // 0 along dimensions to sum over
 };
 
-// The entry points of one instruction-set variant. Scratch is 64-byte aligned and `*_scratch`
-// floats long.
+// The entry points of one instruction-set variant. `next` is what the same thread will run after
+// `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
 struct FlashAttentionKernel {
   int64_t (*forward_scratch)(const FlashAttentionForward&);
-  void (*forward)(const FlashAttentionForward&, const FlashAttentionTask&, float* scratch);
+  void (*forward)(const FlashAttentionForward&, const FlashAttentionTask& task,
+                  const FlashAttentionTask& next, float* scratch);
   int64_t (*backward_scratch)(const FlashAttentionBackward&);
-  void (*backward)(const FlashAttentionBackward&, const FlashAttentionTask&, float* scratch);
+  void (*backward)(const FlashAttentionBackward&, const FlashAttentionTask& task,
+                   const FlashAttentionTask& next, float* scratch);
   void (*sum_splits)(const FlashAttentionBackward&, int splits, int batch, int head, int64_t row);
   int queries_per_tile;
 };

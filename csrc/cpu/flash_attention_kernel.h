@@ -57,11 +57,10 @@ struct Arena {
 
 template <class M>
 VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
-  M buffer[kLanes];
-  const Vec raw = load_first(contiguous(row, stride, 0, n, buffer), n);
+  const Vec raw = stride == 1 ? load_first(row, n) : gather_words<Fp32Words>(row, stride, n);
   // Finite values stay finite: torch adds them, and a row of equal lowest values is uniform, not
   // empty.
-  const Vec scaled = max(broadcast(kLowest), fma(raw, broadcast(kLog2E), zero()));
+  const Vec scaled = max(broadcast(kLowest), raw * broadcast(kLog2E));
   return select_eq(raw, broadcast(-kInfinity), broadcast(-kInfinity), scaled);
 }
 
@@ -80,6 +79,11 @@ Philox dropout(const FlashAttentionProblem& problem) {
 // What the weights that dropout keeps are multiplied by.
 float kept_scale(const FlashAttentionProblem& problem) {
   return problem.dropout_p >= 1.f ? 0.f : 1.f / (1.f - problem.dropout_p);
+}
+
+template <class T>
+VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int batch, int head, int row) {
+  return {tensor.at<T>(batch, head, row), tensor.stride[2], tensor.stride[3]};
 }
 
 // One tile of queries of one task: its scores against blocks of packed keys.
@@ -192,8 +196,7 @@ struct Scores {
           most[g] = max(most[g], x);
         }
     }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] =
-        fma(most[g], broadcast(*factor), zero());
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(*factor);
     return true;
   }
 };
@@ -274,8 +277,7 @@ struct Forward {
     float* out = slot + 2 * kWidth + 16;
     float* started = slot + 2 * kWidth;
     const Scores<Words, T> tile{problem, task, task.head, first_query, count, query, mask_tile};
-    const Rows<T> rows{problem.query.at<T>(task.batch, task.head, first_query),
-                       problem.query.stride[2], problem.query.stride[3]};
+    const Rows<T> rows = rows_of<T>(problem.query, task.batch, task.head, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
     Vec most[kGroups], sum[kGroups];
     if (is_first) *started = 0.f;
@@ -350,16 +352,28 @@ struct Forward {
                               problem.out.stride[2], count, problem.value_dim);
   }
 
-  void run(const FlashAttentionTask& task) const {
+  VLMFAST_INLINE void prefetch(const FlashAttentionTask& task, const FlashAttentionTask& next,
+                               int part, int parts) const {
+    const int head = next.head / problem.group,
+              n = minimum(next.k_end - next.k_begin, keys_at_once);
+    rows_of<T>(problem.query, next.batch, next.head, next.q_begin)
+        .prefetch(next.q_end - next.q_begin, problem.head_dim, part, parts);
+    if (next.batch == task.batch && head == task.head / problem.group) return;
+    rows_of<T>(problem.key, next.batch, head, next.k_begin)
+        .prefetch(n, problem.head_dim, part, parts);
+    rows_of<T>(problem.value, next.batch, head, next.k_begin)
+        .prefetch(n, problem.value_dim, part, parts);
+  }
+
+  // `next` is what this thread runs afterwards (or `task` itself).
+  void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin);
     const int key_head = task.head / problem.group;
     int panel = task.k_begin;
     do {
       const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
-      const Rows<T> key_rows{problem.key.at<T>(task.batch, key_head, panel), problem.key.stride[2],
-                             problem.key.stride[3]};
-      const Rows<T> value_rows{problem.value.at<T>(task.batch, key_head, panel),
-                               problem.value.stride[2], problem.value.stride[3]};
+      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, panel);
+      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, panel);
       pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
       pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
                             values);
@@ -369,6 +383,7 @@ struct Forward {
         const int count = minimum(groups * kLanes, task.q_end - first_query);
         const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
         float* slot = state + (keeps_state ? t * state_size : 0);
+        if (is_last) prefetch(task, next, t, tiling.tiles);
         switch (groups) {
           case 1:
             tile<1>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
@@ -443,9 +458,8 @@ struct Backward {
   // grad_out . out - grad_logsumexp of each row, and the logsumexp in log2 units as `top` +
   // `log_sum`.
   template <int kGroups>
-  VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, int batch, const T* grad,
-                                 int64_t grad_stride, int64_t grad_column_stride, float* delta,
-                                 float* top, float* log_sum) const {
+  VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, int batch, Rows<T> grad,
+                                 float* delta, float* top, float* log_sum) const {
     constexpr int kWidth = kGroups * kLanes;
     const T* out = problem.out.at<T>(batch, tile.head, tile.first_query);
     const int64_t row =
@@ -457,10 +471,12 @@ struct Backward {
       if (i >= tile.count) continue;
       Vec sum = zero();
       for (int d = 0; d < problem.value_dim; d += kLanes) {
-        T buffer[kLanes];
         const int n = minimum(kLanes, problem.value_dim - d);
-        const T* g = contiguous(grad + i * grad_stride, grad_column_stride, d, n, buffer);
-        sum = fma(load_first(g, n), load_first(out + i * problem.out.stride[2] + d, n), sum);
+        const T* g = grad.row(i) + d * grad.column_stride;
+        const Vec grads = grad.column_stride == 1
+                              ? load_first(g, n)
+                              : gather_words<Fp32Words>(g, grad.column_stride, n);
+        sum = fma(grads, load_first(out + i * problem.out.stride[2] + d, n), sum);
       }
       delta[i] = horizontal_sum(sum) -
                  (problem.grad_logsumexp == nullptr ? 0.f : problem.grad_logsumexp[row + i]);
@@ -487,8 +503,7 @@ struct Backward {
     const int end = tile.visible_end(task.all_k_end);
     for (int key = task.all_k_begin; key < end; key += kBlock) {
       const int n = minimum(kBlock, end - key);
-      const Rows<T> rows{problem.key.at<T>(task.batch, tile.head / problem.group, key),
-                         problem.key.stride[2], problem.key.stride[3]};
+      const Rows<T> rows = rows_of<T>(problem.key, task.batch, tile.head / problem.group, key);
       pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, temporary_keys);
       float factor;
       Vec block_most[kGroups];
@@ -607,10 +622,8 @@ struct Backward {
     if (is_first)
       for (int i = 0; i < columns * kWidth; i += kLanes) store(grad_query_sum + i, zero());
     if (panel < end) {
-      const Rows<T> query_in{problem.query.at<T>(task.batch, head, first_query),
-                             problem.query.stride[2], problem.query.stride[3]};
-      const Rows<T> grad_in{problem.grad_out.at<T>(task.batch, head, first_query),
-                            problem.grad_out.stride[2], problem.grad_out.stride[3]};
+      const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head, first_query);
+      const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head, first_query);
       pack_transposed<Words, kGroups>(query_in, count, problem.head_dim, problem.scale * kLog2E,
                                       query);
       pack_transposed<Words, kGroups>(grad_in, count, problem.value_dim, 1.f, grad_out);
@@ -621,8 +634,7 @@ struct Backward {
                               grad_out_rows);
       }
       float delta[kWidth], top[kWidth], log_sum[kWidth];
-      row_values<kGroups>(tile, task.batch, grad_in.data, grad_in.row_stride, grad_in.column_stride,
-                          delta, top, log_sum);
+      row_values<kGroups>(tile, task.batch, grad_in, delta, top, log_sum);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
       for (int key = panel; key < end; key += kBlock) {
         const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep), at = key - panel;
@@ -670,17 +682,32 @@ struct Backward {
     }
   }
 
-  void run(const FlashAttentionTask& task) const {
+  VLMFAST_INLINE void prefetch(const FlashAttentionTask& next, int part, int parts) const {
+    const int n = minimum(next.k_end - next.k_begin, keys_at_once),
+              count = next.q_end - next.q_begin;
+    const int head = next.head * problem.group;
+    rows_of<T>(problem.key, next.batch, next.head, next.k_begin)
+        .prefetch(n, problem.head_dim, part, parts);
+    rows_of<T>(problem.value, next.batch, next.head, next.k_begin)
+        .prefetch(n, problem.value_dim, part, parts);
+    rows_of<T>(problem.query, next.batch, head, next.q_begin)
+        .prefetch(count, problem.head_dim, part, parts);
+    rows_of<T>(problem.grad_out, next.batch, head, next.q_begin)
+        .prefetch(count, problem.value_dim, part, parts);
+    rows_of<T>(problem.out, next.batch, head, next.q_begin)
+        .prefetch(count, problem.value_dim, part, parts);
+  }
+
+  // `next` is what this thread runs afterwards (or `task` itself).
+  void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin);
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;
     int panel = task.k_begin;
     do {
       const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
       const int padded = round_up(n, kRowStep);
-      const Rows<T> key_rows{problem.key.at<T>(task.batch, task.head, panel), problem.key.stride[2],
-                             problem.key.stride[3]};
-      const Rows<T> value_rows{problem.value.at<T>(task.batch, task.head, panel),
-                               problem.value.stride[2], problem.value.stride[3]};
+      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, panel);
+      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, panel);
       pack_rows<Words>(key_rows, n, padded, problem.head_dim, keys);
       pack_rows<Words>(value_rows, n, padded, problem.value_dim, values);
       if (kPairs) pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
@@ -698,6 +725,7 @@ struct Backward {
           const int count = minimum(groups * kLanes, task.q_end - first_query);
           const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
           float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
+          if (is_last && h == problem.group - 1) prefetch(next, t, tiling.tiles);
           switch (groups) {
             case 1:
               tile<1>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
@@ -761,9 +789,10 @@ int64_t forward_scratch(const FlashAttentionForward& problem) {
   });
 }
 
-void forward(const FlashAttentionForward& problem, const FlashAttentionTask& task, float* scratch) {
+void forward(const FlashAttentionForward& problem, const FlashAttentionTask& task,
+             const FlashAttentionTask& next, float* scratch) {
   with_types(problem, [&](auto words, auto element) {
-    Forward<decltype(words), decltype(element)>(problem, scratch).run(task);
+    Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
 
@@ -774,9 +803,9 @@ int64_t backward_scratch(const FlashAttentionBackward& problem) {
 }
 
 void backward(const FlashAttentionBackward& problem, const FlashAttentionTask& task,
-              float* scratch) {
+              const FlashAttentionTask& next, float* scratch) {
   with_types(problem, [&](auto words, auto element) {
-    Backward<decltype(words), decltype(element)>(problem, scratch).run(task);
+    Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
 

@@ -45,18 +45,23 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Calls body(task, scratch) for every task in [0, tasks). Threads take the next task as they become
-// free: tasks may be of unequal size (causal rows are), and so may cores. A task's result must not
-// depend on which thread runs it.
+// Calls body(task, next, scratch) for every task in [0, tasks); `next` is the task that the same
+// thread runs afterwards, which it may prefetch for, or `task` again. Threads take the next task as
+// they become free: tasks may be of unequal size (causal rows are), and so may cores. A task's
+// result must not depend on which thread runs it.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> unclaimed{0};
   const auto work = [&](int64_t, int64_t) {
+    const auto claim = [&] { return unclaimed.fetch_add(1, std::memory_order_relaxed); };
     Scratch& scratch = Scratch::of_this_thread();
     float* buffer = scratch.get(scratch_floats);
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      body(task, buffer);
+    for (int64_t task = claim(); task < tasks;) {
+      const int64_t next = claim();
+      body(task, next < tasks ? next : task, buffer);
+      task = next;
+    }
     scratch.trim();
   };
   torch::stable::parallel_for(0, workers, 1, work);

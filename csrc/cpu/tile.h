@@ -56,49 +56,74 @@ struct Rows {
   int64_t column_stride;
 
   VLMFAST_INLINE const T* row(int i) const { return data + i * row_stride; }
+
+  // Asks for share `part` of `parts` of the first n rows. Rows lie far apart in a packed
+  // projection, where the hardware does not foresee them.
+  VLMFAST_INLINE void prefetch(int n, int columns, int part, int parts) const {
+    if (column_stride != 1) return;
+    for (int i = (int)((int64_t)n * part / parts); i < (int)((int64_t)n * (part + 1) / parts); i++)
+      for (int64_t at = 0; at < columns * (int64_t)sizeof(T); at += 64)
+        __builtin_prefetch((const char*)row(i) + at, 0, 2);
+  }
 };
 
-// Elements [first, first + n) of a row, contiguous: the row itself, or a copy in `buffer`.
-template <class T>
-VLMFAST_INLINE const T* contiguous(const T* row, int64_t column_stride, int first, int n,
-                                   T* buffer) {
-  if (column_stride == 1) return row + first;
-  for (int i = 0; i < n; i++) buffer[i] = row[(first + i) * column_stride];
-  return buffer;
-}
-
-// kLanes words of a row of `columns` elements, from word `word` on; what lies beyond the row is
+// kLanes words that begin at `p`, of which the first n elements exist; what lies beyond them is
 // zero.
 template <class Words, class T>
-VLMFAST_INLINE Vec load_words(const T* row, int64_t column_stride, int word, int columns) {
-  const int first = word * Words::kElements;
-  const int n = maximum(0, minimum(columns - first, kLanes * Words::kElements));
-  T buffer[kLanes * Words::kElements];
-  const T* p = contiguous(row, column_stride, first, n, buffer);
+VLMFAST_INLINE Vec load_words(const T* p, int n) {
 #if VLMFAST_LEVEL >= 3
-  if constexpr (Words::kElements == 2) {
+  if constexpr (Words::kElements == 2)
     return (Vec)_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1, p);
-  } else
+  else
 #endif
     return load_first(p, n);
 }
 
+// The same of a row whose elements lie `stride` apart.
+template <class Words, class T>
+VLMFAST_INLINE Vec gather_words(const T* p, int64_t stride, int n) {
+  T buffer[kLanes * Words::kElements];
+  for (int i = 0; i < n; i++) buffer[i] = p[i * stride];
+  return load_words<Words>(buffer, n);
+}
+
+// Calls body(word, load) for the rows' words up to word_count, kLanes at a time; load(row) gives
+// those of one row.
+template <class Words, class T, class Body>
+VLMFAST_INLINE void for_each_word(const Rows<T>& rows, int columns, Body body) {
+  constexpr int kStep = kLanes * Words::kElements;
+  int first = 0;
+  if (rows.column_stride == 1)
+    for (; first + kStep <= columns; first += kStep)
+      body(first / Words::kElements, [&](int j) VLMFAST_INLINE_LAMBDA {
+        return load_words<Words>(rows.row(j) + first, kStep);
+      });
+  for (; first < word_count<Words>(columns) * Words::kElements; first += kStep) {
+    const int n = maximum(0, minimum(kStep, columns - first));
+    if (rows.column_stride == 1)
+      body(first / Words::kElements,
+           [&](int j) VLMFAST_INLINE_LAMBDA { return load_words<Words>(rows.row(j) + first, n); });
+    else
+      body(first / Words::kElements, [&](int j) VLMFAST_INLINE_LAMBDA {
+        return gather_words<Words>(rows.row(j) + first * rows.column_stride, rows.column_stride, n);
+      });
+  }
+}
+
 // out[word][kGroups * kLanes]: the transposed rows, times `scale` (fp32 words) or with the sign of
 // `scale` (bf16 words, which stay unrounded; the caller scales the product). Rows from n_rows on
-// are zero.
+// are zero, and so are words up to word_count.
 template <class Words, int kGroups, class T>
 VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float scale,
                                     float* out) {
-  const int words = word_count<Words>(columns);
   const Vec factor = broadcast(scale);
-  for (int g = 0; g < kGroups; g++) {
-    for (int w = 0; w < words; w += kLanes) {
+  for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
+    for (int g = 0; g < kGroups; g++) {
       Vec r[kLanes];
-      for (int i = 0; i < kLanes; i++) {
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) {
         const int row = g * kLanes + i;
-        r[i] = row < n_rows ? load_words<Words>(rows.row(row), rows.column_stride, w, columns)
-                            : zero();
-        if constexpr (Words::kElements == 1) r[i] = fma(r[i], factor, zero());
+        r[i] = row < n_rows ? load_row(row) : zero();
+        if constexpr (Words::kElements == 1) r[i] = r[i] * factor;
       }
 #if VLMFAST_LEVEL >= 3
       if (Words::kElements == 2 && scale < 0)
@@ -106,10 +131,12 @@ VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float
           r[i] = (Vec)_mm512_xor_si512((__m512i)r[i], _mm512_set1_epi32((int)0x80008000));
 #endif
       transpose(r);
-      const int n = minimum(kLanes, words - w);
-      for (int i = 0; i < n; i++) store(out + ((w + i) * kGroups + g) * kLanes, r[i]);
+      float* target = out + (word * kGroups + g) * kLanes;
+      const int n = word_count<Words>(columns) - word;
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n)
+          store(target + i * kGroups * kLanes, r[i]);
     }
-  }
+  });
 }
 
 // out[row][word_count]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
@@ -117,42 +144,60 @@ VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float
 template <class Words, class T>
 VLMFAST_INLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns, float* out) {
   const int words = word_count<Words>(columns);
-  for (int j = 0; j < padded_rows; j++)
-    for (int w = 0; w < words; w += kLanes)
-      store_first(
-          out + (int64_t)j * words + w,
-          j < n_rows ? load_words<Words>(rows.row(j), rows.column_stride, w, columns) : zero(),
-          words - w);
+  for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
+    float* target = out + word;
+    if (word + kLanes <= words) {
+      for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * words, load_row(j));
+    } else {
+      for (int j = 0; j < n_rows; j++)
+        store_first(target + (int64_t)j * words, load_row(j), words - word);
+    }
+  });
+  for (int64_t i = (int64_t)n_rows * words; i < (int64_t)padded_rows * words; i += kRowStep)
+    for (int k = 0; k < kRowStep; k++) out[i + k] = 0.f;
 }
 
 // Operand of a product that sums over rows. out[row / kElements][padded_columns]: with bf16 words,
-// word d holds (row 2r, row 2r + 1) of column d.
+// word d holds (row 2r, row 2r + 1) of column d. Zero beyond the last row and column.
 template <class Words, class T>
 VLMFAST_INLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
                                    int padded_columns, float* out) {
-  for (int j = 0; j < padded_rows; j += Words::kElements)
-    for (int d = 0; d < padded_columns; d += kLanes) {
-      float* target = out + (int64_t)(j / Words::kElements) * padded_columns + d;
+  if constexpr (Words::kElements == 1) {
+    for_each_word<Words>(rows, columns, [&](int d, auto load_row) VLMFAST_INLINE_LAMBDA {
+      float* target = out + d;
+      if (d + kLanes <= padded_columns) {
+        for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * padded_columns, load_row(j));
+      } else {
+        for (int j = 0; j < n_rows; j++)
+          store_first(target + (int64_t)j * padded_columns, load_row(j), padded_columns - d);
+      }
+    });
+    for (int64_t i = (int64_t)n_rows * padded_columns; i < (int64_t)padded_rows * padded_columns;
+         i += 4)
+      for (int k = 0; k < 4; k++) out[i + k] = 0.f;
+  }
 #if VLMFAST_LEVEL >= 3
-      if constexpr (Words::kElements == 2) {
-        const int n = maximum(0, minimum(kLanes, columns - d));
-        __m256i half[2];
-        for (int i = 0; i < 2; i++) {
-          T buffer[kLanes];
-          half[i] = j + i < n_rows
-                        ? _mm256_maskz_loadu_epi16(
-                              first_lanes(n),
-                              contiguous(rows.row(j + i), rows.column_stride, d, n, buffer))
-                        : _mm256_setzero_si256();
-        }
-        store_first(target, interleave(half[0], half[1]), padded_columns - d);
-      } else
-#endif
-        store_first(
-            target,
-            j < n_rows ? load_words<Words>(rows.row(j), rows.column_stride, d, columns) : zero(),
-            padded_columns - d);
+  else {
+    const auto half = [&](int j, int d, int n) VLMFAST_INLINE_LAMBDA {
+      if (j >= n_rows) return _mm256_setzero_si256();
+      const T* p = rows.row(j) + d * rows.column_stride;
+      if (rows.column_stride == 1) return _mm256_maskz_loadu_epi16(first_lanes(n), p);
+      T buffer[kLanes];
+      for (int i = 0; i < n; i++) buffer[i] = p[i * rows.column_stride];
+      return _mm256_maskz_loadu_epi16(first_lanes(n), buffer);
+    };
+    for (int j = 0; j < padded_rows; j += 2) {
+      float* target = out + (int64_t)(j / 2) * padded_columns;
+      int d = 0;
+      for (; d + kLanes <= columns; d += kLanes)
+        store(target + d, interleave(half(j, d, kLanes), half(j + 1, d, kLanes)));
+      if (d < padded_columns) {
+        const int n = maximum(0, columns - d);
+        store_first(target + d, interleave(half(j, d, n), half(j + 1, d, n)), padded_columns - d);
+      }
     }
+  }
+#endif
 }
 
 // out rows [0, n_rows) = factor * the transpose of source[column][kGroups * kLanes].
@@ -160,16 +205,21 @@ template <int kGroups, class T>
 VLMFAST_INLINE void store_transposed(const float* source, const Vec* factor, T* out,
                                      int64_t row_stride, int n_rows, int columns) {
   for (int g = 0; g < kGroups; g++) {
-    const int n = minimum(kLanes, n_rows - g * kLanes);
+    const int rows = minimum(kLanes, n_rows - g * kLanes);
+    T* target = out + g * kLanes * row_stride;
     for (int d = 0; d < columns; d += kLanes) {
+      const int n = minimum(kLanes, columns - d);
       Vec r[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        r[i] = d + i < columns
-                   ? fma(factor[g], load(source + ((d + i) * kGroups + g) * kLanes), zero())
-                   : zero();
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+          i < n ? factor[g] * load(source + ((d + i) * kGroups + g) * kLanes) : zero();
       transpose(r);
-      for (int i = 0; i < n; i++)
-        store_first(out + (g * kLanes + i) * row_stride + d, r[i], minimum(kLanes, columns - d));
+      if (n == kLanes) {
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < rows)
+            store_first(target + i * row_stride + d, r[i], kLanes);
+      } else {
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < rows)
+            store_first(target + i * row_stride + d, r[i], n);
+      }
     }
   }
 }
@@ -225,9 +275,8 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
                                      const float* __restrict values, int value_stride, int n_rows,
                                      float* __restrict out, const Vec* rescale) {
   Vec sum[kColumns][kGroups];
-  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups;
-                                                                        g++) sum[d][g] =
-      rescale == nullptr ? zero() : fma(rescale[g], load(out + (d * kGroups + g) * kLanes), zero());
+  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+      sum[d][g] = rescale == nullptr ? zero() : rescale[g] * load(out + (d * kGroups + g) * kLanes);
   for (int r = 0; r < n_rows; r++) {
     Vec p[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) p[g] =

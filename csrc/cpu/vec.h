@@ -11,6 +11,7 @@
 #include "cpu/types.h"
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
+#define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define VLMFAST_UNROLL _Pragma("GCC unroll 32")
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
