@@ -138,7 +138,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.name.endswith("-cp310-abi3-linux_x86_64.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = sources("vlmfast/**/*.py") | {"vlmfast/_C.abi3.so"}
+    expected = sources("vlmfast/**/*.py") | {"vlmfast/_C.abi3.so", "vlmfast/py.typed"}
     expected |= {f"vlmfast/{name}" for name in sources("kernels/*.py")}
     assert names == expected
 
