@@ -44,8 +44,10 @@ _OPTIONAL_LIBRARIES = (
 
 
 class _State(threading.local):
-    forced: str | None = None  # by use_backend
-    explaining: bool = False
+    # In __init__, which runs once a thread: class attributes would break torch.compile's guards.
+    def __init__(self) -> None:
+        self.forced: str | None = None  # by use_backend
+        self.explaining: bool = False
 
 
 _state = _State()
@@ -199,7 +201,10 @@ _HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook that hides a module may raise instead of finding nothing
+        return False
 
 
 _TRITON_INSTALLED = _installed("triton")

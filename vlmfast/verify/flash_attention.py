@@ -1,0 +1,241 @@
+"""Cases of softmax attention, and the norms of the terms that it sums."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.ops import flash_attention as ops
+from vlmfast.reference.common import dropout_keep_mask
+from vlmfast.reference.flash_attention import flash_attention as reference
+from vlmfast.verify.common import Case, Inputs, Tensors
+
+
+def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
+    """Norms of the terms whose sums the outputs and gradients are; everything in float64.
+
+    With weights P and gradients dP of the weights, out sums P V, grad_value P dO, and the others
+    sum terms of P dP, of which the softmax's backward subtracts the mean.
+    """
+    arguments, grad_out = _operator_arguments(inputs), grads["out"]
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    if "cu_seqlens_q" in inputs:
+        grad_out = grad_out.transpose(0, 1).unsqueeze(0)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    identity = torch.eye(key.shape[2], dtype=query.dtype, device=query.device)
+    identity = identity.expand(*query.shape[:2], -1, -1)
+    weights, logsumexp = reference(**{**arguments, "key": key, "value": identity})
+    products = weights * (grad_out @ value.transpose(-2, -1))
+
+    def norm(equation: str, *tensors: Tensor) -> float:
+        return torch.einsum(f"{equation}->", *(x.square() for x in tensors)).sqrt().item()
+
+    scale = arguments["scale"]
+    return {
+        "out": norm("bhij,bhjd", weights, value),
+        "logsumexp": logsumexp[logsumexp.isfinite()].norm().item(),
+        "grad_query": scale * norm("bhij,bhjd", products, key),
+        "grad_key": scale * norm("bhij,bhid", products, query),
+        "grad_value": norm("bhij,bhid", weights, grad_out),
+        "grad_attn_mask": products.norm().item(),
+    }
+
+
+def _operator_arguments(inputs: Inputs) -> dict[str, Any]:
+    """Arguments of the reference and of the operators.
+
+    The inputs are named as those of `scaled_dot_product_attention`, or, where there are cumulative
+    lengths, of `varlen_attention`.
+    """
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    packed = "cu_seqlens_q" in inputs
+    if packed:
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    causality = 2 if packed else 1
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "attn_mask": inputs.get("attn_mask"),
+        "cu_seqlens_q": inputs.get("cu_seqlens_q"),
+        "cu_seqlens_k": inputs.get("cu_seqlens_k"),
+        "max_seqlen_q": inputs.get("max_seqlen_q", 0),
+        "max_seqlen_k": inputs.get("max_seqlen_k", 0),
+        "causal": causality if inputs.get("is_causal", False) else 0,
+        "scale": inputs.get("scale", query.shape[-1] ** -0.5),
+        "dropout_p": inputs.get("dropout_p", 0.0),
+        "dropout_seed": inputs.get("dropout_seed"),
+    }
+
+
+def _outputs(inputs: Inputs, compute: Callable[..., tuple[Tensor, Tensor]]) -> Tensors:
+    out, logsumexp = compute(**_operator_arguments(inputs))
+    if "cu_seqlens_q" in inputs:
+        return {"out": out.squeeze(0).transpose(0, 1), "logsumexp": logsumexp.squeeze(0)}
+    return {"out": out}
+
+
+def _by_reference(inputs: Inputs) -> Tensors:
+    return _outputs(inputs, reference)
+
+
+def _by_kernel(inputs: Inputs, backend: str) -> Tensors:
+    return _outputs(inputs, ops.FORWARD[backend])
+
+
+def _dense_by_torch(inputs: Inputs) -> Tensors:
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    scale = inputs.get("scale", query.shape[-1] ** -0.5)
+    mask, is_causal = inputs.get("attn_mask"), inputs.get("is_causal", False)
+    if mask is not None and is_causal:  # torch refuses both, so one becomes part of the other
+        hidden = mask.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
+        is_causal = False
+    floating_mask = mask is not None and mask.is_floating_point()
+    if "dropout_seed" not in inputs and not (floating_mask and query.dtype != torch.float32):
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
+        return {"out": out}
+    # With a floating mask beside half precision torch's function computes in float32 throughout,
+    # which is no peer for half precision: the formula written out is. And it takes a keep mask.
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = query @ key.transpose(-2, -1) * scale
+    weights = (logits if mask is None else logits + mask).softmax(-1)
+    if "dropout_seed" in inputs:
+        keep = dropout_keep_mask(*weights.shape, inputs["dropout_p"], inputs["dropout_seed"])
+        weights = weights * keep / (1.0 - inputs["dropout_p"])
+    return {"out": weights.to(value.dtype) @ value}
+
+
+def _packed_by_torch(inputs: Inputs) -> Tensors:
+    query, key, value = (inputs[name].transpose(0, 1) for name in ("query", "key", "value"))
+    starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+    outs, logsumexps = [], []
+    for i in range(len(starts_q) - 1):
+        q = query[:, starts_q[i] : starts_q[i + 1]]
+        k, v = (x[:, starts_k[i] : starts_k[i + 1]] for x in (key, value))
+        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        if inputs.get("is_causal", False):
+            visible = visible.tril(k.shape[1] - q.shape[1])
+        group = q.shape[0] // k.shape[0]
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        logits = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+        outs.append(logits.softmax(-1) @ v)
+        logsumexps.append(logits.logsumexp(-1))
+    return {"out": torch.cat(outs, 1).transpose(0, 1), "logsumexp": torch.cat(logsumexps, 1)}
+
+
+def dense_case(
+    name: str,
+    query_shape: tuple[int, int, int, int],
+    key_shape: tuple[int, int, int] | None = None,
+    value_dim: int | None = None,
+    mask: Callable[[torch.Generator], Tensor] | None = None,
+    **options: Any,
+) -> Case:
+    """A call of `scaled_dot_product_attention`.
+
+    Args:
+        name: of the case.
+        query_shape: (B, Hq, L, D).
+        key_shape: (B, Hkv, S); as the query's for None.
+        value_dim: Dv; D for None.
+        mask: makes attn_mask, bool, or floating; the latter keeps its dtype and gets its gradient.
+        options: is_causal, scale, dropout_p.
+    """
+    keys = key_shape or query_shape[:3]
+    dim = query_shape[3]
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+        inputs: Inputs = {
+            "query": normal(*query_shape),
+            "key": normal(*keys, dim),
+            "value": normal(*keys, value_dim or dim),
+            **options,
+        }
+        if mask is not None:
+            inputs["attn_mask"] = mask(generator).to(device)
+        if "dropout_p" in options:
+            seed = torch.randint(0, 2**62, (1,), generator=generator)
+            inputs["dropout_seed"] = seed.to(device)
+        return inputs
+
+    differentiable: tuple[str, ...] = ("query", "key", "value")
+    if mask is not None and mask(torch.Generator()).is_floating_point():
+        differentiable += ("attn_mask",)
+    return Case(
+        name, make, differentiable, _by_kernel, _dense_by_torch, _by_reference, summed_terms
+    )
+
+
+def packed_case(
+    name: str,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dim: int,
+    is_causal: bool = False,
+) -> Case:
+    """A call of `varlen_attention` with the logsumexp.
+
+    Args:
+        name: of the case.
+        lengths: queries and keys of each sequence.
+        heads: Hq and Hkv.
+        dim: head dim.
+        is_causal: as the function's.
+    """
+    queries, keys = zip(*lengths, strict=True)
+
+    def starts(sizes: tuple[int, ...], device: str) -> Tensor:
+        return torch.tensor((0, *sizes), device=device).cumsum(0).to(torch.int32)
+
+    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+        return {
+            "query": normal(sum(queries), heads[0], dim),
+            "key": normal(sum(keys), heads[1], dim),
+            "value": normal(sum(keys), heads[1], dim),
+            "cu_seqlens_q": starts(queries, device),
+            "cu_seqlens_k": starts(keys, device),
+            "max_seqlen_q": max(queries),
+            "max_seqlen_k": max(keys),
+            "is_causal": is_causal,
+        }
+
+    differentiable = ("query", "key", "value")
+    return Case(
+        name, make, differentiable, _by_kernel, _packed_by_torch, _by_reference, summed_terms
+    )
+
+
+def normal_bias(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    """Makes a float32 bias of a shape."""
+    return lambda generator: torch.randn(shape, generator=generator)
+
+
+def random_mask(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    """Makes a bool mask of a shape that keeps two keys of three."""
+    return lambda generator: torch.rand(shape, generator=generator) < 2 / 3
+
+
+CASES = [
+    dense_case("self", (2, 3, 70, 64)),
+    dense_case("cross, head dims 72 and 40", (1, 2, 33, 72), (1, 2, 91), 40),
+    dense_case("causal, grouped heads", (2, 4, 45, 80), (2, 2, 45), is_causal=True),
+    dense_case("bool mask", (2, 2, 37, 32), (2, 2, 50), mask=random_mask(2, 1, 37, 50)),
+    dense_case("bias", (2, 3, 49, 32), mask=normal_bias(1, 3, 49, 49)),
+    dense_case("bias over keys", (2, 3, 49, 32), mask=normal_bias(2, 1, 1, 49)),
+    dense_case("dropout", (2, 2, 40, 64), dropout_p=0.3),
+    packed_case("packed", [(17, 30), (0, 5), (40, 9), (1, 1)], (4, 2), 64),
+    packed_case("packed, causal", [(17, 30), (0, 5), (33, 33), (1, 1)], (2, 2), 88, is_causal=True),
+]
