@@ -1,0 +1,124 @@
+"""patch on open_clip's towers."""
+
+import pytest
+import torch
+
+import vlmfast
+from tools.models import assert_patched_model_right, spy_on_attention
+from vlmfast._torchvision_ops import import_torchvision
+
+import_torchvision()
+from open_clip.coca_model import CoCa  # noqa: E402
+from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
+from open_clip.transformer import Attention, AttentionalPooler, TextTransformer  # noqa: E402
+
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 8, "layers": 2}
+TEXT = {"context_length": 10, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
+
+
+def make_clip(cls=CLIP, vision=(), text=()):
+    torch.manual_seed(0)
+    return cls(16, {**VISION, **dict(vision)}, {**TEXT, **dict(text)})
+
+
+def pairs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 49, (2, 10), generator=generator)
+    text[:, 7], text[:, 8:] = 49, 0
+    return {"image": torch.randn(2, 3, 32, 32, generator=generator), "text": text}
+
+
+@pytest.mark.parametrize(
+    ("cls", "vision", "text"),
+    [
+        (CLIP, {}, {}),
+        (CustomTextCLIP, {}, {}),
+        (CustomTextCLIP, {}, {"no_causal_mask": True}),
+        (CustomTextCLIP, {}, {"embed_cls": True, "pad_id": 0}),
+        (CLIP, {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4}, {}),
+        (CustomTextCLIP, {"qk_norm": True}, {"qk_norm": True, "scale_heads": True}),
+    ],
+    ids=str,
+)
+def test_clip(cls, vision, text):
+    assert_patched_model_right(make_clip(cls, vision, text), pairs)
+
+
+def test_padding_mask_without_causal():
+    torch.manual_seed(0)
+    tower = TextTransformer(**TEXT, output_dim=16, no_causal_mask=True, use_pad_mask=True)
+    assert_patched_model_right(tower, lambda seed: {"text": pairs(seed)["text"]})
+
+
+def test_narrow_dtype():
+    assert_patched_model_right(make_clip().bfloat16(), pairs)
+
+
+@pytest.mark.parametrize("text", [{}, {"qk_norm": True}], ids=["torch attention", "own attention"])
+def test_causal_text_reaches_the_kernels_as_a_flag(monkeypatch, text):
+    model = make_clip(CustomTextCLIP, text=text).eval()
+    report = vlmfast.patch(model)
+    assert len(report.replaced) == 4
+    calls = spy_on_attention(monkeypatch)
+    with torch.inference_mode():
+        model.encode_image(pairs(0)["image"])
+        assert [(c.is_causal, c.attn_mask) for c in calls] == [(False, None)] * 2
+        calls.clear()
+        model.encode_text(pairs(0)["text"])
+        assert [(c.is_causal, c.attn_mask) for c in calls] == [(True, None)] * 2
+        calls.clear()
+        model.text.attn_mask[3, 2] = -1.0
+        model.encode_text(pairs(0)["text"])
+        assert [c.is_causal for c in calls] == [False] * 2
+
+
+@pytest.mark.parametrize("masks", ["bool", "float", "bool 3-D"])
+def test_own_attention_masks(masks):
+    torch.manual_seed(0)
+    attention = Attention(32, 4, inner_norm=True, norm_layer=torch.nn.LayerNorm)
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand((8, 9, 9) if "3-D" in masks else (9, 9), generator=generator) < 0.4
+        hidden[..., 0] = False
+        return {
+            "x": torch.randn(2, 9, 32, generator=generator),
+            "attn_mask": torch.randn(9, 9, generator=generator) if masks == "float" else hidden,
+        }
+
+    assert_patched_model_right(attention, inputs)
+
+
+def test_pooler():
+    torch.manual_seed(0)
+    pooler = AttentionalPooler(32, 24, n_head=4, n_queries=3)
+
+    def inputs(seed):
+        return {"x": torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(seed))}
+
+    assert_patched_model_right(pooler, inputs)
+
+
+def test_coca():
+    torch.manual_seed(0)
+    vision = {**VISION, "attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4}
+    vision["output_tokens"] = True
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    model = CoCa(32, multimodal_cfg=TEXT, text_cfg=text, vision_cfg=vision)
+    # The original leaves it uninitialised.
+    torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)
+    assert_patched_model_right(model, pairs)
+
+
+def test_scaled_cosine_is_left():
+    attention = Attention(32, 4, scaled_cosine=True)
+    report = vlmfast.patch(attention)
+    assert not report.replaced and "scaled_cosine" in report.skipped[0].why
+
+
+def test_gradient_checkpointing():
+    def call(model, inputs):
+        model.set_grad_checkpointing()
+        return model(**inputs)
+
+    assert_patched_model_right(make_clip(), pairs, call)

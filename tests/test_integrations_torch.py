@@ -1,0 +1,171 @@
+"""patch on torch.nn's own layers: MultiheadAttention inside the Transformer modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vlmfast
+import vlmfast.nn as vnn
+from tools.models import assert_as_right_as, assert_patched_model_right, spy_on_attention
+
+WIDTH, HEADS, BATCH, TOKENS = 32, 4, 3, 7
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(TOKENS)
+PADDING = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+PADDING[1, 5:] = PADDING[2, 3:] = True
+
+
+def make_layer(**arguments):
+    torch.manual_seed(0)
+    arguments = {"dropout": 0.0, "batch_first": True, **arguments}
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, **arguments)
+
+
+def make_encoder(**arguments):
+    return nn.TransformerEncoder(make_layer(**arguments), 2, enable_nested_tensor=True)
+
+
+def tokens(seed, batch_first=True):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (BATCH, TOKENS, WIDTH) if batch_first else (TOKENS, BATCH, WIDTH)
+    return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"norm_first": True},
+        {"batch_first": False},
+        {"bias": False},
+        {"activation": "gelu"},
+        {"activation": nn.SiLU()},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masks", ["none", "causal", "padding"])
+def test_encoder_layer(arguments, masks):
+    layer = make_layer(**arguments)
+    extra = {
+        "none": {},
+        "causal": {"src_mask": CAUSAL, "is_causal": True},
+        "padding": {"src_key_padding_mask": PADDING},
+    }[masks]
+
+    def run(module, inputs):
+        return module(inputs["src"], **extra)
+
+    batch_first = arguments.get("batch_first", True)
+    assert_patched_model_right(layer, lambda seed: {"src": tokens(seed, batch_first)}, run)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masks", ["none", "causal", "padding"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_inference_runs_our_kernels_and_gives_the_same(monkeypatch, norm_first, masks):
+    encoder = make_encoder(norm_first=norm_first, activation="gelu").eval()
+    patched = copy.deepcopy(encoder)
+    vlmfast.patch(patched)
+    extra = {
+        "none": {},
+        "causal": {"mask": CAUSAL},
+        "padding": {"src_key_padding_mask": PADDING},
+    }[masks]
+    calls = spy_on_attention(monkeypatch)
+    with torch.inference_mode():
+        expected = encoder(tokens(0), **extra)
+        out = patched(tokens(0), **extra)
+    torch.testing.assert_close(out, expected)
+    # Padded batches reach the layers as nested tensors, which torch only makes for norm-last.
+    packed = masks == "padding" and not norm_first
+    function = "varlen_attention" if packed else "scaled_dot_product_attention"
+    assert [c.function for c in calls] == [function] * 2
+
+
+def test_whole_transformer():
+    torch.manual_seed(0)
+    model = nn.Transformer(WIDTH, HEADS, 1, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
+
+    def run(module, inputs):
+        return module(
+            inputs["src"],
+            inputs["tgt"],
+            src_key_padding_mask=PADDING,
+            tgt_mask=CAUSAL,
+            tgt_is_causal=True,
+            memory_key_padding_mask=PADDING,
+        )
+
+    assert_patched_model_right(
+        model, lambda seed: {"src": tokens(seed), "tgt": tokens(seed + 100)}, run
+    )
+    report = vlmfast.patch(model)
+    paths = [entry.path for entry in report.replaced]
+    assert paths == [
+        "encoder.layers.0",
+        "encoder.layers.0.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+        "decoder.layers.1.self_attn",
+        "decoder.layers.1.multihead_attn",
+    ]
+
+
+def test_the_model_itself_may_be_the_layer():
+    layer = nn.MultiheadAttention(WIDTH, HEADS)
+    report = vlmfast.patch(layer)
+    assert type(layer) is vnn.MultiheadAttention
+    assert [entry.path for entry in report.replaced] == [""]
+    assert "(the model)" in str(report)
+    vlmfast.unpatch(layer)
+    assert type(layer) is nn.MultiheadAttention
+
+
+def test_subclasses_are_left_and_reported():
+    class Loud(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return tuple(2 * x for x in super().forward(*args, **kwargs) if x is not None)
+
+    model = nn.ModuleDict(
+        {"loud": Loud(WIDTH, HEADS), "ours": vnn.MultiheadAttention(WIDTH, HEADS)}
+    )
+    report = vlmfast.patch(model)
+    assert not report.replaced
+    assert [(entry.path, entry.why) for entry in report.skipped] == [
+        ("loud", "a subclass may compute something else")
+    ]
+    assert type(model["loud"]) is Loud
+    vlmfast.unpatch(model)
+    assert type(model["ours"]) is vnn.MultiheadAttention
+
+
+def test_attention_with_weights_stays_torch(monkeypatch):
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
+    patched = copy.deepcopy(attention)
+    vlmfast.patch(patched)
+    calls = spy_on_attention(monkeypatch)
+    x = tokens(0)
+    for mine, original in zip(patched(x, x, x), attention(x, x, x), strict=True):
+        assert torch.equal(mine, original)
+    assert not calls
+
+
+def test_training_with_dropout_runs():
+    encoder = make_encoder(dropout=0.2).train()
+    vlmfast.patch(encoder)
+    torch.manual_seed(3)
+    first = encoder(tokens(0))
+    torch.manual_seed(3)
+    assert torch.equal(first, encoder(tokens(0)))
+    first.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(dtype):
+    encoder = make_encoder().to(dtype)
+    patched = copy.deepcopy(encoder)
+    vlmfast.patch(patched)
+    assert_as_right_as(patched, encoder, lambda seed: {"src": tokens(seed)})

@@ -1,0 +1,149 @@
+"""Compares a patched model with its original: every output, every gradient, and what it called."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlmfast
+import vlmfast.functional as VF
+
+SEEDS = 8
+
+Inputs = dict[str, Any]
+Call = Callable[[nn.Module, Inputs], Any]
+
+
+@dataclasses.dataclass
+class AttentionCall:
+    """One call of an attention function of vlmfast, as a spy saw it."""
+
+    function: str
+    query: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    backend: str | None
+
+
+def spy_on_attention(monkeypatch) -> list[AttentionCall]:
+    """The list to which every call of the attention functions is added from now on."""
+    calls: list[AttentionCall] = []
+    for name in ("scaled_dot_product_attention", "varlen_attention"):
+        original = getattr(VF, name)
+
+        def spy(query, *args, _name=name, _original=original, **kwargs):
+            mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+            calls.append(AttentionCall(_name, query, mask, causal, kwargs.get("backend")))
+            return _original(query, *args, **kwargs)
+
+        monkeypatch.setattr(VF, name, spy)
+    return calls
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs as fresh tensors: those floating in `dtype`, with gradients to be computed."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.clone()
+        return value.detach().to(dtype).requires_grad_()
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+def measure(model: nn.Module, inputs: Inputs, call: Call) -> dict[str, Tensor]:
+    """Every output and every gradient of one step, by name.
+
+    The gradients of one module's parameters count as one tensor: alone, the gradient to a key
+    bias is zero but for rounding.
+    """
+    dtype = next(model.parameters()).dtype
+    inputs = cast(inputs, dtype)
+    model.zero_grad(set_to_none=True)
+    outputs = [out for out in _tensors(call(model, inputs)) if out.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    loss = sum(
+        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)).sum()
+        for out in outputs
+    )
+    measured = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
+    if not loss.requires_grad:
+        return measured
+    loss.backward()
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.grad is not None:
+            measured[f"gradient to {name}"] = value.grad
+    for path, module in model.named_modules():
+        gradients = [
+            parameter.grad.flatten()
+            for parameter in module.parameters(recurse=False)
+            if parameter.grad is not None
+        ]
+        if gradients:
+            measured[f"gradient to {path or 'the model'}"] = torch.cat(gradients)
+    return measured
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Relative L2 norm of the difference."""
+    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def assert_patched_model_right(
+    model: nn.Module,
+    make_inputs: Callable[[int], Inputs],
+    call: Call = lambda model, inputs: model(**inputs),
+    exact: nn.Module | None = None,
+) -> None:
+    """Patches a copy and holds its errors against those of the original."""
+    patched = copy.deepcopy(model)
+    report = vlmfast.patch(patched)
+    assert report.replaced, f"nothing was replaced: {report}"
+    assert_as_right_as(patched, model, make_inputs, call, exact)
+
+
+def assert_as_right_as(
+    ours: nn.Module,
+    theirs: nn.Module,
+    make_inputs: Callable[[int], Inputs],
+    call: Call = lambda model, inputs: model(**inputs),
+    exact: nn.Module | None = None,
+) -> None:
+    """Per tensor, our error may be twice the worst of theirs over eight seeds, and one rounding.
+
+    The truth is `exact`, or else their model, in float64.
+    """
+    exact = copy.deepcopy(theirs if exact is None else exact).double()
+    dtype = next(theirs.parameters()).dtype
+    worst: dict[str, float] = {}
+    for seed in range(SEEDS):
+        inputs = cast(make_inputs(seed), dtype)
+        truth, peer = measure(exact, inputs, call), measure(theirs, inputs, call)
+        assert truth.keys() == peer.keys()
+        for name in truth:
+            worst[name] = max(worst.get(name, 0.0), relative_error(peer[name], truth[name]))
+        if seed == 0:
+            result, result_truth = measure(ours, inputs, call), truth
+    assert result.keys() == result_truth.keys()
+    for name, tensor in result.items():
+        error = relative_error(tensor, result_truth[name])
+        budget = 2 * worst[name] + torch.finfo(dtype).eps / 2
+        assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a model's output: a tensor, or tuples, dicts and ModelOutputs of them."""
+    if isinstance(value, Tensor):
+        return [value]
+    if hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []

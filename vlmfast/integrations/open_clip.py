@@ -1,0 +1,69 @@
+"""open_clip: its own `Attention`. The other towers hold torch.nn.MultiheadAttention, timm or
+transformers models, which the rules of those libraries replace."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from open_clip.transformer import Attention as OriginalAttention
+from torch import Tensor, nn
+
+import vlmfast.functional as VF
+from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
+from vlmfast.nn.flash_attention import is_causal_mask
+
+__all__ = ["RULES", "Attention"]
+
+FAMILY = "flash_attention"
+
+
+class Attention(OriginalAttention):
+    """`open_clip.transformer.Attention` on vlmfast's kernels (all of it but `scaled_cosine`)."""
+
+    backend: str | None = None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        # (N, L, 3 * heads * head_dim) -> three times (N, heads, L, head_dim), as views
+        qkv = projected.unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+        is_causal = is_causal_mask(attn_mask)
+        if is_causal:
+            attn_mask = None
+        elif attn_mask is not None:
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.unflatten(0, (x.shape[0], self.num_heads))
+            if not attn_mask.is_floating_point():
+                # A mask here hides where it is True, one of the kernels keeps.
+                attn_mask = ~attn_mask
+        out = VF.scaled_dot_product_attention(
+            self.ln_q(query),
+            self.ln_k(key),
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            is_causal=is_causal,
+            backend=self.backend,
+        )
+        if self.head_scale is not None:
+            out = out * self.head_scale
+        out = self.ln_inner(out.transpose(1, 2).flatten(2))
+        return self.out_drop(self.out_proj(out))
+
+
+def _refusal(module: nn.Module) -> str | None:
+    if module.logit_scale is not None:
+        return "scaled_cosine is not softmax(q k^T / sqrt(d)) v"
+    return None
+
+
+RULES = (
+    swap_class(FAMILY, OriginalAttention, Attention, refusal=_refusal),
+    leave_alone(
+        FAMILY,
+        partial(computes_attention, library="open_clip"),
+        "no replacement for this attention",
+    ),
+)

@@ -1,0 +1,183 @@
+"""`patch`: replaces the layers of a model, in place and reversibly, by layers on fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import NamedTuple
+
+from torch import nn
+
+from vlmfast.backends import BACKENDS
+from vlmfast.integrations.rules import BACKEND, MARK, Replacement, Rule, class_name
+
+__all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
+
+# Asked in this order; torch comes last, for the other libraries derive from its classes.
+LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "torch")
+
+FAMILIES = ("flash_attention",)
+
+
+class PatchEntry(NamedTuple):
+    """One layer: its module path, what it is now, and why it was replaced or left."""
+
+    path: str
+    what: str
+    why: str
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did. `print(report)` shows it as a table."""
+
+    replaced: list[PatchEntry] = field(default_factory=list)
+    skipped: list[PatchEntry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"vlmfast.patch: {len(self.replaced)} replaced, {len(self.skipped)} left"]
+        for title, entries in (("replaced", self.replaced), ("left", self.skipped)):
+            if not entries:
+                continue
+            rows = [(title, "is now" if title == "replaced" else "is", "because"), *entries]
+            rows = [(path or "(the model)", what, why) for path, what, why in rows]
+            path_width, what_width = (max(len(row[i]) for row in rows) for i in (0, 1))
+            lines += [f"  {p:{path_width}}  {w:{what_width}}  {y}".rstrip() for p, w, y in rows]
+        return "\n".join(lines)
+
+
+class _Step(NamedTuple):
+    """What is to be done with one module; `rule` None: it stands replaced, set the backend."""
+
+    path: str
+    module: nn.Module
+    rule: Rule | None
+
+
+def patch(
+    model: nn.Module,
+    families: Iterable[str] | None = None,
+    backend: str | None = None,
+    strict: bool = False,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    inference: bool = False,
+) -> PatchReport:
+    """Replaces, in place, the layers of `model` that vlmfast computes faster. Same numbers.
+
+    Parameters, buffers, hooks, train/eval state, dtype, device and state-dict keys stay the very
+    same, so optimisers made before stay valid; `unpatch` restores the model exactly. A layer that
+    occurs at several places of the model is replaced once and reported at its first path. Patching
+    again changes nothing, except that it sets another `backend` or replaces other `families`.
+
+    Args:
+        families: the kernel families to use, by name; None: all.
+        backend: forced for the replaced layers, see `vlmfast.use_backend`; None: by the inputs.
+        strict: raise if a layer that vlmfast knows cannot be replaced. The model is then untouched.
+        filter: called with (path, module) for each layer about to be replaced; False leaves it.
+        inference: also make changes that are right only as long as nobody trains the model.
+
+    Returns:
+        A `PatchReport`: `replaced` and `skipped`, one (path, what, why) for each layer.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an unknown family or backend.
+        RuntimeError: with `strict`, listing every layer that cannot be replaced and why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a callable, got {type(filter).__name__}")
+    wanted = _check_families(families)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+
+    report = PatchReport()
+    steps: list[_Step] = []
+    obstacles: list[PatchEntry] = []
+    for path, module, rule in _known_layers(model):
+        name = class_name(type(module))
+        if rule is None:
+            done = module.__dict__[MARK]
+            if done.family in wanted and getattr(module, BACKEND) != backend:
+                steps.append(_Step(path, module, None))
+            else:
+                report.skipped.append(PatchEntry(path, done.what, "already replaced"))
+        elif rule.family not in wanted:
+            report.skipped.append(PatchEntry(path, name, f"{rule.family} is not asked for"))
+        elif (why := rule.refusal(module)) is not None:
+            report.skipped.append(PatchEntry(path, name, why))
+            obstacles.append(report.skipped[-1])
+        elif filter is not None and not filter(path, module):
+            report.skipped.append(PatchEntry(path, name, "left out by the filter"))
+        else:
+            steps.append(_Step(path, module, rule))
+
+    if strict and obstacles:
+        lines = (f"{path or '(the model)'}: {what}: {why}" for path, what, why in obstacles)
+        raise RuntimeError("strict: these layers cannot be replaced\n" + "\n".join(lines))
+    for path, module, rule in steps:
+        if rule is None:
+            setattr(module, BACKEND, backend)
+            done = module.__dict__[MARK]
+        else:
+            done = _replace(module, rule, backend)
+        report.replaced.append(PatchEntry(path, done.what, f"{done.family} for {done.replaced}"))
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undoes `patch`: every replaced layer becomes again what it was."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        done = module.__dict__.get(MARK)
+        if done is not None:
+            delattr(module, MARK)
+            delattr(module, BACKEND)
+            done.restore(module)
+
+
+def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
+    replaced = class_name(type(module))
+    done = Replacement(rule.family, rule.what, replaced, restore=rule.replace(module))
+    setattr(module, MARK, done)
+    setattr(module, BACKEND, backend)
+    return done
+
+
+def _check_families(families: Iterable[str] | None) -> frozenset[str]:
+    if families is None:
+        return frozenset(FAMILIES)
+    if isinstance(families, str):
+        raise TypeError(f"families: expected a list of names, got the string {families!r}")
+    wanted = frozenset(families)
+    unknown = sorted(wanted.difference(FAMILIES))
+    if unknown:
+        raise ValueError(f"families: expected names of {', '.join(FAMILIES)}; got {unknown}")
+    return wanted
+
+
+def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:
+    """The layers that some rule recognises; None stands for the rule of a replaced layer."""
+    rules_of: dict[type, list[Rule]] = {}
+    for path, module in model.named_modules():
+        if MARK in module.__dict__:
+            yield path, module, None
+            continue
+        cls = type(module)
+        if cls not in rules_of:
+            rules_of[cls] = _rules_for(cls)
+        rule = next((rule for rule in rules_of[cls] if rule.recognises(module)), None)
+        if rule is not None:
+            yield path, module, rule
+
+
+def _rules_for(cls: type) -> list[Rule]:
+    """The rules of the libraries that a class comes or derives from: no other is imported."""
+    roots = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    present = [library for library in LIBRARIES if library in roots]
+    return [
+        rule for name in present for rule in import_module(f"vlmfast.integrations.{name}").RULES
+    ]

@@ -1,0 +1,122 @@
+"""What a replacement rule is. Each library's file holds a tuple `RULES` of them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Replacement", "Rule", "class_name", "computes_attention", "leave_alone", "swap_class"]
+
+# The instance attributes that a replaced layer carries until `unpatch`.
+MARK = "_vlmfast_replacement"
+BACKEND = "backend"
+
+_ATTENTION_FUNCTIONS = (
+    "softmax",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "shifted_window_attention",
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of layer is recognised and replaced. The first rule that recognises it holds.
+
+    family: the kernel family, as users name it in `patch(families=...)`.
+    what: the replacement, as the report names it.
+    recognises: whether the rule is about this module.
+    refusal: why this module must stay as it is, or None.
+    replace: changes the module in place and returns the function that changes it back, which must
+        survive pickle and deepcopy together with the module.
+    """
+
+    family: str
+    what: str
+    recognises: Callable[[nn.Module], bool]
+    refusal: Callable[[nn.Module], str | None]
+    replace: Callable[[nn.Module], Callable[[nn.Module], None]]
+
+
+@dataclass
+class Replacement:
+    """What a replaced layer remembers."""
+
+    family: str
+    what: str
+    replaced: str
+    restore: Callable[[nn.Module], None]
+
+
+def swap_class(
+    family: str,
+    original: type[nn.Module],
+    replacement: type[nn.Module],
+    refusal: Callable[[nn.Module], str | None] = lambda module: None,
+) -> Rule:
+    """A rule that turns every `original`, but no subclass of it, into `replacement`.
+
+    Only the class of the object changes, so parameters, buffers, hooks and flags stay what and
+    where they are. `replacement` must be an importable subclass that adds no state.
+    """
+    return Rule(
+        family=family,
+        what=class_name(replacement),
+        recognises=lambda module: type(module) is original,
+        refusal=refusal,
+        replace=partial(_set_class, replacement),
+    )
+
+
+def _set_class(new: type[nn.Module], module: nn.Module) -> Callable[[nn.Module], None]:
+    old = type(module)
+    module.__class__ = new
+    return partial(_reset_class, old)
+
+
+def _reset_class(old: type[nn.Module], module: nn.Module) -> None:
+    module.__class__ = old
+
+
+def leave_alone(family: str, recognises: Callable[[nn.Module], bool], why: str) -> Rule:
+    """A rule for layers that are known, belong to `family`, and are not replaced."""
+
+    def replace(module: nn.Module) -> Callable[[nn.Module], None]:
+        raise AssertionError(f"{class_name(type(module))} is never replaced")
+
+    return Rule(
+        family=family, what="", recognises=recognises, refusal=lambda module: why, replace=replace
+    )
+
+
+def class_name(cls: type) -> str:
+    """The shortest name that it is importable by, as torch.nn.MultiheadAttention."""
+    parts = cls.__module__.split(".")
+    for count in range(1, len(parts)):
+        package = ".".join(parts[:count])
+        if package in sys.modules and vars(sys.modules[package]).get(cls.__name__) is cls:
+            return f"{package}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def computes_attention(module: nn.Module, library: str) -> bool:
+    """Whether a class of `library` is an attention layer, judged by its name and its code.
+
+    Blocks that merely hold an attention layer, and gates called attention that take no softmax
+    (squeeze-and-excitation), are none.
+    """
+    cls = type(module)
+    if not cls.__module__.startswith(f"{library}.") or "Att" not in cls.__name__:
+        return False
+    methods = (inspect.unwrap(value) for value in vars(cls).values() if callable(value))
+    names: set[str] = set()
+    for method in methods:
+        code: Any = getattr(method, "__code__", None)
+        names.update(code.co_names if code is not None else ())
+    return not names.isdisjoint(_ATTENTION_FUNCTIONS)
