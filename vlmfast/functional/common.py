@@ -62,7 +62,7 @@ def softmax_scale(scale: Any, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         reject_type("scale", "a number or None", type(scale).__name__)
-    return scale if isinstance(scale, torch.SymFloat) else float(scale)
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)  # type: ignore[return-value]
 
 
 def draw_seed(device: torch.device) -> Tensor:

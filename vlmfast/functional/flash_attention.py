@@ -94,18 +94,15 @@ def scaled_dot_product_attention(
     if value.shape[-2] != key_shape[-2]:
         reject("value", f"the length of key, {key_shape[-2]}", tuple(value.shape))
     if len(shape) == 4 and shape[:2] == key_shape[:2] and key_shape[:2] == value.shape[:2]:
-        leading = None
-        scores_shape = (*shape[:3], key_shape[2])
+        leading: tuple[int, ...] = shape[:2]
     else:
         query, key, value, leading = _broadcast_to_4d(query, key, value, enable_gqa)
-        scores_shape = (*leading, shape[-2], key_shape[-2])
     if attn_mask is not None:
+        scores_shape = (*leading, shape[-2], key_shape[-2])
         attn_mask = _broadcastable("attn_mask", attn_mask, scores_shape)
         attn_mask = _merge_batches(attn_mask, scores_shape)
     out, _ = _attend(query, key, value, attn_mask, causal, scale, dropout_p, backend)
-    if leading is None or len(leading) == 2:
-        return out
-    return out.reshape(*leading, *out.shape[2:])
+    return out if len(leading) == 2 else out.reshape(*leading, *out.shape[2:])
 
 
 def varlen_attention(

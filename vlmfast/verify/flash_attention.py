@@ -107,8 +107,10 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     logits = query @ key.transpose(-2, -1) * scale
     weights = (logits if mask is None else logits + mask).softmax(-1)
     if "dropout_seed" in inputs:
-        keep = dropout_keep_mask(*weights.shape, inputs["dropout_p"], inputs["dropout_seed"])
-        weights = weights * keep / (1.0 - inputs["dropout_p"])
+        p, seed = inputs["dropout_p"], inputs["dropout_seed"]
+        batch, heads, rows, columns = weights.shape
+        keep = dropout_keep_mask(batch, heads, rows, columns, p, seed)
+        weights = weights * keep / (1.0 - p)
     return {"out": weights.to(value.dtype) @ value}
 
 
