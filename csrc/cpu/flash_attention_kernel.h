@@ -94,7 +94,8 @@ struct Scores {
   int head;                // query head
   int first_query, count;  // rows of the tensor
   const float* query;      // pack_transposed
-  float* mask_tile;        // [kBlock][kGroups * kLanes] in log2 units, where there is a mask
+  Prefetcher& ahead;
+  float* mask_tile;  // [kBlock][kGroups * kLanes] in log2 units, where there is a mask
 
   VLMFAST_INLINE int visible_end(int end) const {
     if (task.causal_shift == kNotCausal) return end;
@@ -172,7 +173,7 @@ struct Scores {
     *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     multiply_rows<Words, kGroups>(query, keys, words, n, scores,
-                                  masked || diagonal ? nullptr : most);
+                                  masked || diagonal ? nullptr : most, ahead);
     if (masked) {
       const Vec f = broadcast(*factor), hidden = broadcast(-kInfinity);
       for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -213,8 +214,7 @@ template <class Words, int kGroups>
 VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
 #if VLMFAST_LEVEL >= 3
   if constexpr (Words::kElements == 2) {
-    store(rows + (j / 2 * kGroups + g) * kLanes,
-          interleave(narrow_bf16(first), narrow_bf16(second)));
+    store(rows + (j / 2 * kGroups + g) * kLanes, interleave(first, second));
     return;
   }
 #endif
@@ -272,11 +272,12 @@ struct Forward {
 
   template <int kGroups>
   void tile(const FlashAttentionTask& task, int first_query, int count, int panel, int panel_end,
-            bool is_first, bool is_last, float* slot) const {
+            bool is_first, bool is_last, float* slot, Prefetcher& ahead) const {
     constexpr int kWidth = kGroups * kLanes;
     float* out = slot + 2 * kWidth + 16;
     float* started = slot + 2 * kWidth;
-    const Scores<Words, T> tile{problem, task, task.head, first_query, count, query, mask_tile};
+    const Scores<Words, T> tile{problem, task,  task.head, first_query,
+                                count,   query, ahead,     mask_tile};
     const Rows<T> rows = rows_of<T>(problem.query, task.batch, task.head, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
     Vec most[kGroups], sum[kGroups];
@@ -352,17 +353,21 @@ struct Forward {
                               problem.out.stride[2], count, problem.value_dim);
   }
 
-  VLMFAST_INLINE void prefetch(const FlashAttentionTask& task, const FlashAttentionTask& next,
-                               int part, int parts) const {
-    const int head = next.head / problem.group,
-              n = minimum(next.k_end - next.k_begin, keys_at_once);
-    rows_of<T>(problem.query, next.batch, next.head, next.q_begin)
-        .prefetch(next.q_end - next.q_begin, problem.head_dim, part, parts);
-    if (next.batch == task.batch && head == task.head / problem.group) return;
-    rows_of<T>(problem.key, next.batch, head, next.k_begin)
-        .prefetch(n, problem.head_dim, part, parts);
-    rows_of<T>(problem.value, next.batch, head, next.k_begin)
-        .prefetch(n, problem.value_dim, part, parts);
+  // Requests what `next` reads, spread over the last panel of this task.
+  VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& task,
+                                       const FlashAttentionTask& next, int tiles,
+                                       int keys_left) const {
+    Prefetcher result;
+    const int head = next.head / problem.group;
+    const int n = minimum(next.k_end - next.k_begin, keys_at_once);
+    if (next.batch != task.batch || head != task.head / problem.group) {
+      result.add(rows_of<T>(problem.key, next.batch, head, next.k_begin), n, problem.head_dim);
+      result.add(rows_of<T>(problem.value, next.batch, head, next.k_begin), n, problem.value_dim);
+    }
+    result.add(rows_of<T>(problem.query, next.batch, next.head, next.q_begin),
+               next.q_end - next.q_begin, problem.head_dim);
+    result.spread_over((int64_t)tiles * keys_left / kRowStep);
+    return result;
   }
 
   // `next` is what this thread runs afterwards (or `task` itself).
@@ -377,28 +382,29 @@ struct Forward {
       pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
       pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
                             values);
+      Prefetcher ahead;
+      if (panel_end == task.k_end) ahead = prefetcher(task, next, tiling.tiles, n);
       for (int t = 0; t < tiling.tiles; t++) {
         const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
         const int first_query = task.q_begin + first * kLanes;
         const int count = minimum(groups * kLanes, task.q_end - first_query);
         const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
         float* slot = state + (keeps_state ? t * state_size : 0);
-        if (is_last) prefetch(task, next, t, tiling.tiles);
         switch (groups) {
           case 1:
-            tile<1>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            tile<1>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
             break;
           case 2:
-            tile<2>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            tile<2>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
             break;
 #if VLMFAST_LEVEL >= 1
           case 3:
-            tile<3>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            tile<3>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
             break;
 #endif
 #if VLMFAST_LEVEL >= 2
           case 4:
-            tile<4>(task, first_query, count, panel, panel_end, is_first, is_last, slot);
+            tile<4>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
             break;
 #endif
         }
@@ -560,12 +566,12 @@ struct Backward {
 #if VLMFAST_LEVEL >= 3
     constexpr int kWidth = kGroups * kLanes;
     for (int j = 0; j < padded; j += 2) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        __m256i grad[2];
+        Vec grad[2];
         VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
           const int at = (j + i) * kWidth + g * kLanes;
-          grad[i] = narrow_bf16(load(grad_scores + at));
+          grad[i] = load(grad_scores + at);
           _mm256_storeu_si256((__m256i*)(left + at / 2), narrow_bf16(load(scores + at)));
-          _mm256_storeu_si256((__m256i*)(grad_left + at / 2), grad[i]);
+          _mm256_storeu_si256((__m256i*)(grad_left + at / 2), narrow_bf16(grad[i]));
         }
         store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0], grad[1]));
       }
@@ -614,9 +620,10 @@ struct Backward {
 
   template <int kGroups>
   void tile(const FlashAttentionTask& task, int head, int first_query, int count, int panel,
-            int panel_end, float* grad_query_sum, bool is_first, bool is_last) const {
+            int panel_end, float* grad_query_sum, bool is_first, bool is_last,
+            Prefetcher& ahead) const {
     constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
-    const Scores<Words, T> tile{problem, task, head, first_query, count, query, mask_tile};
+    const Scores<Words, T> tile{problem, task, head, first_query, count, query, ahead, mask_tile};
     const int end = tile.visible_end(panel_end);
     Vec factors[kGroups];
     if (is_first)
@@ -644,7 +651,7 @@ struct Backward {
                                           &factor, unused))
           continue;
         multiply_rows<Words, kGroups>(grad_out, values + (int64_t)at * value_words, value_words, n,
-                                      grad_scores, nullptr);
+                                      grad_scores, nullptr, ahead);
         if (keep != nullptr)
           dropout(problem).keep(key, n, first_query, kWidth,
                                 (uint32_t)(task.batch * problem.heads + head), keep);
@@ -682,20 +689,22 @@ struct Backward {
     }
   }
 
-  VLMFAST_INLINE void prefetch(const FlashAttentionTask& next, int part, int parts) const {
+  // Requests what `next` reads first, spread over the last panel of this task.
+  VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& next, int tiles,
+                                       int keys_left) const {
+    Prefetcher result;
     const int n = minimum(next.k_end - next.k_begin, keys_at_once),
               count = next.q_end - next.q_begin;
     const int head = next.head * problem.group;
-    rows_of<T>(problem.key, next.batch, next.head, next.k_begin)
-        .prefetch(n, problem.head_dim, part, parts);
-    rows_of<T>(problem.value, next.batch, next.head, next.k_begin)
-        .prefetch(n, problem.value_dim, part, parts);
-    rows_of<T>(problem.query, next.batch, head, next.q_begin)
-        .prefetch(count, problem.head_dim, part, parts);
-    rows_of<T>(problem.grad_out, next.batch, head, next.q_begin)
-        .prefetch(count, problem.value_dim, part, parts);
-    rows_of<T>(problem.out, next.batch, head, next.q_begin)
-        .prefetch(count, problem.value_dim, part, parts);
+    result.add(rows_of<T>(problem.key, next.batch, next.head, next.k_begin), n, problem.head_dim);
+    result.add(rows_of<T>(problem.value, next.batch, next.head, next.k_begin), n,
+               problem.value_dim);
+    result.add(rows_of<T>(problem.query, next.batch, head, next.q_begin), count, problem.head_dim);
+    result.add(rows_of<T>(problem.grad_out, next.batch, head, next.q_begin), count,
+               problem.value_dim);
+    result.add(rows_of<T>(problem.out, next.batch, head, next.q_begin), count, problem.value_dim);
+    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep);
+    return result;
   }
 
   // `next` is what this thread runs afterwards (or `task` itself).
@@ -717,6 +726,8 @@ struct Backward {
         for (int64_t i = 0; i < (int64_t)padded * value_vectors * kLanes; i += kLanes)
           store(grad_values + i, zero());
       }
+      Prefetcher ahead;
+      if (panel_end == task.k_end) ahead = prefetcher(next, tiling.tiles, n);
       for (int h = 0; h < problem.group; h++)
         for (int t = 0; t < tiling.tiles; t++) {
           const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
@@ -725,22 +736,25 @@ struct Backward {
           const int count = minimum(groups * kLanes, task.q_end - first_query);
           const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
           float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
-          if (is_last && h == problem.group - 1) prefetch(next, t, tiling.tiles);
           switch (groups) {
             case 1:
-              tile<1>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              tile<1>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
+                      ahead);
               break;
             case 2:
-              tile<2>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              tile<2>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
+                      ahead);
               break;
 #if VLMFAST_LEVEL >= 1
             case 3:
-              tile<3>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              tile<3>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
+                      ahead);
               break;
 #endif
 #if VLMFAST_LEVEL >= 2
             case 4:
-              tile<4>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last);
+              tile<4>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
+                      ahead);
               break;
 #endif
           }

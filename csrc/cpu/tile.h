@@ -34,12 +34,18 @@ struct Bf16Words {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
 };
-// Words of (low[i], high[i]) from the 16 bfloat16 of two rows.
+VLMFAST_INLINE __m512i interleaving_order() {
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                          6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+}
+// Words of (low[i], high[i]).
 VLMFAST_INLINE Vec interleave(__m256i low, __m256i high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
+}
+VLMFAST_INLINE Vec interleave(Vec low, Vec high) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
 }
 #endif
 
@@ -56,15 +62,49 @@ struct Rows {
   int64_t column_stride;
 
   VLMFAST_INLINE const T* row(int i) const { return data + i * row_stride; }
+};
 
-  // Asks for share `part` of `parts` of the first n rows. Rows lie far apart in a packed
-  // projection, where the hardware does not foresee them.
-  VLMFAST_INLINE void prefetch(int n, int columns, int part, int parts) const {
-    if (column_stride != 1) return;
-    for (int i = (int)((int64_t)n * part / parts); i < (int)((int64_t)n * (part + 1) / parts); i++)
-      for (int64_t at = 0; at < columns * (int64_t)sizeof(T); at += 64)
-        __builtin_prefetch((const char*)row(i) + at, 0, 2);
+// Asks for the cache lines of some rows, a few at a time between other work: rows lie far apart in
+// a packed projection, where the hardware does not foresee them, and many requests at once would
+// stall.
+class Prefetcher {
+ public:
+  template <class T>
+  VLMFAST_INLINE void add(const Rows<T>& rows, int n_rows, int columns) {
+    const int64_t bytes = columns * (int64_t)sizeof(T);
+    if (rows.column_stride != 1 || n_rows <= 0 || bytes <= 0) return;
+    ranges_[count_++] = {(const char*)rows.data, rows.row_stride * (int64_t)sizeof(T), bytes,
+                         n_rows};
+    lines_ += n_rows * ((bytes + 63) / 64);
   }
+
+  // Spreads the lines over `steps` calls of `step`.
+  VLMFAST_INLINE void spread_over(int64_t steps) {
+    per_step_ = (int)(lines_ / maximum((int)steps, 1)) + 1;
+  }
+
+  VLMFAST_INLINE void step() {
+    for (int i = 0; i < per_step_ && at_ < count_; i++) {
+      Range& range = ranges_[at_];
+      __builtin_prefetch(range.row + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ < range.bytes) continue;
+      offset_ = 0;
+      range.row += range.stride;
+      if (--range.rows == 0) at_++;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* row;
+    int64_t stride, bytes;
+    int rows;
+  };
+  static constexpr int kMost = 5;
+  Range ranges_[kMost];
+  int count_ = 0, at_ = 0, per_step_ = 0;
+  int64_t lines_ = 0, offset_ = 0;
 };
 
 // kLanes words that begin at `p`, of which the first n elements exist; what lies beyond them is
@@ -233,11 +273,12 @@ constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups =
 // `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
 template <class Words, int kGroups>
 VLMFAST_INLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
-                                  int words, int n_rows, float* __restrict scores,
-                                  Vec* running_max) {
+                                  int words, int n_rows, float* __restrict scores, Vec* running_max,
+                                  Prefetcher& prefetcher) {
   constexpr int kRows = kTileRows<kGroups>;
   for (int j = 0; j < n_rows; j += kRows) {
     const float* key = keys + (int64_t)j * words;
+    prefetcher.step();
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
