@@ -69,9 +69,9 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, L, Dv) in query's dtype. A row that sees no key is 0, and so are its gradients.
 
-    A NaN in one head or batch element does not reach another, and a NaN in a key or value that
-    causality hides from a query does not reach that query. A key that attn_mask hides takes part
-    with weight 0, as in torch, so a NaN in its value does reach the rows that hide it.
+    A NaN in one head or batch element does not reach another, nor does one in a key reach a query
+    that causality or a bool mask hides it from. A hidden value takes part with weight 0, as in
+    torch, so a NaN there may.
 
     Raises:
         TypeError: an argument is of a wrong type; query, key and value differ in dtype or are not

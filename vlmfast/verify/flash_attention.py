@@ -138,6 +138,7 @@ def dense_case(
     key_shape: tuple[int, int, int] | None = None,
     value_dim: int | None = None,
     mask: Callable[[torch.Generator], Tensor] | None = None,
+    bias_dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> Case:
     """A call of `scaled_dot_product_attention`.
@@ -147,7 +148,8 @@ def dense_case(
         query_shape: (B, Hq, L, D).
         key_shape: (B, Hkv, S); as the query's for None.
         value_dim: Dv; D for None.
-        mask: makes attn_mask, bool, or floating; the latter keeps its dtype and gets its gradient.
+        mask: makes attn_mask, bool or floating; the latter gets its gradient.
+        bias_dtype: of a floating attn_mask; that of the inputs for None.
         options: is_causal, scale, dropout_p.
     """
     keys = key_shape or query_shape[:3]
@@ -164,7 +166,10 @@ def dense_case(
             **options,
         }
         if mask is not None:
-            inputs["attn_mask"] = mask(generator).to(device)
+            attn_mask = mask(generator).to(device)
+            if attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(bias_dtype or dtype)
+            inputs["attn_mask"] = attn_mask
         if "dropout_p" in options:
             seed = torch.randint(0, 2**62, (1,), generator=generator)
             inputs["dropout_seed"] = seed.to(device)
@@ -221,7 +226,7 @@ def packed_case(
 
 
 def normal_bias(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Makes a float32 bias of a shape."""
+    """Makes a bias of a shape."""
     return lambda generator: torch.randn(shape, generator=generator)
 
 
