@@ -10,11 +10,10 @@ from torch import Tensor
 import vlmfast
 import vlmfast.functional as VF
 from bench.cases import AttentionCase
-from bench.measure import Work, relative_error
+from bench.measure import Work
 from bench.peers import Attention, eager_attention
 from vlmfast.reference.flash_attention import flash_attention
-
-YARDSTICK_SEEDS = range(8)
+from vlmfast.verify.common import SEEDS, relative_error
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def yardsticks(case: AttentionCase, dtype: torch.dtype, mode: str) -> list[float
     """
     eager = eager_attention(case)
     errors = []
-    for seed in YARDSTICK_SEEDS:
+    for seed in SEEDS:
         inputs = _one_head(make_inputs(case, dtype, mode, seed), 0, 0)
         results = make_call(eager, inputs, mode)()
         truths = _truth(case, inputs, mode)

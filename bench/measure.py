@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmfast.verify.common import budget, relative_error
+
 Call = Callable[[], tuple[Tensor, ...]]
 
 # A sample shorter than this is made of several calls, so that reading the clock costs nothing.
@@ -43,13 +45,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget  # False for NaN
-
-
-def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Relative L2 norm of the difference, in float64."""
-    difference = torch.linalg.vector_norm(actual.detach().double() - truth)
-    return float(difference / torch.linalg.vector_norm(truth))
+        return self.error <= self.budget
 
 
 def judge(
@@ -57,15 +53,13 @@ def judge(
 ) -> Verdict:
     """Judges a call by the result that is nearest to its budget, or furthest beyond it.
 
-    A result's budget is twice its yardstick, the error of the eager formula in the same dtype, plus
-    one rounding of the result.
+    A yardstick is the error of the eager formula in the same dtype, from which comes the budget
+    that `vlmfast.verify` allows.
     """
     verdicts = []
     for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
-        if result.shape != truth.shape:
-            return Verdict(math.inf, 0.0)
-        rounding = torch.finfo(result.dtype).eps / 2
-        verdicts.append(Verdict(relative_error(result, truth), 2 * yardstick + rounding))
+        error = relative_error(result, truth)
+        verdicts.append(Verdict(error, budget([yardstick], result.dtype)))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     return max(failed or verdicts, key=lambda verdict: verdict.error / verdict.budget)
 
