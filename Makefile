@@ -14,11 +14,12 @@ EXTENSION := vlmfast/_C.abi3.so
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean distclean
+.PHONY: help build demo test gates bench lint format clean distclean
 
 help:
 	@echo "make demo       patch real models, check them, time them side by side; results in out/"
 	@echo "make test       every test that needs no GPU"
+	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
 	@echo "make bench      time the kernels against their peers on this machine"
 	@echo "make lint       ruff, clang-format, mypy;  make format mends what can be mended"
 	@echo "make build      the environment and the C++ extension alone"
@@ -31,6 +32,9 @@ demo: $(EXTENSION)
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gates: $(ENVIRONMENT)
+	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate
 
 bench: $(EXTENSION)
 	$(BIN)/python -m bench flash_attention

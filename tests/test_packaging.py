@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import textwrap
 import venv
 import zipfile
@@ -105,8 +104,7 @@ def unpacked(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    shutil.unpack_archive(archive, folder)
     return archive.with_name(archive.name.removesuffix(".tar.gz"))
 
 
