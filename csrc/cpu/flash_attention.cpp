@@ -149,6 +149,7 @@ void describe(const Inputs& in, FlashAttentionProblem* problem) {
   problem->query_length = length;
   problem->head_dim = static_cast<int>(in.query.size(3));
   problem->value_dim = static_cast<int>(in.value.size(3));
+  problem->causal = in.causal != kNone;
   problem->scale = static_cast<float>(in.scale);
   problem->dropout_p = static_cast<float>(in.dropout_p);
   if (in.mask) {
@@ -215,7 +216,7 @@ void set_most(const std::vector<FlashAttentionTask>& tasks, FlashAttentionProble
 // kTilesPerTask, since every task packs its keys afresh.
 std::vector<FlashAttentionTask> forward_tasks(const std::vector<Segment>& all, int heads,
                                               int queries_per_tile) {
-  constexpr int kTilesPerTask = 4, kMostTilesPerTask = 16;
+  constexpr int kTilesPerTask = 4, kMostTilesPerTask = 32;
   int64_t tiles = 0;
   for (const auto& s : all)
     tiles += (int64_t)heads * ((s.q_end - s.q_begin + queries_per_tile - 1) / queries_per_tile);

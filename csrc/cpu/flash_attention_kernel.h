@@ -37,8 +37,10 @@ int panel_keys(int64_t budget, int64_t floats_per_key, int keys) {
 struct Tiling {
   int vectors, tiles;
 
-  explicit Tiling(int queries) : vectors((queries + kLanes - 1) / kLanes) {
-    tiles = (vectors + kMaxGroups - 1) / kMaxGroups;
+  // Narrow tiles under a causal mask: they compute less of what the diagonal hides.
+  Tiling(int queries, bool causal) : vectors((queries + kLanes - 1) / kLanes) {
+    const int most = causal ? minimum(2, kMaxGroups) : kMaxGroups;
+    tiles = (vectors + most - 1) / most;
   }
   VLMFAST_INLINE int first_vector(int tile) const { return (int)((int64_t)vectors * tile / tiles); }
 };
@@ -85,6 +87,13 @@ template <class T>
 VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int batch, int head, int row) {
   return {tensor.at<T>(batch, head, row), tensor.stride[2], tensor.stride[3]};
 }
+
+// The packed panel that a task's tiles are being run against.
+struct Panel {
+  int begin, end;
+  bool is_first, is_last;  // of the task
+  Prefetcher ahead;
+};
 
 // One tile of queries of one task: its scores against blocks of packed keys.
 template <class Words, class T>
@@ -172,8 +181,16 @@ struct Scores {
     if (masked && !load_mask<kGroups>(key, n)) return false;
     *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-    multiply_rows<Words, kGroups>(query, keys, words, n, scores,
-                                  masked || diagonal ? nullptr : most, ahead);
+    // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
+    // diagonal.
+    const int64_t shift = (int64_t)first_query + task.causal_shift - key;
+    const int open = masked     ? 0
+                     : diagonal ? (int)(shift < 0 ? 0 : (shift + 1) / kRowStep * kRowStep)
+                                : n;
+    if (open > 0) multiply_rows<Words, kGroups>(query, keys, words, open, scores, most, ahead);
+    if (open < n)
+      multiply_rows<Words, kGroups>(query, keys + (int64_t)open * words, words, n - open,
+                                    scores + open * kWidth, nullptr, ahead);
     if (masked) {
       const Vec f = broadcast(*factor), hidden = broadcast(-kInfinity);
       for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -182,14 +199,12 @@ struct Scores {
           // A hidden key's score is dropped, not added to -inf: it may be NaN.
           const Vec x = select_eq(m, hidden, hidden, fma(f, load(s), m));
           store(s, x);
-          most[g] = max(most[g], x);
+          if (!diagonal) most[g] = max(most[g], x);
         }
       *factor = 1.f;
     }
     if (diagonal) {
-      const int64_t shift = (int64_t)first_query + task.causal_shift - key;
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-      for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      for (int j = open; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
           float* s = scores + j * kWidth + g * kLanes;
           const Vec x =
               select_ge(lane_index((int32_t)shift + g * kLanes), j, load(s), broadcast(-kInfinity));
@@ -244,7 +259,7 @@ struct Forward {
     scores = arena.take(kBlock * kMaxTile);
     mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
-    state = arena.take(state_size * (keeps_state ? Tiling(p.queries_most).tiles : 1));
+    state = arena.take(state_size * (keeps_state ? Tiling(p.queries_most, p.causal).tiles : 1));
     scratch_size = arena.used;
   }
 
@@ -271,27 +286,27 @@ struct Forward {
   }
 
   template <int kGroups>
-  void tile(const FlashAttentionTask& task, int first_query, int count, int panel, int panel_end,
-            bool is_first, bool is_last, float* slot, Prefetcher& ahead) const {
+  void tile(const FlashAttentionTask& task, Panel& panel, int first_query, int count,
+            float* slot) const {
     constexpr int kWidth = kGroups * kLanes;
     float* out = slot + 2 * kWidth + 16;
     float* started = slot + 2 * kWidth;
-    const Scores<Words, T> tile{problem, task,  task.head, first_query,
-                                count,   query, ahead,     mask_tile};
+    const Scores<Words, T> tile{problem, task,  task.head,   first_query,
+                                count,   query, panel.ahead, mask_tile};
     const Rows<T> rows = rows_of<T>(problem.query, task.batch, task.head, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
     Vec most[kGroups], sum[kGroups];
-    if (is_first) *started = 0.f;
+    if (panel.is_first) *started = 0.f;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      most[g] = is_first ? broadcast(-kInfinity) : load(slot + g * kLanes);
-      sum[g] = is_first ? zero() : load(slot + kWidth + g * kLanes);
+      most[g] = panel.is_first ? broadcast(-kInfinity) : load(slot + g * kLanes);
+      sum[g] = panel.is_first ? zero() : load(slot + kWidth + g * kLanes);
     }
-    const int end = tile.visible_end(panel_end);
-    for (int key = panel; key < end; key += kBlock) {
+    const int end = tile.visible_end(panel.end);
+    for (int key = panel.begin; key < end; key += kBlock) {
       const int n = minimum(kBlock, end - key);
       float factor;
       Vec block_most[kGroups], rescale[kGroups];
-      if (!tile.template block<kGroups>(keys + (int64_t)(key - panel) * words, words, key, n,
+      if (!tile.template block<kGroups>(keys + (int64_t)(key - panel.begin) * words, words, key, n,
                                         scores, &factor, block_most))
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -313,11 +328,11 @@ struct Forward {
       }
       const int n_rows = (n + Words::kElements - 1) / Words::kElements;
       weighted_sum<Words, kGroups>(
-          scores, values + (int64_t)(key - panel) / Words::kElements * value_columns, value_columns,
-          n_rows, value_columns, out, *started != 0.f ? rescale : nullptr);
+          scores, values + (int64_t)(key - panel.begin) / Words::kElements * value_columns,
+          value_columns, n_rows, value_columns, out, *started != 0.f ? rescale : nullptr);
       *started = 1.f;
     }
-    if (!is_last) {
+    if (!panel.is_last) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         store(slot + g * kLanes, most[g]);
         store(slot + kWidth + g * kLanes, sum[g]);
@@ -372,45 +387,44 @@ struct Forward {
 
   // `next` is what this thread runs afterwards (or `task` itself).
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin);
+    const Tiling tiling(task.q_end - task.q_begin, problem.causal);
     const int key_head = task.head / problem.group;
-    int panel = task.k_begin;
+    int begin = task.k_begin;
     do {
-      const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
-      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, panel);
-      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, panel);
+      const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
+      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
+      if (panel.is_last) panel.ahead = prefetcher(task, next, tiling.tiles, n);
+      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, begin);
+      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, begin);
       pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
       pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
                             values);
-      Prefetcher ahead;
-      if (panel_end == task.k_end) ahead = prefetcher(task, next, tiling.tiles, n);
       for (int t = 0; t < tiling.tiles; t++) {
         const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
         const int first_query = task.q_begin + first * kLanes;
         const int count = minimum(groups * kLanes, task.q_end - first_query);
-        const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
         float* slot = state + (keeps_state ? t * state_size : 0);
         switch (groups) {
           case 1:
-            tile<1>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
+            tile<1>(task, panel, first_query, count, slot);
             break;
           case 2:
-            tile<2>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
+            tile<2>(task, panel, first_query, count, slot);
             break;
 #if VLMFAST_LEVEL >= 1
           case 3:
-            tile<3>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
+            tile<3>(task, panel, first_query, count, slot);
             break;
 #endif
 #if VLMFAST_LEVEL >= 2
           case 4:
-            tile<4>(task, first_query, count, panel, panel_end, is_first, is_last, slot, ahead);
+            tile<4>(task, panel, first_query, count, slot);
             break;
 #endif
         }
       }
-      panel = panel_end;
-    } while (panel < task.k_end);
+      begin = end;
+    } while (begin < task.k_end);
   }
 };
 
@@ -456,8 +470,9 @@ struct Backward {
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
     temporary_keys = arena.take((int64_t)kBlock * words);
     const bool many_panels = keys_at_once < p.keys_most || p.grad_query_splits != nullptr;
-    grad_query = arena.take(grad_query_tile *
-                            (many_panels ? (int64_t)Tiling(p.queries_most).tiles * p.group : 1));
+    grad_query =
+        arena.take(grad_query_tile *
+                   (many_panels ? (int64_t)Tiling(p.queries_most, p.causal).tiles * p.group : 1));
     scratch_size = arena.used;
   }
 
@@ -470,27 +485,36 @@ struct Backward {
     const T* out = problem.out.at<T>(batch, tile.head, tile.first_query);
     const int64_t row =
         ((int64_t)batch * problem.heads + tile.head) * problem.query_length + tile.first_query;
+    for (int g = 0; g < kGroups; g++) {
+      Vec sums[kLanes];
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) sums[i] = zero();
+      for (int i = 0; i < minimum(kLanes, tile.count - g * kLanes); i++) {
+        const int at = g * kLanes + i;
+        for (int d = 0; d < problem.value_dim; d += kLanes) {
+          const int n = minimum(kLanes, problem.value_dim - d);
+          const T* p = grad.row(at) + d * grad.column_stride;
+          const Vec grads = grad.column_stride == 1
+                                ? load_first(p, n)
+                                : gather_words<Fp32Words>(p, grad.column_stride, n);
+          sums[i] = fma(grads, load_first(out + at * problem.out.stride[2] + d, n), sums[i]);
+        }
+      }
+      transpose(sums);
+      Vec total = sums[0];
+      VLMFAST_UNROLL for (int i = 1; i < kLanes; i++) total = total + sums[i];
+      store(delta + g * kLanes, total);
+    }
     bool imprecise = false;
     for (int i = 0; i < kWidth; i++) {
-      // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
-      delta[i] = 0.f, top[i] = kInfinity, log_sum[i] = 0.f;
-      if (i >= tile.count) continue;
-      Vec sum = zero();
-      for (int d = 0; d < problem.value_dim; d += kLanes) {
-        const int n = minimum(kLanes, problem.value_dim - d);
-        const T* g = grad.row(i) + d * grad.column_stride;
-        const Vec grads = grad.column_stride == 1
-                              ? load_first(g, n)
-                              : gather_words<Fp32Words>(g, grad.column_stride, n);
-        sum = fma(grads, load_first(out + i * problem.out.stride[2] + d, n), sum);
-      }
-      delta[i] = horizontal_sum(sum) -
-                 (problem.grad_logsumexp == nullptr ? 0.f : problem.grad_logsumexp[row + i]);
-      const float logsumexp = problem.logsumexp[row + i];
+      const float logsumexp = i < tile.count ? problem.logsumexp[row + i] : -kInfinity;
+      log_sum[i] = 0.f;
       if (logsumexp == -kInfinity) {
+        // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
+        top[i] = kInfinity;
         delta[i] = 0.f;
         continue;
       }
+      if (problem.grad_logsumexp != nullptr) delta[i] -= problem.grad_logsumexp[row + i];
       top[i] = logsumexp * kLog2E;
       imprecise |= __builtin_fabsf(logsumexp) > kImpreciseLogsumexp;
     }
@@ -619,16 +643,16 @@ struct Backward {
   }
 
   template <int kGroups>
-  void tile(const FlashAttentionTask& task, int head, int first_query, int count, int panel,
-            int panel_end, float* grad_query_sum, bool is_first, bool is_last,
-            Prefetcher& ahead) const {
+  void tile(const FlashAttentionTask& task, Panel& panel, int head, int first_query, int count,
+            bool is_first_tile, float* grad_query_sum) const {
     constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
-    const Scores<Words, T> tile{problem, task, head, first_query, count, query, ahead, mask_tile};
-    const int end = tile.visible_end(panel_end);
+    const Scores<Words, T> tile{problem, task,  head,        first_query,
+                                count,   query, panel.ahead, mask_tile};
+    const int end = tile.visible_end(panel.end);
     Vec factors[kGroups];
-    if (is_first)
+    if (panel.is_first)
       for (int i = 0; i < columns * kWidth; i += kLanes) store(grad_query_sum + i, zero());
-    if (panel < end) {
+    if (panel.begin < end) {
       const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head, first_query);
       const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head, first_query);
       pack_transposed<Words, kGroups>(query_in, count, problem.head_dim, problem.scale * kLog2E,
@@ -643,15 +667,16 @@ struct Backward {
       float delta[kWidth], top[kWidth], log_sum[kWidth];
       row_values<kGroups>(tile, task.batch, grad_in, delta, top, log_sum);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
-      for (int key = panel; key < end; key += kBlock) {
-        const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep), at = key - panel;
+      for (int key = panel.begin; key < end; key += kBlock) {
+        const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep),
+                  at = key - panel.begin;
         float factor;
         Vec unused[kGroups];
         if (!tile.template block<kGroups>(keys + (int64_t)at * words, words, key, n, scores,
                                           &factor, unused))
           continue;
         multiply_rows<Words, kGroups>(grad_out, values + (int64_t)at * value_words, value_words, n,
-                                      grad_scores, nullptr, ahead);
+                                      grad_scores, nullptr, panel.ahead);
         if (keep != nullptr)
           dropout(problem).keep(key, n, first_query, kWidth,
                                 (uint32_t)(task.batch * problem.heads + head), keep);
@@ -661,10 +686,11 @@ struct Backward {
         if (problem.grad_mask != nullptr) add_grad_mask<kGroups>(task, tile, key, n);
         if (kPairs) pack_pairs<kGroups>(padded);
         if (problem.wants_key_value) {
-          outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n,
-                                  grad_values + (int64_t)at * value_vectors * kLanes,
-                                  value_vectors);
+          outer_accumulate<Words>(
+              left, kDepth, grad_out_rows, kDepth, n, is_first_tile && overwrites(),
+              grad_values + (int64_t)at * value_vectors * kLanes, value_vectors);
           outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, n,
+                                  is_first_tile && overwrites(),
                                   grad_keys + (int64_t)at * vectors * kLanes, vectors);
         }
         if (problem.wants_query)
@@ -673,7 +699,7 @@ struct Backward {
               padded / Words::kElements, columns, grad_query_sum, factors);
       }
     }
-    if (!is_last || !problem.wants_query) return;
+    if (!panel.is_last || !problem.wants_query) return;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(problem.scale);
     if (problem.grad_query_splits != nullptr) {
       float* target =
@@ -688,6 +714,10 @@ struct Backward {
                                 problem.grad_query.stride[2], count, problem.head_dim);
     }
   }
+
+  // Where the first tile of queries meets every key it can store its share of grad_keys and
+  // grad_values; else they start from zero.
+  VLMFAST_INLINE bool overwrites() const { return !problem.causal && problem.mask.data == nullptr; }
 
   // Requests what `next` reads first, spread over the last panel of this task.
   VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& next, int tiles,
@@ -709,59 +739,54 @@ struct Backward {
 
   // `next` is what this thread runs afterwards (or `task` itself).
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin);
+    const Tiling tiling(task.q_end - task.q_begin, problem.causal);
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;
-    int panel = task.k_begin;
+    int begin = task.k_begin;
     do {
-      const int panel_end = minimum(panel + keys_at_once, task.k_end), n = panel_end - panel;
+      const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       const int padded = round_up(n, kRowStep);
-      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, panel);
-      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, panel);
+      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
+      if (panel.is_last) panel.ahead = prefetcher(next, tiling.tiles, n);
+      const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
+      const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
       pack_rows<Words>(key_rows, n, padded, problem.head_dim, keys);
       pack_rows<Words>(value_rows, n, padded, problem.value_dim, values);
       if (kPairs) pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
-      if (problem.wants_key_value) {
+      if (problem.wants_key_value && (!overwrites() || tiling.tiles == 0)) {
         for (int64_t i = 0; i < (int64_t)padded * vectors * kLanes; i += kLanes)
           store(grad_keys + i, zero());
         for (int64_t i = 0; i < (int64_t)padded * value_vectors * kLanes; i += kLanes)
           store(grad_values + i, zero());
       }
-      Prefetcher ahead;
-      if (panel_end == task.k_end) ahead = prefetcher(next, tiling.tiles, n);
       for (int h = 0; h < problem.group; h++)
         for (int t = 0; t < tiling.tiles; t++) {
           const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
           const int first_query = task.q_begin + first * kLanes,
                     head = task.head * problem.group + h;
           const int count = minimum(groups * kLanes, task.q_end - first_query);
-          const bool is_first = panel == task.k_begin, is_last = panel_end == task.k_end;
           float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
           switch (groups) {
             case 1:
-              tile<1>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
-                      ahead);
+              tile<1>(task, panel, head, first_query, count, h + t == 0, sum);
               break;
             case 2:
-              tile<2>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
-                      ahead);
+              tile<2>(task, panel, head, first_query, count, h + t == 0, sum);
               break;
 #if VLMFAST_LEVEL >= 1
             case 3:
-              tile<3>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
-                      ahead);
+              tile<3>(task, panel, head, first_query, count, h + t == 0, sum);
               break;
 #endif
 #if VLMFAST_LEVEL >= 2
             case 4:
-              tile<4>(task, head, first_query, count, panel, panel_end, sum, is_first, is_last,
-                      ahead);
+              tile<4>(task, panel, head, first_query, count, h + t == 0, sum);
               break;
 #endif
           }
         }
       if (problem.wants_key_value) {
-        T* grad_key = problem.grad_key.at<T>(task.batch, task.head, panel);
-        T* grad_value = problem.grad_value.at<T>(task.batch, task.head, panel);
+        T* grad_key = problem.grad_key.at<T>(task.batch, task.head, begin);
+        T* grad_value = problem.grad_value.at<T>(task.batch, task.head, begin);
         for (int j = 0; j < n; j++) {
           for (int d = 0; d < problem.head_dim; d += kLanes)
             store_first(
@@ -774,8 +799,8 @@ struct Backward {
                         minimum(kLanes, problem.value_dim - d));
         }
       }
-      panel = panel_end;
-    } while (panel < task.k_end);
+      begin = end;
+    } while (begin < task.k_end);
   }
 };
 

@@ -14,7 +14,8 @@
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 
 constexpr int kMaxGroups = kLanes == 4 ? 2 : kRegisters == 32 ? 4 : 3;
-constexpr int kRowStep = 8;  // packed key rows and value columns are padded to a multiple of this
+constexpr int kRowStep = 8;   // rows and columns of packed operands are padded to a multiple of this
+constexpr int kWordStep = 4;  // so that there are this many words, or a multiple, in a row
 
 VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
 VLMFAST_INLINE int minimum(int a, int b) { return a < b ? a : b; }
@@ -51,7 +52,7 @@ VLMFAST_INLINE Vec interleave(Vec low, Vec high) {
 
 template <class Words>
 VLMFAST_INLINE int word_count(int columns) {
-  return round_up((columns + Words::kElements - 1) / Words::kElements, kRowStep);
+  return round_up(columns, kRowStep) / Words::kElements;
 }
 
 // Rows of a strided matrix in memory.
@@ -154,8 +155,8 @@ VLMFAST_INLINE void for_each_word(const Rows<T>& rows, int columns, Body body) {
 // `scale` (bf16 words, which stay unrounded; the caller scales the product). Rows from n_rows on
 // are zero, and so are words up to word_count.
 template <class Words, int kGroups, class T>
-VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float scale,
-                                    float* out) {
+VLMFAST_NOINLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float scale,
+                                      float* out) {
   const Vec factor = broadcast(scale);
   for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
     for (int g = 0; g < kGroups; g++) {
@@ -182,7 +183,8 @@ VLMFAST_INLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float
 // out[row][word_count]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
 // column.
 template <class Words, class T>
-VLMFAST_INLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns, float* out) {
+VLMFAST_NOINLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns,
+                                float* out) {
   const int words = word_count<Words>(columns);
   for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
     float* target = out + word;
@@ -193,15 +195,15 @@ VLMFAST_INLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int col
         store_first(target + (int64_t)j * words, load_row(j), words - word);
     }
   });
-  for (int64_t i = (int64_t)n_rows * words; i < (int64_t)padded_rows * words; i += kRowStep)
-    for (int k = 0; k < kRowStep; k++) out[i + k] = 0.f;
+  for (int64_t i = (int64_t)n_rows * words; i < (int64_t)padded_rows * words; i += kWordStep)
+    for (int k = 0; k < kWordStep; k++) out[i + k] = 0.f;
 }
 
 // Operand of a product that sums over rows. out[row / kElements][padded_columns]: with bf16 words,
 // word d holds (row 2r, row 2r + 1) of column d. Zero beyond the last row and column.
 template <class Words, class T>
-VLMFAST_INLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
-                                   int padded_columns, float* out) {
+VLMFAST_NOINLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
+                                     int padded_columns, float* out) {
   if constexpr (Words::kElements == 1) {
     for_each_word<Words>(rows, columns, [&](int d, auto load_row) VLMFAST_INLINE_LAMBDA {
       float* target = out + d;
@@ -213,8 +215,8 @@ VLMFAST_INLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, in
       }
     });
     for (int64_t i = (int64_t)n_rows * padded_columns; i < (int64_t)padded_rows * padded_columns;
-         i += 4)
-      for (int k = 0; k < 4; k++) out[i + k] = 0.f;
+         i += kWordStep)
+      for (int k = 0; k < kWordStep; k++) out[i + k] = 0.f;
   }
 #if VLMFAST_LEVEL >= 3
   else {
@@ -242,8 +244,8 @@ VLMFAST_INLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, in
 
 // out rows [0, n_rows) = factor * the transpose of source[column][kGroups * kLanes].
 template <int kGroups, class T>
-VLMFAST_INLINE void store_transposed(const float* source, const Vec* factor, T* out,
-                                     int64_t row_stride, int n_rows, int columns) {
+VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T* out,
+                                       int64_t row_stride, int n_rows, int columns) {
   for (int g = 0; g < kGroups; g++) {
     const int rows = minimum(kLanes, n_rows - g * kLanes);
     T* target = out + g * kLanes * row_stride;
@@ -272,9 +274,9 @@ constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups =
 // scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) rounded up to kRowStep;
 // `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
 template <class Words, int kGroups>
-VLMFAST_INLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
-                                  int words, int n_rows, float* __restrict scores, Vec* running_max,
-                                  Prefetcher& prefetcher) {
+VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
+                                    int words, int n_rows, float* __restrict scores,
+                                    Vec* running_max, Prefetcher& prefetcher) {
   constexpr int kRows = kTileRows<kGroups>;
   for (int j = 0; j < n_rows; j += kRows) {
     const float* key = keys + (int64_t)j * words;
@@ -282,8 +284,8 @@ VLMFAST_INLINE void multiply_rows(const float* __restrict query, const float* __
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
-    for (int w = 0; w < words; w += 4) {
-      VLMFAST_UNROLL for (int u = 0; u < 4; u++) {
+    for (int w = 0; w < words; w += kWordStep) {
+      VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
         Vec q[kGroups];
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
             load(query + ((w + u) * kGroups + g) * kLanes);
@@ -336,8 +338,8 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
 // values[row][column]; without `rescale` out starts from zero. n_rows counts rows of words;
 // `columns` is a multiple of kRowStep.
 template <class Words, int kGroups>
-VLMFAST_INLINE void weighted_sum(const float* weights, const float* values, int value_stride,
-                                 int n_rows, int columns, float* out, const Vec* rescale) {
+VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, int value_stride,
+                                   int n_rows, int columns, float* out, const Vec* rescale) {
   constexpr int kColumns = kTileRows<kGroups>;
   for (int d = 0; d < columns; d += kColumns)
     weighted_columns<Words, kGroups, kColumns>(weights, values + d, value_stride, n_rows,
@@ -347,14 +349,15 @@ VLMFAST_INLINE void weighted_sum(const float* weights, const float* values, int 
 template <class Words, int kVectors>
 VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
                                   const float* __restrict right, int right_stride, int depth,
-                                  int n_rows, float* __restrict out, int out_stride) {
+                                  int n_rows, bool overwrite, float* __restrict out,
+                                  int out_stride) {
   constexpr int kRows = 4;
   for (int j = 0; j < n_rows; j += kRows) {
     const float* l = left + j * left_stride;
     float* o = out + (int64_t)j * out_stride;
     Vec sum[kRows][kVectors];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
-        sum[r][v] = load(o + r * out_stride + v * kLanes);
+        sum[r][v] = overwrite ? zero() : load(o + r * out_stride + v * kLanes);
     for (int i = 0; i < depth; i++) {
       Vec x[kVectors];
       VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
@@ -370,11 +373,12 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
   }
 }
 
-// out[row][vectors * kLanes] += sum over i of left[row][i] * right[i][:]: here the lanes run over
-// features. Rows [0, n_rows) rounded up to 4 are touched.
+// out[row][vectors * kLanes] += (or, with `overwrite`, =) the sum over i of left[row][i] *
+// right[i][:]: here the lanes run over features. Rows [0, n_rows) rounded up to 4 are touched.
 template <class Words>
-VLMFAST_INLINE void outer_accumulate(const float* left, int left_stride, const float* right,
-                                     int depth, int n_rows, float* out, int vectors) {
+VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const float* right,
+                                       int depth, int n_rows, bool overwrite, float* out,
+                                       int vectors) {
   constexpr int kMost = kRegisters == 32 ? 6 : 2;
   const int stride = vectors * kLanes;
   int left_over = vectors;
@@ -384,23 +388,23 @@ VLMFAST_INLINE void outer_accumulate(const float* left, int left_stride, const f
     float* o = out + first;
     switch (n) {
       case 1:
-        outer_columns<Words, 1>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 1>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
       case 2:
-        outer_columns<Words, 2>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 2>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
 #if VLMFAST_LEVEL >= 2
       case 3:
-        outer_columns<Words, 3>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 3>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
       case 4:
-        outer_columns<Words, 4>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 4>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
       case 5:
-        outer_columns<Words, 5>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 5>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
       case 6:
-        outer_columns<Words, 6>(left, left_stride, x, stride, depth, n_rows, o, stride);
+        outer_columns<Words, 6>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
         break;
 #endif
     }

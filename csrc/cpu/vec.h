@@ -11,6 +11,9 @@
 #include "cpu/types.h"
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
+// Hot enough to matter, long enough to be called: one copy keeps build time and instruction cache
+// small.
+#define VLMFAST_NOINLINE __attribute__((noinline))
 #define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define VLMFAST_UNROLL _Pragma("GCC unroll 32")
 
