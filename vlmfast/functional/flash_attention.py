@@ -12,6 +12,7 @@ from vlmfast import backends
 from vlmfast.functional import common
 from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
 from vlmfast.ops import flash_attention as ops
+from vlmfast.ops.common import heads_inside_tokens
 from vlmfast.reference import flash_attention as reference
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
@@ -257,7 +258,11 @@ def _attend(
     if chosen != "reference":
         return ops.FORWARD[chosen](*args)
     with common.no_autocast(query.device.type):
-        return reference.flash_attention(*args)
+        out, logsumexp = reference.flash_attention(*args)
+    # Laid out as kernels lay it out, so that a view that one allows the other allows, too.
+    if heads_inside_tokens(query):
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, logsumexp
 
 
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,7 +273,6 @@ def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     query, key, value = common.autocast(query, key, value)
     check_alike("key", key, "query", query)
     check_alike("value", value, "query", query)
-    return query, key, value
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             reject(name, "at least 2 dimensions", tuple(tensor.shape))
@@ -406,11 +410,11 @@ def _check_packed(
 
 
 def _check_length(argument: str, length: Any) -> int:
-    if isinstance(length, torch.SymInt):
-        return length  # type: ignore[return-value]
-    if isinstance(length, Tensor) or not hasattr(length, "__index__"):
-        reject_type(argument, "an int", type(length).__name__)
-    length = operator.index(length)
+    if not isinstance(length, int | torch.SymInt):
+        try:
+            length = operator.index(length)  # numpy's integers
+        except TypeError:
+            reject_type(argument, "an int", type(length).__name__)
     if length < 0:
         reject(argument, "a length of at least 0", length)
     return length
