@@ -404,12 +404,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   }
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
   set_most(tasks, &problem);
-  const int64_t scratch_size = run.backward_scratch(problem);
   const auto run_task = [&](int64_t i, int64_t next, float* scratch) {
     run.backward(problem, tasks[i], tasks[next], scratch);
   };
   if (!wants_mask) {
-    for_each_task(static_cast<int64_t>(tasks.size()), scratch_size, run_task);
+    for_each_task(static_cast<int64_t>(tasks.size()), run.backward_scratch(problem), run_task);
   } else {
     const MaskUnits units = mask_units(&tasks, *mask);
     const int64_t copies = units.copies ? static_cast<int64_t>(units.tasks.size()) : 1;
@@ -423,7 +422,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
       problem.grad_mask_stride[i] = m[i] == 1 ? 0 : stride;
       stride *= m[i];
     }
-    for_each_task(static_cast<int64_t>(units.tasks.size()), scratch_size,
+    for_each_task(static_cast<int64_t>(units.tasks.size()), run.backward_scratch(problem),
                   [&](int64_t unit, int64_t, float* scratch) {
                     const auto& list = units.tasks[unit];
                     for (size_t i = 0; i < list.size(); i++)

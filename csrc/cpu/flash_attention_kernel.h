@@ -217,13 +217,6 @@ struct Scores {
   }
 };
 
-// Pads a block's rows [n, padded) with zero weights.
-template <int kGroups>
-VLMFAST_INLINE void clear_rows(float* rows, int n, int padded) {
-  for (int i = n * kGroups * kLanes; i < padded * kGroups * kLanes; i += kLanes)
-    store(rows + i, zero());
-}
-
 // Joins rows 2r and 2r + 1 of the scores into words of bf16 pairs, in place.
 template <class Words, int kGroups>
 VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
@@ -433,8 +426,8 @@ struct Backward {
   const FlashAttentionBackward& problem;
   int words, value_words, columns, vectors, value_vectors, keys_at_once;
   float *keys, *values, *key_pairs, *grad_keys, *grad_values;
-  float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left,
-      *mask_tile, *keep;
+  float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *exact_grad_scores,
+      *left, *grad_left, *mask_tile, *keep;
   float *grad_query, *temporary_keys;
   int64_t grad_query_tile;
   int64_t scratch_size;
@@ -464,6 +457,9 @@ struct Backward {
     grad_out_rows = arena.take((int64_t)kMaxTile / Words::kElements * value_vectors * kLanes);
     scores = arena.take(kBlock * kMaxTile);
     grad_scores = arena.take(kBlock * kMaxTile);
+    exact_grad_scores = p.grad_mask == nullptr ? nullptr
+                        : kPairs               ? arena.take(kBlock * kMaxTile)
+                                               : grad_scores;
     left = kPairs ? arena.take(kBlock * kMaxTile / 2) : scores;
     grad_left = kPairs ? arena.take(kBlock * kMaxTile / 2) : grad_scores;
     mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
@@ -490,13 +486,14 @@ struct Backward {
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) sums[i] = zero();
       for (int i = 0; i < minimum(kLanes, tile.count - g * kLanes); i++) {
         const int at = g * kLanes + i;
-        for (int d = 0; d < problem.value_dim; d += kLanes) {
-          const int n = minimum(kLanes, problem.value_dim - d);
+        constexpr int kStep = kLanes * Words::kElements;
+        for (int d = 0; d < problem.value_dim; d += kStep) {
+          const int n = minimum(kStep, problem.value_dim - d);
           const T* p = grad.row(at) + d * grad.column_stride;
-          const Vec grads = grad.column_stride == 1
-                                ? load_first(p, n)
-                                : gather_words<Fp32Words>(p, grad.column_stride, n);
-          sums[i] = fma(grads, load_first(out + at * problem.out.stride[2] + d, n), sums[i]);
+          const Vec grads = grad.column_stride == 1 ? load_words<Words>(p, n)
+                                                    : gather_words<Words>(p, grad.column_stride, n);
+          sums[i] = Words::multiply_add(
+              grads, load_words<Words>(out + at * problem.out.stride[2] + d, n), sums[i]);
         }
       }
       transpose(sums);
@@ -560,46 +557,61 @@ struct Backward {
       if (top[i] != kInfinity) top[i] = tops[i], log_sum[i] = logs[i];
   }
 
-  // P and dS of a block: `scores` becomes the (dropped-out) weights, `grad_scores` the gradient of
-  // the scores.
+  // P (after dropout) and dS of a block, from the products in `scores` and `grad_scores`. With fp32
+  // words they replace them; with bf16 words `left` and `grad_left` get them as pairs along the
+  // queries, and `grad_scores` gets dS as pairs along the keys. Rows [n, padded) become zero.
   template <int kGroups>
-  VLMFAST_INLINE void gradients(int n, float factor, const float* delta, const float* top,
-                                const float* log_sum) const {
-    constexpr int kWidth = kGroups * kLanes;
+  void gradients(int n, int padded, float factor, const float* delta, const float* top,
+                 const float* log_sum) const {
+    constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
     const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem));
-    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = j * kWidth + g * kLanes;
-        const Vec shifted =
-            fms(f, load(scores + at), load(top + g * kLanes)) - load(log_sum + g * kLanes);
-        Vec p = exp2<Words::kExpDegree>(shifted), grad = load(grad_scores + at);
-        Vec dropped = p;
-        if (keep != nullptr) {
-          const Vec kept = load(keep + at) * scale;
-          dropped = p * kept;
-          grad = grad * kept;
+    for (int j = 0; j < padded; j += kRows) {
+      Vec weight[kRows][kGroups], grad[kRows][kGroups];
+      VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = (j + i) * kWidth + g * kLanes;
+        weight[i][g] = grad[i][g] = zero();
+        if (j + i < n) {
+          const Vec shifted =
+              fms(f, load(scores + at), load(top + g * kLanes)) - load(log_sum + g * kLanes);
+          const Vec p = exp2<Words::kExpDegree>(shifted);
+          const Vec kept = keep == nullptr ? broadcast(1.f) : load(keep + at) * scale;
+          weight[i][g] = p * kept;
+          grad[i][g] = p * fms(load(grad_scores + at), kept, load(delta + g * kLanes));
         }
-        store(scores + at, dropped);
-        store(grad_scores + at, p * (grad - load(delta + g * kLanes)));
+        if (exact_grad_scores != nullptr) store(exact_grad_scores + at, grad[i][g]);
       }
+      store_rows<kGroups>(j, weight, grad);
+    }
   }
 
-  // bf16 words: `left` and `grad_left` get the weights as pairs along the queries, `grad_scores`
-  // pairs along the keys.
   template <int kGroups>
-  VLMFAST_INLINE void pack_pairs([[maybe_unused]] int padded) const {
-#if VLMFAST_LEVEL >= 3
+  VLMFAST_INLINE void store_rows(int j, const Vec (&weight)[Words::kElements][kGroups],
+                                 const Vec (&grad)[Words::kElements][kGroups]) const {
     constexpr int kWidth = kGroups * kLanes;
-    for (int j = 0; j < padded; j += 2) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        Vec grad[2];
-        VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
-          const int at = (j + i) * kWidth + g * kLanes;
-          grad[i] = load(grad_scores + at);
-          _mm256_storeu_si256((__m256i*)(left + at / 2), narrow_bf16(load(scores + at)));
-          _mm256_storeu_si256((__m256i*)(grad_left + at / 2), narrow_bf16(grad[i]));
+#if VLMFAST_LEVEL >= 3
+    if constexpr (Words::kElements == 2) {
+      VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
+        float *l = left + (j + i) * kWidth / 2, *gl = grad_left + (j + i) * kWidth / 2;
+        VLMFAST_UNROLL for (int g = 0; g + 1 < kGroups; g += 2) {
+          store(l + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(weight[i][g + 1], weight[i][g]));
+          store(gl + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
         }
-        store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0], grad[1]));
+        if constexpr (kGroups % 2 == 1) {
+          constexpr int g = kGroups - 1;
+          _mm256_storeu_si256((__m256i*)(l + g * kLanes / 2), narrow_bf16(weight[i][g]));
+          _mm256_storeu_si256((__m256i*)(gl + g * kLanes / 2), narrow_bf16(grad[i][g]));
+        }
       }
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+          store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0][g], grad[1][g]));
+      return;
+    }
 #endif
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      store(scores + j * kWidth + g * kLanes, weight[0][g]);
+      store(grad_scores + j * kWidth + g * kLanes, grad[0][g]);
+    }
   }
 
   // Adds the block's dS to the gradient of the mask, summed over the dimensions along which the
@@ -615,14 +627,15 @@ struct Backward {
     if (stride[2] == 0) {
       for (int j = 0; j < n; j++) {
         Vec sum = zero();
-        for (int g = 0; g < kGroups; g++) sum = sum + load(grad_scores + j * kWidth + g * kLanes);
+        for (int g = 0; g < kGroups; g++)
+          sum = sum + load(exact_grad_scores + j * kWidth + g * kLanes);
         base[j * stride[3]] += horizontal_sum(sum);
       }
     } else if (stride[3] == 0) {
       float rows[kWidth];
       for (int g = 0; g < kGroups; g++) {
         Vec sum = zero();
-        for (int j = 0; j < n; j++) sum = sum + load(grad_scores + j * kWidth + g * kLanes);
+        for (int j = 0; j < n; j++) sum = sum + load(exact_grad_scores + j * kWidth + g * kLanes);
         store(rows + g * kLanes, sum);
       }
       for (int i = 0; i < tile.count; i++) base[i * stride[2]] += rows[i];
@@ -631,7 +644,7 @@ struct Backward {
         for (int j = 0; j < n; j += kLanes) {
           Vec r[kLanes];
           for (int i = 0; i < kLanes; i++)
-            r[i] = j + i < n ? load(grad_scores + (j + i) * kWidth + g * kLanes) : zero();
+            r[i] = j + i < n ? load(exact_grad_scores + (j + i) * kWidth + g * kLanes) : zero();
           transpose(r);
           const int m = minimum(kLanes, n - j), rows = minimum(kLanes, tile.count - g * kLanes);
           for (int i = 0; i < rows; i++) {
@@ -680,11 +693,8 @@ struct Backward {
         if (keep != nullptr)
           dropout(problem).keep(key, n, first_query, kWidth,
                                 (uint32_t)(task.batch * problem.heads + head), keep);
-        gradients<kGroups>(n, factor, delta, top, log_sum);
-        clear_rows<kGroups>(scores, n, padded);
-        clear_rows<kGroups>(grad_scores, n, padded);
+        gradients<kGroups>(n, padded, factor, delta, top, log_sum);
         if (problem.grad_mask != nullptr) add_grad_mask<kGroups>(task, tile, key, n);
-        if (kPairs) pack_pairs<kGroups>(padded);
         if (problem.wants_key_value) {
           outer_accumulate<Words>(
               left, kDepth, grad_out_rows, kDepth, n, is_first_tile && overwrites(),

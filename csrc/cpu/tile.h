@@ -14,7 +14,7 @@
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 
 constexpr int kMaxGroups = kLanes == 4 ? 2 : kRegisters == 32 ? 4 : 3;
-constexpr int kRowStep = 8;   // rows and columns of packed operands are padded to a multiple of this
+constexpr int kRowStep = 8;  // rows and columns of packed operands are padded to a multiple of this
 constexpr int kWordStep = 4;  // so that there are this many words, or a multiple, in a row
 
 VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
