@@ -261,7 +261,7 @@ struct Forward {
     const Vec f = broadcast(factor);
     constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
     Vec total[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = sum[g];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = zero();
     for (int j = 0; j < n; j += kStep) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         Vec p[2] = {zero(), zero()};
@@ -275,7 +275,7 @@ struct Forward {
         store_weight<Words, kGroups>(scores, j, g, p[0], p[1]);
       }
     }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = total[g];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = sum[g] + total[g];
   }
 
   template <int kGroups>

@@ -319,7 +319,7 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
                                      float* __restrict out, const Vec* rescale) {
   Vec sum[kColumns][kGroups];
   VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-      sum[d][g] = rescale == nullptr ? zero() : rescale[g] * load(out + (d * kGroups + g) * kLanes);
+      sum[d][g] = zero();
   for (int r = 0; r < n_rows; r++) {
     Vec p[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) p[g] =
@@ -330,8 +330,11 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
           Words::multiply_add(p[g], v, sum[d][g]);
     }
   }
-  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-      store(out + (d * kGroups + g) * kLanes, sum[d][g]);
+  VLMFAST_UNROLL for (int d = 0; d < kColumns; d++)
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    float* o = out + (d * kGroups + g) * kLanes;
+    store(o, rescale == nullptr ? sum[d][g] : fma(rescale[g], load(o), sum[d][g]));
+  }
 }
 
 // out[column][kGroups * kLanes] = rescale * out + sum over rows of weights[row] *
@@ -357,7 +360,7 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
     float* o = out + (int64_t)j * out_stride;
     Vec sum[kRows][kVectors];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
-        sum[r][v] = overwrite ? zero() : load(o + r * out_stride + v * kLanes);
+        sum[r][v] = zero();
     for (int i = 0; i < depth; i++) {
       Vec x[kVectors];
       VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
@@ -368,8 +371,11 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
             Words::multiply_add(weight, x[v], sum[r][v]);
       }
     }
-    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
-        store(o + r * out_stride + v * kLanes, sum[r][v]);
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+        VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) {
+      float* target = o + r * out_stride + v * kLanes;
+      store(target, overwrite ? sum[r][v] : load(target) + sum[r][v]);
+    }
   }
 }
 
