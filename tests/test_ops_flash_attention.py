@@ -204,6 +204,7 @@ def test_forward_mode_fails_clearly():
         torch.func.jvp(function, (query,), (query,))
 
 
+@pytest.mark.filterwarnings("error")
 def test_functional_transforms():
     query, key, value = normal(3, 2, 4, 5, 8), normal(3, 2, 4, 7, 8), normal(3, 2, 4, 7, 8)
 

@@ -12,7 +12,7 @@ from vlmfast import backends
 from vlmfast.functional import common
 from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
 from vlmfast.ops import flash_attention as ops
-from vlmfast.ops.common import heads_inside_tokens
+from vlmfast.ops.common import call, heads_inside_tokens
 from vlmfast.reference import flash_attention as reference
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
@@ -256,7 +256,7 @@ def _attend(
     seed = common.draw_seed(query.device) if dropout_p > 0.0 else None
     args = (query, key, value, attn_mask, *packed, causal, scale, dropout_p, seed)
     if chosen != "reference":
-        return ops.FORWARD[chosen](*args)
+        return call(ops.FORWARD[chosen], *args)
     with common.no_autocast(query.device.type):
         out, logsumexp = reference.flash_attention(*args)
     # Laid out as kernels lay it out, so that a view that one allows the other allows, too.
