@@ -33,7 +33,7 @@ def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     def norm(equation: str, *tensors: Tensor) -> float:
         return torch.einsum(f"{equation}->", *(x.square() for x in tensors)).sqrt().item()
 
-    scale = arguments["scale"]
+    scale = abs(arguments["scale"])
     return {
         "out": norm("bhij,bhjd", weights, value),
         "logsumexp": logsumexp[logsumexp.isfinite()].norm().item(),
