@@ -361,7 +361,7 @@ struct Forward {
                               problem.out.stride[2], count, problem.value_dim);
   }
 
-  // Requests what `next` reads, spread over the last panel of this task.
+  // Requests what `next` reads and writes, spread over the last panel of this task.
   VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& task,
                                        const FlashAttentionTask& next, int tiles,
                                        int keys_left) const {
@@ -374,7 +374,9 @@ struct Forward {
     }
     result.add(rows_of<T>(problem.query, next.batch, next.head, next.q_begin),
                next.q_end - next.q_begin, problem.head_dim);
-    result.spread_over((int64_t)tiles * keys_left / kRowStep);
+    result.add(rows_of<T>(problem.out, next.batch, next.head, next.q_begin),
+               next.q_end - next.q_begin, problem.value_dim);
+    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
     return result;
   }
 
@@ -729,7 +731,7 @@ struct Backward {
   // grad_values; else they start from zero.
   VLMFAST_INLINE bool overwrites() const { return !problem.causal && problem.mask.data == nullptr; }
 
-  // Requests what `next` reads first, spread over the last panel of this task.
+  // Requests what `next` reads and writes first, spread over the last panel of this task.
   VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& next, int tiles,
                                        int keys_left) const {
     Prefetcher result;
@@ -743,7 +745,17 @@ struct Backward {
     result.add(rows_of<T>(problem.grad_out, next.batch, head, next.q_begin), count,
                problem.value_dim);
     result.add(rows_of<T>(problem.out, next.batch, head, next.q_begin), count, problem.value_dim);
-    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep);
+    if (problem.wants_key_value) {
+      result.add(rows_of<T>(problem.grad_key, next.batch, next.head, next.k_begin), n,
+                 problem.head_dim);
+      result.add(rows_of<T>(problem.grad_value, next.batch, next.head, next.k_begin), n,
+                 problem.value_dim);
+    }
+    if (problem.wants_query)
+      result.add(rows_of<T>(problem.grad_query, next.batch, head, next.q_begin), count,
+                 problem.head_dim);
+    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
+                       (problem.causal ? 1 : 2));
     return result;
   }
 

@@ -102,7 +102,7 @@ class Prefetcher {
     int64_t stride, bytes;
     int rows;
   };
-  static constexpr int kMost = 5;
+  static constexpr int kMost = 8;
   Range ranges_[kMost];
   int count_ = 0, at_ = 0, per_step_ = 0;
   int64_t lines_ = 0, offset_ = 0;
