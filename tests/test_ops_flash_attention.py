@@ -273,7 +273,10 @@ SHAPES = [
     dense_case("head dim 104", (1, 1, 15, 104), (1, 1, 17)),
     dense_case("head dims 256 and 8", (1, 1, 31, 256), (1, 1, 33), 8),
     dense_case("head dim 5", (1, 2, 13, 5), (1, 2, 9), 3),
-    dense_case("long", (1, 1, 130, 32), (1, 1, 700)),
+    # Sums of thousands of terms, where one running sum in float32 would lose digits.
+    dense_case("many keys", (1, 1, 8, 64), (1, 1, 2048)),
+    dense_case("many queries", (1, 1, 2048, 64), (1, 1, 8)),
+    dense_case("many queries of a group", (1, 8, 577, 64), (1, 1, 577)),
     dense_case("causal, more keys", (1, 2, 50, 32), (1, 2, 130), is_causal=True),
     dense_case("causal, fewer keys", (1, 2, 130, 32), (1, 2, 50), is_causal=True),
     dense_case("causal bias", (1, 2, 66, 32), mask=normal_bias(1, 2, 66, 66), is_causal=True),
