@@ -1,0 +1,323 @@
+"""Pieces that every kernel of this folder is built from.
+
+A head dimension such as 80 is not padded to the next power of two: it is held as a tuple of tiles
+with power-of-two widths, 64 + 16, the last of them masked where it reaches past the end. `pieces`
+below is always such a tuple of (first column, width) pairs, and a "split tile" the matching tuple
+of (rows, width) tiles.
+
+Strides travel as (batch, head, row, column). The first three count units of `UNIT` elements, which
+the launcher sets to 8 where it can: Triton sees by itself only that a number is divisible by 16,
+and a row of 72 half-precision elements would otherwise be loaded two bytes at a time.
+"""
+
+import contextlib
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Kinds of attention mask, as the kernels' MASK parameter.
+NO_MASK = tl.constexpr(0)
+BOOL_MASK = tl.constexpr(1)
+FLOAT_MASK = tl.constexpr(2)
+
+SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
+MOST_PIECES = 3
+
+
+def split_into_pieces(size: int, largest: int = 256) -> tuple[tuple[int, int], ...]:
+    """Cover `size` columns by at most three power-of-two widths, wasting as little as possible.
+
+    >>> split_into_pieces(88)
+    ((0, 64), (64, 32))
+    """
+    widths = [SMALLEST_PIECE << i for i in range(8) if SMALLEST_PIECE << i <= largest]
+    choices = (
+        choice
+        for count in range(1, MOST_PIECES + 1)
+        for choice in itertools.combinations_with_replacement(reversed(widths), count)
+        if sum(choice) >= size
+    )
+    best = min(choices, key=lambda choice: (sum(choice), len(choice)), default=None)
+    if best is None:
+        raise ValueError(f"size: expected at most {MOST_PIECES * largest}, got {size}")
+    starts = itertools.accumulate(best[:-1], initial=0)
+    return tuple(zip(starts, best, strict=True))
+
+
+def covered_columns(pieces: tuple[tuple[int, int], ...]) -> int:
+    return sum(width for _, width in pieces)
+
+
+def dense_like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Uninitialised (B, H, L, D) tensor in the dimension order of `tensor`, without gaps."""
+    if tensor.stride(1) < tensor.stride(2):
+        batch, heads, rows, columns = shape
+        return tensor.new_empty(batch, rows, heads, columns).transpose(1, 2)
+    return tensor.new_empty(shape)
+
+
+def stride_unit(*tensors: torch.Tensor) -> int:
+    """8 where every stride but the last dimension's is a multiple of 8 elements, else 1."""
+    strides = (s for tensor in tensors for s in kernel_strides(tensor, 1)[:-1])
+    return 8 if all(s % 8 == 0 for s in strides) else 1
+
+
+def kernel_strides(tensor: torch.Tensor, unit: int) -> tuple[int, ...]:
+    """Strides as kernels take them; a dimension of size 1 has stride 0, whatever torch says."""
+    strides = [s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    return (*(s // unit for s in strides[:-1]), strides[-1])
+
+
+def with_strides(unit: int, *tensors: torch.Tensor) -> list:
+    """Each tensor followed by its strides: the arguments of a kernel."""
+    return [arg for tensor in tensors for arg in (tensor, kernel_strides(tensor, unit))]
+
+
+def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches on whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def float32_precision() -> str:
+    """`input_precision` of float32 products, as torch's own matrix products have it."""
+    # allow_tf32 reads the same setting, but raises once the newer name has been written to.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """Elements whose 32 random bits fall below this are dropped; as the int32 of the same bits."""
+    threshold = min(int(dropout_p * 2**32), 2**32 - 1)
+    return threshold - 2**32 if threshold >= 2**31 else threshold
+
+
+def dropout_scale(dropout_p: float) -> float:
+    """What the kept elements are multiplied by; nothing is kept at p = 1."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+@triton.jit
+def head_pointer(pointer, strides, batch, head, row, UNIT: tl.constexpr):
+    """Address of element (batch, head, row, 0); in 64 bits, since a tensor may exceed 2**31."""
+    pointer += tl.cast(batch, tl.int64) * strides[0] * UNIT
+    pointer += tl.cast(head, tl.int64) * strides[1] * UNIT
+    return pointer + tl.cast(row, tl.int64) * strides[2] * UNIT
+
+
+@triton.jit
+def segment_bounds(cu_seqlens, segment, total):
+    """First row and length of a packed segment; wrong cumulative lengths never leave the tensor."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + segment), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + segment + 1), first), total)
+    return first, end - first
+
+
+@triton.jit
+def load_rows(
+    pointer,
+    strides,
+    rows,
+    num_rows,
+    SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Split tile of the given rows, (len(rows), SIZE); rows from num_rows on read as 0."""
+    row_pointer = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
+        pointers = row_pointer + columns[None, :].to(tl.int64) * strides[3]
+        if PIECES[i][0] + PIECES[i][1] > SIZE:
+            inside = (columns < SIZE)[None, :]
+            if CHECK_ROWS:
+                inside = inside & (rows < num_rows)[:, None]
+            tile = tl.load(pointers, mask=inside, other=0.0)
+        elif CHECK_ROWS:
+            tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store_rows(
+    pointer,
+    strides,
+    rows,
+    num_rows,
+    tiles,
+    SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Write a split tile to the given rows, but those from num_rows on."""
+    row_pointer = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
+    for i in tl.static_range(len(PIECES)):
+        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
+        inside = (rows < num_rows)[:, None]
+        if PIECES[i][0] + PIECES[i][1] > SIZE:
+            inside = inside & (columns < SIZE)[None, :]
+        pointers = row_pointer + columns[None, :].to(tl.int64) * strides[3]
+        tl.store(pointers, tiles[i].to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """Split tile of float32 zeros, (ROWS, columns of PIECES)."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        tiles = tiles + (tl.zeros([ROWS, tl.constexpr(PIECES[i][1])], dtype=tl.float32),)
+    return tiles
+
+
+@triton.jit
+def scale_tiles(tiles, factor):
+    """Multiply a split tile by a scalar or by a column of factors, one for each row."""
+    scaled = ()
+    for i in tl.static_range(len(tiles)):
+        scaled = scaled + (tiles[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def inner_products(left, right, PRECISION: tl.constexpr):
+    """left @ right^T of two split tiles, (M, D) and (N, D), as one (M, N) tile."""
+    product = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(left)):
+        product = tl.dot(left[i], tl.trans(right[i]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_products(tiles, weights, right, PRECISION: tl.constexpr):
+    """tiles + weights @ right, with weights (M, N), and split tiles (M, D) and (N, D)."""
+    sums = ()
+    for i in tl.static_range(len(tiles)):
+        product = tl.dot(weights.to(right[i].dtype), right[i], tiles[i], input_precision=PRECISION)
+        sums = sums + (product,)
+    return sums
+
+
+@triton.jit
+def row_inner_products(left, right):
+    """Sum over the columns of left * right, two split tiles (M, D), in float32: (M,)."""
+    total = tl.sum(left[0].to(tl.float32) * right[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(left)):
+        total += tl.sum(left[i].to(tl.float32) * right[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def mask_scores(
+    scores,
+    rows,
+    columns,
+    num_rows,
+    num_columns,
+    causal_offset,
+    attn_mask,
+    mask_strides,
+    scale,
+    MASK: tl.constexpr,
+    MASK_HAS_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CHECK_COLUMNS: tl.constexpr,
+):
+    """Apply every mask to the unscaled products `scores`; what is hidden becomes -inf.
+
+    `rows` and `columns` are indices of queries and keys, shaped to broadcast to the tile: (M, 1)
+    and (1, N), or (1, M) and (N, 1) where the tile is transposed. A float mask is added to the
+    scaled scores, so the result is scaled with one and unscaled without.
+    """
+    if MASK != NO_MASK:
+        pointers = attn_mask + columns.to(tl.int64) * mask_strides[3]
+        inside = columns < num_columns
+        if MASK_HAS_ROWS:
+            pointers += rows.to(tl.int64) * mask_strides[2]
+            inside = inside & (rows < num_rows)
+        if MASK == FLOAT_MASK:
+            scores = scores * scale + tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        else:
+            keep = tl.load(pointers, mask=inside, other=0) != 0
+            scores = tl.where(keep, scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(columns <= rows + causal_offset, scores, float("-inf"))
+    if CHECK_COLUMNS:
+        scores = tl.where(columns < num_columns, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def to_exponent(score, factor, SCALED: tl.constexpr):
+    """What `shifted_exp2` subtracts, from a score or a log-sum-exp in the units of the scores."""
+    return score if SCALED else score * factor
+
+
+@triton.jit
+def shifted_exp2(scores, shift, factor, SCALED: tl.constexpr):
+    """exp2(scores * factor - shift) of unscaled scores: one FMA an element.
+
+    Scaled scores carry a float mask, whose entries may be as large as float32 goes: their shift is
+    in natural units and subtracted first, (scores - shift) * factor, before anything overflows.
+    """
+    if SCALED:
+        return tl.math.exp2((scores - shift) * factor)
+    return tl.math.exp2(scores * factor - shift)
+
+
+@triton.jit
+def online_softmax_step(scores, row_max, row_sum, factor, SCALED: tl.constexpr):
+    """One block of keys of softmax(scores * factor / log2(e)), over axis 1.
+
+    Gives the block's weights (M, N), the decay (M,) of what was summed before, and the new row_max
+    and row_sum. A row that has seen only -inf keeps maximum -inf and sum 0.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    shift = to_exponent(finite_max, factor, SCALED)
+    weights = shifted_exp2(scores, shift[:, None], factor, SCALED)
+    decay = shifted_exp2(row_max, shift, factor, SCALED)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def dropout_keep(
+    dropout_seed,
+    threshold,
+    stream,
+    rows,
+    first_column,
+    COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Which elements of a (len(rows), COLUMNS) tile dropout keeps, as int1.
+
+    Element (row, column) is kept iff word column % 4 of Philox 4x32-10 reaches the threshold; the
+    counter is (column // 4, row, stream, 0), the key the seed's low and high half. One call gives
+    four neighbours, which is used where ALIGNED: first_column is then a multiple of 4.
+    """
+    seed = tl.load(dropout_seed)
+    threshold = threshold.to(tl.uint32, bitcast=True)
+    if ALIGNED:
+        quads = first_column // 4 + tl.arange(0, COLUMNS // 4)
+    else:
+        columns = first_column + tl.arange(0, COLUMNS)
+        quads = columns // 4
+    counter = tl.broadcast_to(quads[None, :], (rows.shape[0], quads.shape[0]))
+    zero = tl.zeros_like(counter)
+    word0, word1, word2, word3 = tl.philox(seed, counter, zero + rows[:, None], zero + stream, zero)
+    if ALIGNED:
+        even = tl.interleave((word0 >= threshold).to(tl.int8), (word2 >= threshold).to(tl.int8))
+        odd = tl.interleave((word1 >= threshold).to(tl.int8), (word3 >= threshold).to(tl.int8))
+        return tl.interleave(even, odd) != 0
+    place = (columns % 4)[None, :]
+    low = tl.where(place == 0, word0, word1)
+    high = tl.where(place == 2, word2, word3)
+    return tl.where(place < 2, low, high) >= threshold
