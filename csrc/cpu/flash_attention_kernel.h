@@ -241,7 +241,11 @@ struct Forward {
   Forward(const FlashAttentionForward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
     value_columns = round_up(p.value_dim, kRowStep);
-    keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.keys_most);
+    const int tiles = Tiling(p.queries_most, p.causal).tiles;
+    // A panel that only a tile or two will read need not stay in the cache, and a short one lets
+    // the next be fetched meanwhile.
+    const int64_t panel = tiles <= 2 ? kForwardPanel / 4 : kForwardPanel;
+    keys_at_once = panel_keys(panel, words + value_columns / Words::kElements, p.keys_most);
     keeps_state = keys_at_once < p.keys_most;
     state_size = (value_columns + 2) * kMaxTile + 16;
     Arena arena{scratch};
@@ -252,7 +256,7 @@ struct Forward {
     scores = arena.take(kBlock * kMaxTile);
     mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
-    state = arena.take(state_size * (keeps_state ? Tiling(p.queries_most, p.causal).tiles : 1));
+    state = arena.take(state_size * (keeps_state ? tiles : 1));
     scratch_size = arena.used;
   }
 
@@ -380,6 +384,17 @@ struct Forward {
     return result;
   }
 
+  // Requests the keys and values of the panel that begins at key `begin`.
+  VLMFAST_INLINE Prefetcher panel_prefetcher(const FlashAttentionTask& task, int key_head,
+                                             int begin, int tiles, int keys_left) const {
+    Prefetcher result;
+    const int n = minimum(task.k_end - begin, keys_at_once);
+    result.add(rows_of<T>(problem.key, task.batch, key_head, begin), n, problem.head_dim);
+    result.add(rows_of<T>(problem.value, task.batch, key_head, begin), n, problem.value_dim);
+    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
+    return result;
+  }
+
   // `next` is what this thread runs afterwards (or `task` itself).
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal);
@@ -388,7 +403,8 @@ struct Forward {
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
-      if (panel.is_last) panel.ahead = prefetcher(task, next, tiling.tiles, n);
+      panel.ahead = panel.is_last ? prefetcher(task, next, tiling.tiles, n)
+                                  : panel_prefetcher(task, key_head, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, begin);
       pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
@@ -759,6 +775,18 @@ struct Backward {
     return result;
   }
 
+  // Requests the keys and values of the panel that begins at key `begin`.
+  VLMFAST_INLINE Prefetcher panel_prefetcher(const FlashAttentionTask& task, int begin, int tiles,
+                                             int keys_left) const {
+    Prefetcher result;
+    const int n = minimum(task.k_end - begin, keys_at_once);
+    result.add(rows_of<T>(problem.key, task.batch, task.head, begin), n, problem.head_dim);
+    result.add(rows_of<T>(problem.value, task.batch, task.head, begin), n, problem.value_dim);
+    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
+                       (problem.causal ? 1 : 2));
+    return result;
+  }
+
   // `next` is what this thread runs afterwards (or `task` itself).
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal);
@@ -768,7 +796,8 @@ struct Backward {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       const int padded = round_up(n, kRowStep);
       Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
-      if (panel.is_last) panel.ahead = prefetcher(next, tiling.tiles, n);
+      panel.ahead = panel.is_last ? prefetcher(next, tiling.tiles, n)
+                                  : panel_prefetcher(task, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
       pack_rows<Words>(key_rows, n, padded, problem.head_dim, keys);

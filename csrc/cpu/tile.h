@@ -280,7 +280,7 @@ VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* 
   constexpr int kRows = kTileRows<kGroups>;
   for (int j = 0; j < n_rows; j += kRows) {
     const float* key = keys + (int64_t)j * words;
-    prefetcher.step();
+    if (j % kRowStep == 0) prefetcher.step();
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
