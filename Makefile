@@ -64,8 +64,6 @@ $(ENVIRONMENT): constraints.txt
 	  || { echo "vlmfast needs Python 3.10 or later; say which: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
-	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.isfile(s.get_path("include") + "/Python.h"))' \
-	  || { echo "$(PYTHON) has no C headers (Python.h); on Debian: apt install python3-dev"; exit 1; }
 	@command -v $(CXX) >/dev/null \
 	  || { echo "no C++ compiler ($(CXX)); on Debian: apt install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,5 @@
-// The Python module vlmfast._C. Importing it registers the operators' CPU implementations; it
-// exports nothing else.
-#include <Python.h>
+// What the library vlmfast._C registers beside the kernels. torch.ops.load_library loads it: it is
+// no Python module, so that it needs neither Python's headers nor a build for each Python.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -30,10 +29,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast, m) {
 STABLE_TORCH_LIBRARY_IMPL(vlmfast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
-}
-
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

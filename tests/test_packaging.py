@@ -287,11 +287,11 @@ def test_extension_needs_only_stable_interfaces() -> None:
     needed = {row[-1] for row in symbols("--undefined-only")}
     cxx_of_torch = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
     assert not [name for name in needed if name.startswith(cxx_of_torch)]
-    assert {name for name in needed if "Py" in name} <= {"PyModule_Create2", "PyModuleDef_Init"}
+    assert not [name for name in needed if name.startswith(("Py", "_Py"))]
     assert any(name.startswith("aoti_torch_") for name in needed)
 
 
-def test_extension_exports_only_its_entry() -> None:
+def test_extension_exports_nothing() -> None:
     """Weak symbols are inline code of headers, which C++ merges by design."""
     exported = {row[-1] for row in symbols("--defined-only") if row[-2] not in "WVuvw"}
-    assert exported - {"__bss_start", "_edata", "_end", "_fini", "_init"} == {"PyInit__C"}
+    assert exported - {"__bss_start", "_edata", "_end", "_fini", "_init"} == set()

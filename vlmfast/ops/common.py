@@ -1,6 +1,5 @@
 """Registration that every family shares, and the loading of the C++ extension."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,12 +19,16 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _load_extension() -> str | None:
-    """Loads `vlmfast._C`, which registers the C++ kernels; returns why that failed, or None."""
+    """Loads the library vlmfast._C, which registers the C++ kernels; returns why not, or None."""
     try:
-        if importlib.util.find_spec("vlmfast._C") is None:
-            return "the C++ extension vlmfast._C is not built"
-        importlib.import_module("vlmfast._C")
-    except ImportError as error:
+        found = importlib.util.find_spec("vlmfast._C")
+    except ImportError:  # an import hook may hide it
+        found = None
+    if found is None or found.origin is None:
+        return "the C++ extension vlmfast._C is not built"
+    try:
+        torch.ops.load_library(found.origin)
+    except OSError as error:
         return f"the C++ extension vlmfast._C does not load: {error}"
     return None
 
