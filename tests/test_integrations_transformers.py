@@ -1,6 +1,7 @@
 """patch on transformers' models."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ import_torchvision()
 from transformers import (  # noqa: E402
     BertConfig,
     BertModel,
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
     BlipVisionConfig,
     BlipVisionModel,
     CLIPConfig,
@@ -25,6 +28,10 @@ from transformers import (  # noqa: E402
     LlamaModel,
     SiglipConfig,
     SiglipModel,
+    SwinConfig,
+    SwinModel,
+    ViltConfig,
+    ViltModel,
     ViTConfig,
     ViTModel,
 )
@@ -127,12 +134,16 @@ def test_models(name, implementation, dtype):
     assert_patched_model_right(model, inputs_of(name), features, exact)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+# Padding on the left of causal text leaves rows that see nothing. Eager attention gives them a mean
+# over all keys and sdpa zero, so that eager has a test of its own.
+PADDED = [
+    *itertools.product(["clip", "siglip"], ["sdpa", "eager"], ["none", "right"]),
+    *[("clip", "sdpa", "left"), ("siglip", "sdpa", "left"), ("siglip", "eager", "left")],
+]
+
+
+@pytest.mark.parametrize(("name", "implementation", "side"), PADDED)
 def test_padding_masks(name, implementation, side):
-    if (name, implementation, side) == ("clip", "eager", "left"):
-        pytest.skip("rows that see nothing: eager gives them a mean, see the next test")
     model, exact = (MODELS[name](kind) for kind in (implementation, "sdpa"))
     assert_patched_model_right(model, inputs_of(name, side), features, exact)
 
@@ -272,10 +283,14 @@ def test_other_implementations_are_left():
     }
 
 
-def test_attention_outside_the_interface_is_left():
-    config = BlipVisionConfig(**SIZES, **IMAGE)
-    report = vlmfast.patch(BlipVisionModel(config))
-    assert not report.replaced
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [(BlipVisionModel, BlipVisionConfig(**SIZES, **IMAGE)), (ViltModel, ViltConfig(**SIZES))],
+    ids=["BLIP", "ViLT"],
+)
+def test_attention_outside_the_interface_is_left(cls, config):
+    report = vlmfast.patch(cls(config))
+    assert not report.replaced and len(report.skipped) == SIZES["num_hidden_layers"]
     assert {entry.why for entry in report.skipped} == {"does not go through AttentionInterface"}
 
 
@@ -307,6 +322,39 @@ def test_encoder_with_padding():
         return model(inputs["input_ids"], attention_mask=padding("right")).last_hidden_state
 
     assert_patched_model_right(model, inputs_of("clip"), call)
+
+
+def test_learned_bias_gets_its_gradient():
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4
+    )
+    model = make(SwinModel, config)
+
+    def call(model, inputs):
+        return model(inputs["pixel_values"]).last_hidden_state
+
+    assert_patched_model_right(model, inputs_of("vit"), call)
+
+
+def test_cross_attention():
+    config = Blip2QFormerConfig(
+        **SIZES, vocab_size=50, encoder_hidden_size=24, cross_attention_frequency=1
+    )
+    model = make(Blip2QFormerModel, config).eval()
+    hidden = torch.ones(BATCH, 7, dtype=torch.long)
+    hidden[1, 4:] = 0
+
+    def call(model, inputs):
+        return model(**inputs, encoder_attention_mask=hidden).last_hidden_state
+
+    def inputs(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "query_embeds": torch.randn(BATCH, 5, 32, generator=generator),
+            "encoder_hidden_states": torch.randn(BATCH, 7, 24, generator=generator),
+        }
+
+    assert_patched_model_right(model, inputs, call)
 
 
 def test_attention_dropout_follows_training(monkeypatch):

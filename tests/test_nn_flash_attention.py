@@ -309,6 +309,19 @@ def test_compiles_into_one_graph(dynamic):
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (out, expected)))
 
 
+def test_vmap_over_masks():
+    ours, _ = make_pair(batch_first=True)
+    x = make_inputs(0, batch_first=True)["query"]
+    masks = torch.stack([CAUSAL, torch.zeros_like(CAUSAL)])
+
+    def attend(mask):
+        return ours(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    torch.testing.assert_close(
+        torch.vmap(attend)(masks), torch.stack([attend(mask) for mask in masks])
+    )
+
+
 def test_autocast():
     ours, theirs = make_pair(batch_first=True)
     inputs = make_inputs(0, batch_first=True, **MASKS["float 2-D"])

@@ -75,7 +75,8 @@ def patch(
         backend: forced for the replaced layers, see `vlmfast.use_backend`; None: by the inputs.
         strict: raise if a layer that vlmfast knows cannot be replaced. The model is then untouched.
         filter: called with (path, module) for each layer about to be replaced; False leaves it.
-        inference: also make changes that are right only as long as nobody trains the model.
+        inference: allow changes that are right only as long as nobody trains the model. No rule
+            of today makes any, so all that `patch` does holds in training too.
 
     Returns:
         A `PatchReport`: `replaced` and `skipped`, one (path, what, why) for each layer.

@@ -19,6 +19,7 @@ BACKEND = "backend"
 
 _ATTENTION_FUNCTIONS = (
     "softmax",
+    "Softmax",
     "scaled_dot_product_attention",
     "multi_head_attention_forward",
     "shifted_window_attention",

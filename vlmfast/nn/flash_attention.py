@@ -278,6 +278,8 @@ def is_causal_mask(mask: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if torch._C._are_functorch_transforms_active():  # vmap cannot branch on values
+        return False
     if type(mask) not in (Tensor, nn.Parameter) or mask.device.type != "cpu" or mask.requires_grad:
         return False
     hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
