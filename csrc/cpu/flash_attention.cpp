@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <optional>
 #include <tuple>
@@ -25,6 +26,7 @@ using MaybeTensor = std::optional<Tensor>;
 enum Causal : int64_t { kNone, kTopLeft, kBottomRight };
 
 constexpr int64_t kMostSplitBytes = 128 << 20;
+constexpr int64_t kCachedBytes = 12 << 20;
 
 const FlashAttentionKernel& kernel() {
   switch (current_isa()) {
@@ -74,6 +76,16 @@ Tensor dense_like(const Tensor& like, int64_t rows, int64_t columns) {
     return torch::stable::transpose(torch::stable::new_empty(like, {batch, rows, heads, columns}),
                                     1, 2);
   return torch::stable::new_empty(like, {batch, heads, rows, columns});
+}
+
+// Whether fetching ahead pays: what lies in the last-level cache anyway arrives soon enough, and
+// the requests cost more than they save. Timed on a core of 32 MiB of it: up to 5 % slower below 10
+// MB, up to 20 % faster above 14 MB. Systems do not tell what share of that cache a process has.
+bool exceeds_cache(std::initializer_list<const Tensor*> tensors) {
+  int64_t bytes = 0;
+  for (const Tensor* tensor : tensors)
+    bytes += tensor->numel() * static_cast<int64_t>(tensor->element_size());
+  return bytes > kCachedBytes;
 }
 
 struct Inputs {
@@ -151,7 +163,7 @@ void describe(const Inputs& in, FlashAttentionProblem* problem) {
   problem->value_dim = static_cast<int>(in.value.size(3));
   problem->causal = in.causal != kNone;
   problem->scale = static_cast<float>(in.scale);
-  problem->dropout_p = static_cast<float>(in.dropout_p);
+  problem->dropout_p = in.dropout_p;
   if (in.mask) {
     check_dim("attn_mask", *in.mask, 4);
     check_cpu("attn_mask", *in.mask);
@@ -254,6 +266,7 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
                                               ScalarType::Float);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  problem.prefetch = exceeds_cache({&query, &key, &value, &out});
   const FlashAttentionKernel& run = kernel();
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
   set_most(tasks, &problem);
@@ -383,6 +396,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   Tensor grad_key = key_value_grad ? dense_like(key, key.size(2), head_dim) : nothing(key);
   Tensor grad_value =
       key_value_grad ? dense_like(value, value.size(2), value.size(3)) : nothing(value);
+  problem.prefetch =
+      exceeds_cache({&query, &key, &value, &out, &grad_out, &grad_query, &grad_key, &grad_value});
   if (query_grad) problem.grad_query = strided(grad_query);
   if (key_value_grad) {
     problem.grad_key = strided(grad_key);

@@ -26,9 +26,10 @@ struct FlashAttentionProblem {
   int64_t query_length;
   int queries_most, keys_most;  // of all tasks
   int head_dim, value_dim;
-  bool causal;  // some task has a causal_shift
+  bool causal;    // some task has a causal_shift
+  bool prefetch;  // the tensors do not lie in a cache already
   float scale;
-  float dropout_p = 0;
+  double dropout_p = 0;
   uint64_t dropout_seed = 0;
 };
 

@@ -62,7 +62,7 @@ VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
   const Vec raw = stride == 1 ? load_first(row, n) : gather_words<Fp32Words>(row, stride, n);
   // Finite values stay finite: torch adds them, and a row of equal lowest values is uniform, not
   // empty.
-  const Vec scaled = max(broadcast(kLowest), raw * broadcast(kLog2E));
+  const Vec scaled = min(broadcast(-kLowest), max(broadcast(kLowest), raw * broadcast(kLog2E)));
   return select_eq(raw, broadcast(-kInfinity), broadcast(-kInfinity), scaled);
 }
 
@@ -73,14 +73,14 @@ VLMFAST_INLINE Vec load_mask_row(const bool* row, int64_t stride, int n) {
 }
 
 Philox dropout(const FlashAttentionProblem& problem) {
-  const double threshold = (double)problem.dropout_p * 4294967296.0;
+  const double threshold = problem.dropout_p * 4294967296.0;
   return Philox{(uint32_t)problem.dropout_seed, (uint32_t)(problem.dropout_seed >> 32),
                 threshold >= 4294967295.0 ? 4294967295u : (uint32_t)threshold};
 }
 
 // What the weights that dropout keeps are multiplied by.
 float kept_scale(const FlashAttentionProblem& problem) {
-  return problem.dropout_p >= 1.f ? 0.f : 1.f / (1.f - problem.dropout_p);
+  return problem.dropout_p >= 1 ? 0.f : (float)(1 / (1 - problem.dropout_p));
 }
 
 template <class T>
@@ -120,7 +120,8 @@ struct Scores {
   bool load_mask(const M* base, int key, int n) const {
     const int64_t row_stride = problem.mask.stride[2], key_stride = problem.mask.stride[3];
     constexpr int kWidth = kGroups * kLanes;
-    Vec most = broadcast(-kInfinity);
+    const Vec hidden = broadcast(-kInfinity);
+    Vec visible = zero();
     if (row_stride == 0) {
       for (int j = 0; j < n; j += kLanes) {
         const int m = minimum(kLanes, n - j);
@@ -129,7 +130,7 @@ struct Scores {
         store(values, row);
         for (int i = 0; i < m; i++) {
           const Vec v = broadcast(values[i]);
-          most = max(most, v);
+          visible = select_eq(v, hidden, visible, broadcast(1.f));
           for (int g = 0; g < kGroups; g++) store(mask_tile + (j + i) * kWidth + g * kLanes, v);
         }
       }
@@ -147,13 +148,13 @@ struct Scores {
           }
           transpose(r);
           for (int i = 0; i < m; i++) {
-            most = max(most, r[i]);
+            visible = select_eq(r[i], hidden, visible, broadcast(1.f));
             store(mask_tile + (j + i) * kWidth + g * kLanes, r[i]);
           }
         }
       }
     }
-    return !(horizontal_max(most) == -kInfinity);
+    return horizontal_max(visible) > 0;
   }
 
   template <int kGroups>
@@ -179,7 +180,10 @@ struct Scores {
     constexpr int kWidth = kGroups * kLanes;
     const bool masked = problem.mask.data != nullptr, diagonal = crosses_diagonal(key, n);
     if (masked && !load_mask<kGroups>(key, n)) return false;
-    *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
+    // Never 0, which would turn a hidden key's -inf into NaN.
+    *factor = Words::kElements == 1
+                  ? 1.f
+                  : __builtin_fmaxf(__builtin_fabsf(problem.scale) * kLog2E, 1e-37f);
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
     // diagonal.
@@ -370,6 +374,7 @@ struct Forward {
                                        const FlashAttentionTask& next, int tiles,
                                        int keys_left) const {
     Prefetcher result;
+    if (!problem.prefetch) return result;
     const int head = next.head / problem.group;
     const int n = minimum(next.k_end - next.k_begin, keys_at_once);
     if (next.batch != task.batch || head != task.head / problem.group) {
@@ -388,6 +393,7 @@ struct Forward {
   VLMFAST_INLINE Prefetcher panel_prefetcher(const FlashAttentionTask& task, int key_head,
                                              int begin, int tiles, int keys_left) const {
     Prefetcher result;
+    if (!problem.prefetch) return result;
     const int n = minimum(task.k_end - begin, keys_at_once);
     result.add(rows_of<T>(problem.key, task.batch, key_head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, key_head, begin), n, problem.value_dim);
@@ -751,6 +757,7 @@ struct Backward {
   VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& next, int tiles,
                                        int keys_left) const {
     Prefetcher result;
+    if (!problem.prefetch) return result;
     const int n = minimum(next.k_end - next.k_begin, keys_at_once),
               count = next.q_end - next.q_begin;
     const int head = next.head * problem.group;
@@ -779,6 +786,7 @@ struct Backward {
   VLMFAST_INLINE Prefetcher panel_prefetcher(const FlashAttentionTask& task, int begin, int tiles,
                                              int keys_left) const {
     Prefetcher result;
+    if (!problem.prefetch) return result;
     const int n = minimum(task.k_end - begin, keys_at_once);
     result.add(rows_of<T>(problem.key, task.batch, task.head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, task.head, begin), n, problem.value_dim);

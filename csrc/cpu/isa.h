@@ -1,4 +1,5 @@
-// Which instruction-set variant of the kernels runs on this machine.
+// What the machine at hand is: which instruction-set variant of the kernels runs on it, and its
+// cache.
 #pragma once
 #include <string>
 #include <vector>

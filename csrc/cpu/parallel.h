@@ -52,15 +52,17 @@ class Scratch {
 template <class Body>
 void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  std::atomic<int64_t> unclaimed{0};
-  const auto work = [&](int64_t, int64_t) {
-    const auto claim = [&] { return unclaimed.fetch_add(1, std::memory_order_relaxed); };
+  std::atomic<int64_t> unclaimed{workers};
+  // Worker w begins with task w, so that none is claimed ahead of a worker that has nothing yet.
+  const auto work = [&](int64_t first_worker, int64_t last_worker) {
     Scratch& scratch = Scratch::of_this_thread();
     float* buffer = scratch.get(scratch_floats);
-    for (int64_t task = claim(); task < tasks;) {
-      const int64_t next = claim();
-      body(task, next < tasks ? next : task, buffer);
-      task = next;
+    for (int64_t worker = first_worker; worker < last_worker; worker++) {
+      for (int64_t task = worker; task < tasks;) {
+        const int64_t next = unclaimed.fetch_add(1, std::memory_order_relaxed);
+        body(task, next < tasks ? next : task, buffer);
+        task = next;
+      }
     }
     scratch.trim();
   };
