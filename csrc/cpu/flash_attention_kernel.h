@@ -15,12 +15,14 @@ namespace {
 constexpr int kBlock = 96;
 constexpr int kMaxTile = kMaxGroups * kLanes;
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kLog2ELow = 1.925963033500011079e-8f;  // log2(e) - kLog2E
+constexpr double kLn2 = 0.69314718055994530942;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -3.40282346638528859812e38f;
-// Beyond this |logsumexp| its fp32 rounding would show in exp(score - logsumexp); see
-// Backward::row_statistics.
-constexpr float kImpreciseLogsumexp = 1024.f;
+// Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
+// rounding of the inputs; see Backward::row_statistics.
+template <class T>
+constexpr float kImpreciseLogsumexp = sizeof(T) == 4 ? 16.f : 1024.f;
 
 // How much of the second-level cache a packed panel may take, in floats.
 constexpr int64_t kForwardPanel = 96 * 1024;
@@ -63,7 +65,8 @@ VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
   // Finite values stay finite: torch adds them, and a row of equal lowest values is uniform, not
   // empty.
   const Vec scaled = min(broadcast(-kLowest), max(broadcast(kLowest), raw * broadcast(kLog2E)));
-  return select_eq(raw, broadcast(-kInfinity), broadcast(-kInfinity), scaled);
+  const Vec magnitude = max(raw, broadcast(0.f) - raw);
+  return select_eq(magnitude, broadcast(kInfinity), raw, scaled);
 }
 
 VLMFAST_INLINE Vec load_mask_row(const bool* row, int64_t stride, int n) {
@@ -180,10 +183,9 @@ struct Scores {
     constexpr int kWidth = kGroups * kLanes;
     const bool masked = problem.mask.data != nullptr, diagonal = crosses_diagonal(key, n);
     if (masked && !load_mask<kGroups>(key, n)) return false;
-    // Never 0, which would turn a hidden key's -inf into NaN.
-    *factor = Words::kElements == 1
-                  ? 1.f
-                  : __builtin_fmaxf(__builtin_fabsf(problem.scale) * kLog2E, 1e-37f);
+    // Not 0, which would turn a hidden key's -inf into NaN.
+    *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
+    if (*factor == 0.f) *factor = 1e-37f;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
     // diagonal.
@@ -364,7 +366,7 @@ struct Forward {
                        first_query;
     // A row of nothing but the lowest mask was clamped there in log2 units.
     for (int i = 0; i < count; i++)
-      logsumexp[i] = tops[i] == kLowest ? kLowest : (tops[i] + logs[i]) * kLn2;
+      logsumexp[i] = tops[i] == kLowest ? kLowest : (float)(((double)tops[i] + logs[i]) * kLn2);
     store_transposed<kGroups>(out, factor, problem.out.at<T>(task.batch, task.head, first_query),
                               problem.out.stride[2], count, problem.value_dim);
   }
@@ -537,7 +539,8 @@ struct Backward {
       }
       if (problem.grad_logsumexp != nullptr) delta[i] -= problem.grad_logsumexp[row + i];
       top[i] = logsumexp * kLog2E;
-      imprecise |= __builtin_fabsf(logsumexp) > kImpreciseLogsumexp;
+      log_sum[i] = __builtin_fmaf(logsumexp, kLog2E, -top[i]) + logsumexp * kLog2ELow;
+      imprecise |= __builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>;
     }
     if (imprecise) row_statistics<kGroups>(tile, top, log_sum);
   }

@@ -1,5 +1,4 @@
-// What the machine at hand is: which instruction-set variant of the kernels runs on it, and its
-// cache.
+// Which instruction-set variant of the kernels runs on this machine.
 #pragma once
 #include <string>
 #include <vector>

@@ -46,22 +46,20 @@ class Scratch {
 };
 
 // Calls body(task, next, scratch) for every task in [0, tasks); `next` is the task that the same
-// thread runs afterwards, which it may prefetch for, or `task` again. Threads take the next task as
+// thread will probably run afterwards, which it may prefetch for. Threads take the next task as
 // they become free: tasks may be of unequal size (causal rows are), and so may cores. A task's
 // result must not depend on which thread runs it.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> unclaimed{workers};
-  // Worker w begins with task w, so that none is claimed ahead of a worker that has nothing yet.
   const auto work = [&](int64_t first_worker, int64_t last_worker) {
     Scratch& scratch = Scratch::of_this_thread();
     float* buffer = scratch.get(scratch_floats);
     for (int64_t worker = first_worker; worker < last_worker; worker++) {
       for (int64_t task = worker; task < tasks;) {
-        const int64_t next = unclaimed.fetch_add(1, std::memory_order_relaxed);
-        body(task, next < tasks ? next : task, buffer);
-        task = next;
+        body(task, std::min(unclaimed.load(std::memory_order_relaxed), tasks - 1), buffer);
+        task = unclaimed.fetch_add(1, std::memory_order_relaxed);
       }
     }
     scratch.trim();

@@ -82,9 +82,12 @@ VLMFAST_INLINE void store_first(BFloat16* p, Vec x, int n) {
 VLMFAST_INLINE void store_first(Half* p, Vec x, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// p * 2^k, where k stands in the low bits of n. NaN stays: the low bits of its payload are
+// anything.
 VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+  const __mmask16 is_number = _mm512_cmp_ps_mask(p, p, _CMP_ORD_Q);
+  return _mm512_castsi512_ps(_mm512_add_epi32(
+      _mm512_castps_si512(p), _mm512_maskz_slli_epi32(is_number, _mm512_castps_si512(n), 23)));
 }
 
 VLMFAST_INLINE void transpose(Vec r[16]) {
@@ -191,8 +194,10 @@ VLMFAST_INLINE void store_first(Half* p, Vec x, int n) {
   store_first_16bit(&p->bits, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), n);
 }
 VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
+  const __m256i is_number = _mm256_castps_si256(_mm256_cmp_ps(p, p, _CMP_ORD_Q));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
   return _mm256_castsi256_ps(
-      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+      _mm256_add_epi32(_mm256_castps_si256(p), _mm256_and_si256(is_number, exponent)));
 }
 
 VLMFAST_INLINE void transpose(Vec r[8]) {

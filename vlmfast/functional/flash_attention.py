@@ -70,9 +70,9 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, L, Dv) in query's dtype. A row that sees no key is 0, and so are its gradients.
 
-    A NaN in one head or batch element does not reach another, nor does one in a key reach a query
-    that causality or a bool mask hides it from. A hidden value takes part with weight 0, as in
-    torch, so a NaN there may.
+    A NaN in one head or batch element does not reach another, nor does one in a key reach the
+    output of a query that causality or a bool mask hides it from. A hidden value, and in backward a
+    hidden key, takes part with weight 0, as in torch, so a NaN there may reach out or grad_query.
 
     Raises:
         TypeError: an argument is of a wrong type; query, key and value differ in dtype or are not

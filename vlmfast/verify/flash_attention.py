@@ -225,9 +225,9 @@ def packed_case(
     )
 
 
-def normal_bias(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Makes a bias of a shape."""
-    return lambda generator: torch.randn(shape, generator=generator)
+def normal_bias(*shape: int, std: float = 1.0) -> Callable[[torch.Generator], Tensor]:
+    """Makes a bias of a shape and a standard deviation."""
+    return lambda generator: std * torch.randn(shape, generator=generator)
 
 
 def random_mask(*shape: int) -> Callable[[torch.Generator], Tensor]:
@@ -241,6 +241,12 @@ CASES = [
     dense_case("causal, grouped heads", (2, 4, 45, 80), (2, 2, 45), is_causal=True),
     dense_case("bool mask", (2, 2, 37, 32), (2, 2, 50), mask=random_mask(2, 1, 37, 50)),
     dense_case("bias", (2, 3, 49, 32), mask=normal_bias(1, 3, 49, 49)),
+    dense_case(
+        "large bias",
+        (1, 2, 65, 64),
+        mask=normal_bias(1, 2, 65, 65, std=20.0),
+        bias_dtype=None,
+    ),
     dense_case("bias over keys", (2, 3, 49, 32), mask=normal_bias(2, 1, 1, 49)),
     dense_case("dropout", (2, 2, 40, 64), dropout_p=0.3),
     packed_case("packed", [(17, 30), (0, 5), (40, 9), (1, 1)], (4, 2), 64),
