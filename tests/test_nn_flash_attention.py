@@ -28,7 +28,7 @@ def make_pair(training=False, **arguments):
     return ours, theirs
 
 
-def make_inputs(seed, batch_first=False, kdim=EMBED, vdim=EMBED, batch=BATCH, **masks):
+def make_inputs(seed, batch_first=False, kdim=EMBED, vdim=EMBED, batch=BATCH, keys=KEYS, **masks):
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(count, width):
@@ -37,8 +37,8 @@ def make_inputs(seed, batch_first=False, kdim=EMBED, vdim=EMBED, batch=BATCH, **
 
     return {
         "query": tokens(QUERIES, EMBED),
-        "key": tokens(KEYS, kdim),
-        "value": tokens(KEYS, vdim),
+        "key": tokens(keys, kdim),
+        "value": tokens(keys, vdim),
         **{name: make(generator) for name, make in masks.items()},
     }
 
@@ -105,6 +105,25 @@ def test_every_layer(layer, mask):
     }
     ours, theirs = make_pair(**arguments)
     assert_as_right_as(ours, theirs, lambda seed: make_inputs(seed, **widths, **MASKS[mask]), call)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_every_layer_under_a_causal_mask(layer, dtype):
+    # The keys that bias_kv and zero_attn append stand beyond the mask: every query sees them.
+    arguments = LAYERS[layer]
+    widths = {
+        name: arguments[name] for name in arguments if name in ("kdim", "vdim", "batch_first")
+    }
+    mask = CAUSAL
+    if dtype != torch.bool:
+        mask = torch.zeros(CAUSAL.shape).masked_fill(CAUSAL, float("-inf"))
+
+    def run(module, inputs):  # with a mask that needs no gradient, which would hide its values
+        return module(**inputs, attn_mask=mask, need_weights=False)[0]
+
+    ours, theirs = make_pair(**arguments)
+    assert_as_right_as(ours, theirs, lambda s: make_inputs(s, keys=QUERIES, **widths), run)
 
 
 @pytest.mark.parametrize("mask", MASKS)

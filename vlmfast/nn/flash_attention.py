@@ -97,9 +97,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
 
+        # An appended key stands beyond attn_mask and is seen by all, but not under the flag.
+        appended = self.bias_k is not None or self.add_zero_attn
         if key_padding_mask is not None:
             is_causal = False
-        elif is_causal or is_causal_mask(attn_mask):
+        elif is_causal or (not appended and is_causal_mask(attn_mask)):
             attn_mask, is_causal = None, True
         mask = _keep_or_bias(attn_mask, key_padding_mask, batch=query.shape[0])
 
