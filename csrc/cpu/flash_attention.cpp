@@ -25,7 +25,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 enum Causal : int64_t { kNone, kTopLeft, kBottomRight };
 
-constexpr int64_t kMostSplitBytes = 128 << 20;
+// What partial sums of gradients may take beyond the gradients themselves.
+constexpr int64_t kMostPartialBytes = 128 << 20;
 constexpr int64_t kCachedBytes = 12 << 20;  // about a third of a usual last-level cache
 
 const FlashAttentionKernel& kernel() {
@@ -291,7 +292,7 @@ int key_splits(const std::vector<Segment>& all, int64_t key_heads, int64_t split
   constexpr int64_t kKeysPerSplit = 192;
   const int64_t wanted = (2 * threads + units - 1) / units;
   const int64_t most =
-      std::min(keys_most / kKeysPerSplit, kMostSplitBytes / std::max<int64_t>(split_bytes, 1));
+      std::min(keys_most / kKeysPerSplit, kMostPartialBytes / std::max<int64_t>(split_bytes, 1));
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
 }
 
@@ -341,10 +342,13 @@ MaskUnits mask_units(std::vector<FlashAttentionTask>* tasks, const Tensor& mask)
   }
   const size_t threads = torch::stable::get_num_threads();
   if (exclusive.size() >= std::min(threads, tasks->size())) return {exclusive, false};
-  const size_t units = std::min(threads, tasks->size());
-  std::vector<std::vector<int64_t>> shared(units);
+  const int64_t most_copies =
+      kMostPartialBytes / (mask.numel() * static_cast<int64_t>(sizeof(float)));
+  const size_t copies = std::min({threads, tasks->size(), static_cast<size_t>(most_copies)});
+  if (copies <= exclusive.size()) return {exclusive, false};
+  std::vector<std::vector<int64_t>> shared(copies);
   for (size_t i = 0; i < tasks->size(); i++) {
-    const size_t unit = i * units / tasks->size();
+    const size_t unit = i * copies / tasks->size();
     (*tasks)[i].unit = static_cast<int>(unit);
     shared[unit].push_back(static_cast<int64_t>(i));
   }

@@ -403,7 +403,7 @@ struct Forward {
     return result;
   }
 
-  // `next` is what this thread runs afterwards (or `task` itself).
+  // `next` is what this thread will probably run afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal);
     const int key_head = task.head / problem.group;
@@ -415,7 +415,7 @@ struct Forward {
                                   : panel_prefetcher(task, key_head, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, begin);
-      pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, keys);
+      pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, words, keys);
       pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
                             values);
       for (int t = 0; t < tiling.tiles; t++) {
@@ -558,7 +558,7 @@ struct Backward {
     for (int key = task.all_k_begin; key < end; key += kBlock) {
       const int n = minimum(kBlock, end - key);
       const Rows<T> rows = rows_of<T>(problem.key, task.batch, tile.head / problem.group, key);
-      pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, temporary_keys);
+      pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, temporary_keys);
       float factor;
       Vec block_most[kGroups];
       if (!tile.template block<kGroups>(temporary_keys, words, key, n, scores, &factor, block_most))
@@ -798,7 +798,7 @@ struct Backward {
     return result;
   }
 
-  // `next` is what this thread runs afterwards (or `task` itself).
+  // `next` is what this thread will probably run afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal);
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;
@@ -811,8 +811,8 @@ struct Backward {
                                   : panel_prefetcher(task, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
-      pack_rows<Words>(key_rows, n, padded, problem.head_dim, keys);
-      pack_rows<Words>(value_rows, n, padded, problem.value_dim, values);
+      pack_rows<Words>(key_rows, n, padded, problem.head_dim, words, keys);
+      pack_rows<Words>(value_rows, n, padded, problem.value_dim, value_words, values);
       if (kPairs) pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
       if (problem.wants_key_value && (!overwrites() || tiling.tiles == 0)) {
         for (int64_t i = 0; i < (int64_t)padded * vectors * kLanes; i += kLanes)

@@ -180,23 +180,22 @@ VLMFAST_NOINLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, flo
   });
 }
 
-// out[row][word_count]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
+// out[row][row_words]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
 // column.
 template <class Words, class T>
 VLMFAST_NOINLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns,
-                                float* out) {
-  const int words = word_count<Words>(columns);
+                                int row_words, float* out) {
   for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
     float* target = out + word;
-    if (word + kLanes <= words) {
-      for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * words, load_row(j));
+    if (word + kLanes <= row_words) {
+      for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * row_words, load_row(j));
     } else {
       for (int j = 0; j < n_rows; j++)
-        store_first(target + (int64_t)j * words, load_row(j), words - word);
+        store_first(target + (int64_t)j * row_words, load_row(j), row_words - word);
     }
   });
-  for (int64_t i = (int64_t)n_rows * words; i < (int64_t)padded_rows * words; i += kWordStep)
-    for (int k = 0; k < kWordStep; k++) out[i + k] = 0.f;
+  const int64_t end = (int64_t)padded_rows * row_words;
+  for (int64_t i = (int64_t)n_rows * row_words; i < end; i++) out[i] = 0.f;
 }
 
 // Operand of a product that sums over rows. out[row / kElements][padded_columns]: with bf16 words,
@@ -204,20 +203,8 @@ VLMFAST_NOINLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int c
 template <class Words, class T>
 VLMFAST_NOINLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
                                      int padded_columns, float* out) {
-  if constexpr (Words::kElements == 1) {
-    for_each_word<Words>(rows, columns, [&](int d, auto load_row) VLMFAST_INLINE_LAMBDA {
-      float* target = out + d;
-      if (d + kLanes <= padded_columns) {
-        for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * padded_columns, load_row(j));
-      } else {
-        for (int j = 0; j < n_rows; j++)
-          store_first(target + (int64_t)j * padded_columns, load_row(j), padded_columns - d);
-      }
-    });
-    for (int64_t i = (int64_t)n_rows * padded_columns; i < (int64_t)padded_rows * padded_columns;
-         i += kWordStep)
-      for (int k = 0; k < kWordStep; k++) out[i + k] = 0.f;
-  }
+  if constexpr (Words::kElements == 1)
+    pack_rows<Words>(rows, n_rows, padded_rows, columns, padded_columns, out);
 #if VLMFAST_LEVEL >= 3
   else {
     const auto half = [&](int j, int d, int n) VLMFAST_INLINE_LAMBDA {
