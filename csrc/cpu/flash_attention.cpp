@@ -342,8 +342,7 @@ MaskUnits mask_units(std::vector<FlashAttentionTask>* tasks, const Tensor& mask)
   }
   const size_t threads = torch::stable::get_num_threads();
   if (exclusive.size() >= std::min(threads, tasks->size())) return {exclusive, false};
-  const int64_t most_copies =
-      kMostPartialBytes / (mask.numel() * static_cast<int64_t>(sizeof(float)));
+  const int64_t most_copies = kMostPartialBytes / (std::max<int64_t>(mask.numel(), 1) * 4);
   const size_t copies = std::min({threads, tasks->size(), static_cast<size_t>(most_copies)});
   if (copies <= exclusive.size()) return {exclusive, false};
   std::vector<std::vector<int64_t>> shared(copies);
