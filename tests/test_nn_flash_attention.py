@@ -365,7 +365,19 @@ def test_autocast():
         (
             {"attn_mask": torch.zeros(QUERIES, KEYS, dtype=torch.int64)},
             TypeError,
-            "attn_mask: expected a boolean or floating mask",
+            "attn_mask: expected a bool or floating dtype",
+        ),
+        ({"attn_mask": [1]}, TypeError, "attn_mask: expected a tensor or None, got list"),
+        ({"key_padding_mask": [1]}, TypeError, "key_padding_mask: expected a tensor or None"),
+        (
+            {"attn_mask": torch.zeros(QUERIES, KEYS, device="meta")},
+            ValueError,
+            "attn_mask: expected the device of query, cpu, got meta",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(BATCH, KEYS, device="meta")},
+            ValueError,
+            "key_padding_mask: expected the device of query",
         ),
         ({"is_causal": True}, ValueError, "attn_mask: expected the causal mask"),
     ],
@@ -374,6 +386,44 @@ def test_bad_input(change, error, message):
     ours, _ = make_pair()
     with pytest.raises(error, match=message):
         call(ours, {**make_inputs(0), **change})
+
+
+WRONG_TENSORS = {
+    "not a tensor": (lambda x: x.tolist(), TypeError, "a tensor, got list"),
+    "integers": (lambda x: x.long(), TypeError, "a floating dtype, got torch.int64"),
+    "bfloat16": (lambda x: x.bfloat16(), TypeError, "the dtype of the weights, torch.float32"),
+    "float64": (lambda x: x.double(), TypeError, "the dtype of the weights, torch.float32"),
+    "device": (lambda x: x.to("meta"), ValueError, "the device of the weights, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+@pytest.mark.parametrize("layer", ["plain", "own widths"])
+def test_wrong_tensors(name, wrong, layer):
+    spoil, error, message = WRONG_TENSORS[wrong]
+    ours, _ = make_pair(**LAYERS[layer])
+    inputs = make_inputs(0, **LAYERS[layer])
+    inputs[name] = spoil(inputs[name])
+    with pytest.raises(error, match=f"{name}: expected {message}"):
+        call(ours, inputs)
+
+
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+def test_wrong_tensors_in_self_attention(wrong):
+    spoil, error, message = WRONG_TENSORS[wrong]
+    ours, _ = make_pair()
+    with pytest.raises(error, match=f"query: expected {message}"):
+        self_attention(ours, {"x": spoil(make_inputs(0)["query"])})
+
+
+def test_autocast_casts_all_but_float64():
+    ours, _ = make_pair()
+    inputs = make_inputs(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(ours, {**inputs, "key": inputs["key"].half()})
+        with pytest.raises(TypeError, match="key: expected the dtype of the weights"):
+            call(ours, {**inputs, "key": inputs["key"].double()})
 
 
 def test_package_offers_it():

@@ -337,8 +337,11 @@ def test_report_reads_as_a_table():
     [
         ({"model": "vit"}, TypeError, "model: expected a torch.nn.Module, got str"),
         ({"families": "flash_attention"}, TypeError, "families: expected a list of names"),
+        ({"families": 3}, TypeError, "families: expected a list of names, got 3"),
+        ({"families": [1, "x"]}, TypeError, "families: expected a list of names, got 1 in it"),
         ({"families": ["gemm"]}, ValueError, r"families: expected names of .*gemm"),
-        ({"backend": "abacus"}, ValueError, "abacus"),
+        ({"backend": "abacus"}, ValueError, "backend: expected one of .* got 'abacus'"),
+        ({"backend": 3}, TypeError, "backend: expected a string, got int"),
         ({"filter": "blocks.0"}, TypeError, "filter: expected a callable, got str"),
     ],
 )

@@ -60,11 +60,12 @@ class use_backend(ContextDecorator):
     An instance may also decorate a function.
 
     Raises:
+        TypeError: `backend` is no string.
         ValueError: `backend` is no name of a backend.
     """
 
     def __init__(self, backend: str):
-        self.backend = _known(backend, "backend")
+        self.backend = check_backend("backend", backend)
         self._outer: list[str | None] = []
 
     def __enter__(self) -> "use_backend":
@@ -76,22 +77,25 @@ class use_backend(ContextDecorator):
         _state.forced = self._outer.pop()
 
 
-def _known(backend: str, source: str) -> str:
+def check_backend(argument: str, backend: Any) -> str:
+    """The name of a backend; raises TypeError unless it is a string, ValueError if unknown."""
+    if not isinstance(backend, str):
+        raise TypeError(f"{argument}: expected a string, got {type(backend).__name__}")
     if backend not in BACKENDS:
         names = ", ".join(repr(name) for name in BACKENDS)
-        raise ValueError(f"{source}: expected one of {names}, got {backend!r}")
+        raise ValueError(f"{argument}: expected one of {names}, got {backend!r}")
     return backend
 
 
 def _forced(backend: str | None) -> tuple[str | None, str]:
     """The backend that is forced and by what."""
     if backend is not None:
-        return _known(backend, "backend"), "the argument backend="
+        return check_backend("backend", backend), "the argument backend="
     if _state.forced is not None:
         return _state.forced, "use_backend"
     from_environment = os.environ.get("VLMFAST_BACKEND")
     if from_environment:
-        return _known(from_environment, "VLMFAST_BACKEND"), "VLMFAST_BACKEND"
+        return check_backend("VLMFAST_BACKEND", from_environment), "VLMFAST_BACKEND"
     return None, ""
 
 

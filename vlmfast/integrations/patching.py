@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from vlmfast.backends import BACKENDS
+from vlmfast.backends import check_backend
 from vlmfast.integrations.rules import BACKEND, MARK, Replacement, Rule, class_name
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
@@ -91,8 +91,8 @@ def patch(
     if filter is not None and not callable(filter):
         raise TypeError(f"filter: expected a callable, got {type(filter).__name__}")
     wanted = _check_families(families)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend is not None:
+        check_backend("backend", backend)
 
     report = PatchReport()
     steps: list[_Step] = []
@@ -151,13 +151,15 @@ def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
 def _check_families(families: Iterable[str] | None) -> frozenset[str]:
     if families is None:
         return frozenset(FAMILIES)
-    if isinstance(families, str):
-        raise TypeError(f"families: expected a list of names, got the string {families!r}")
-    wanted = frozenset(families)
-    unknown = sorted(wanted.difference(FAMILIES))
-    if unknown:
-        raise ValueError(f"families: expected names of {', '.join(FAMILIES)}; got {unknown}")
-    return wanted
+    if isinstance(families, str) or not isinstance(families, Iterable):
+        raise TypeError(f"families: expected a list of names, got {families!r}")
+    wanted = tuple(families)
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"families: expected a list of names, got {name!r} in it")
+        if name not in FAMILIES:
+            raise ValueError(f"families: expected names of {', '.join(FAMILIES)}; got {name!r}")
+    return frozenset(wanted)
 
 
 def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:

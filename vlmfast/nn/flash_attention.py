@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
+from vlmfast.functional.common import check_device, check_floating_tensor, reject, reject_type
 
 __all__ = ["MultiheadAttention", "is_causal_mask"]
 
@@ -38,8 +39,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         Nested query, key and value run packed, without padding.
 
     Raises:
-        ValueError: a shape does not fit, or `is_causal` without `attn_mask`.
-        TypeError: a mask is neither boolean nor floating.
+        TypeError: an argument is no tensor; query, key or value is not floating or, outside
+            autocast, not of the dtype of the weights; a mask is neither boolean nor floating.
+        ValueError: a shape or device does not fit, or `is_causal` without `attn_mask`.
     """
 
     backend: str | None = None
@@ -66,7 +68,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        if query.is_nested or key.is_nested or value.is_nested:
+        if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
             return self._attend_nested(query, key, value, key_padding_mask, attn_mask), None
 
         self._check_inputs(query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -103,6 +105,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal = False
         elif is_causal or (not appended and is_causal_mask(attn_mask)):
             attn_mask, is_causal = None, True
+        for name, given in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if given is not None:
+                check_device(name, given, "query", query)
         mask = _keep_or_bias(attn_mask, key_padding_mask, batch=query.shape[0])
 
         if self.bias_k is not None and self.bias_v is not None:
@@ -156,7 +161,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         lengths = [sequence.shape[0] for sequence in sequences]
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
 
-        tokens = F.linear(torch.cat(sequences), self.in_proj_weight, self.in_proj_bias)
+        weight = self.in_proj_weight
+        _check_fits_weight("query", query, weight)
+        tokens = F.linear(torch.cat(sequences), weight, self.in_proj_bias)
         packed = tokens.unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = packed.unbind(1)
         longest = max(lengths)
@@ -169,7 +176,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input projections, in one product where query, key and value are one tensor."""
         if self._qkv_same_embed_dim and query is key and key is value:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            weight: Tensor = self.in_proj_weight
+            _check_fits_weight("query", query, weight)
+            projected = F.linear(query, weight, self.in_proj_bias)
             query, key, value = projected.chunk(3, dim=-1)
             return query, key, value
 
@@ -177,6 +186,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        for name, x, weight in zip(_INPUTS, (query, key, value), weights, strict=True):
+            _check_fits_weight(name, x, weight)
         inputs = zip((query, key, value), weights, biases, strict=True)
         query, key, value = (F.linear(x, weight, bias) for x, weight, bias in inputs)
         return query, key, value
@@ -190,33 +201,31 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> None:
+        for name, x in zip(_INPUTS, (query, key, value), strict=True):
+            check_floating_tensor(name, x)
         if query.dim() not in (2, 3):
-            raise ValueError(f"query: expected 2 or 3 dimensions, got shape {tuple(query.shape)}")
+            reject("query", "2 or 3 dimensions", f"shape {tuple(query.shape)}")
         for name, x, width in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),
             ("value", value, self.vdim),
         ):
             if x.dim() != query.dim() or x.shape[-1] != width:
-                raise ValueError(
-                    f"{name}: expected {query.dim()} dimensions, the last of size {width}, "
-                    f"got shape {tuple(x.shape)}"
-                )
+                expected = f"{query.dim()} dimensions, the last of size {width}"
+                reject(name, expected, f"shape {tuple(x.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"value: expected key's leading sizes {tuple(key.shape[:-1])}, "
-                f"got shape {tuple(value.shape)}"
-            )
+            expected = f"key's leading sizes {tuple(key.shape[:-1])}"
+            reject("value", expected, f"shape {tuple(value.shape)}")
         batched = query.dim() == 3
         batch_dim, token_dim = (0, 1) if self.batch_first else (1, 0)
         batch = query.shape[batch_dim] if batched else 1
         if batched and key.shape[batch_dim] != batch:
-            raise ValueError(f"key: expected batch size {batch}, got shape {tuple(key.shape)}")
+            reject("key", f"batch size {batch}", f"shape {tuple(key.shape)}")
         queries = query.shape[token_dim] if batched else query.shape[0]
         keys = key.shape[token_dim] if batched else key.shape[0]
 
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask: expected the causal mask beside is_causal=True, got None")
+            reject("attn_mask", "the causal mask beside is_causal=True", None)
         padding_shape = (batch, keys) if batched else (keys,)
         _check_mask("key_padding_mask", key_padding_mask, padding_shape)
         _check_mask(
@@ -224,14 +233,32 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
 
-def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+_INPUTS = ("query", "key", "value")
+
+
+def _check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
+    """Whether the projection can take `tensor`, at the one place where the weight is read.
+
+    Reading it a second time would run its parametrisation, if it has one, a second time.
+    """
+    check_device(argument, tensor, "the weights", weight)
+    if tensor.dtype == weight.dtype:
+        return
+    device_type = tensor.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if not autocast or torch.float64 in (tensor.dtype, weight.dtype):  # it never casts float64
+        reject_type(argument, f"the dtype of the weights, {weight.dtype}", tensor.dtype)
+
+
+def _check_mask(argument: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        reject_type(argument, "a tensor or None", type(mask).__name__)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name}: expected a boolean or floating mask, got {mask.dtype}")
+        reject_type(argument, "a bool or floating dtype", mask.dtype)
     if tuple(mask.shape) not in shapes:
-        expected = " or ".join(str(shape) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
+        reject(argument, "shape " + " or ".join(map(str, shapes)), tuple(mask.shape))
 
 
 def _keep_or_bias(
