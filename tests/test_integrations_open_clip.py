@@ -116,6 +116,18 @@ def test_scaled_cosine_is_left():
     assert not report.replaced and "scaled_cosine" in report.skipped[0].why
 
 
+def test_subclasses_are_left_and_reported():
+    class Own(Attention):
+        pass
+
+    model = torch.nn.Sequential(Own(32, 4))
+    report = vlmfast.patch(model)
+    assert not report.replaced
+    assert [entry.why for entry in report.skipped] == ["a subclass may compute something else"]
+    with pytest.raises(RuntimeError, match=r"0: .*Own: a subclass"):
+        vlmfast.patch(model, strict=True)
+
+
 def test_gradient_checkpointing():
     def call(model, inputs):
         model.set_grad_checkpointing()

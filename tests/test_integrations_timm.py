@@ -118,6 +118,18 @@ def test_gates_called_attention_are_none():
     assert not vlmfast.patch(model).skipped
 
 
+def test_subclasses_are_left_and_reported():
+    class Own(Attention):
+        pass
+
+    model = torch.nn.Sequential(Own(WIDTH, HEADS))
+    report = vlmfast.patch(model)
+    assert not report.replaced
+    assert [entry.why for entry in report.skipped] == ["a subclass may compute something else"]
+    with pytest.raises(RuntimeError, match=r"0: .*Own: a subclass"):
+        vlmfast.patch(model, strict=True)
+
+
 def test_gradient_checkpointing():
     def call(model, inputs):
         model.set_grad_checkpointing()

@@ -141,6 +141,40 @@ def test_subclasses_are_left_and_reported():
     assert type(model["ours"]) is vnn.MultiheadAttention
 
 
+class Inherits(nn.TransformerEncoderLayer):
+    pass
+
+
+class AsksSuper(nn.TransformerEncoderLayer):
+    def forward(self, src, *args, **kwargs):
+        return super().forward(src, *args, **kwargs)
+
+
+class OwnForward(nn.TransformerEncoderLayer):
+    def forward(self, src, *args, **kwargs):
+        return src + self._sa_block(src, None, None)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("cls", [Inherits, AsksSuper, OwnForward, nn.TransformerEncoderLayer])
+def test_attention_is_replaced_only_where_inference_runs_it(monkeypatch, cls, batch_first):
+    model = nn.Sequential(cls(WIDTH, HEADS, 2 * WIDTH, batch_first=batch_first)).eval()
+
+    def only_attention(path, module):
+        return isinstance(module, nn.MultiheadAttention)
+
+    report = vlmfast.patch(model, filter=only_attention)
+    calls = spy_on_attention(monkeypatch)
+    with torch.inference_mode():
+        model(tokens(0, batch_first))
+    assert len(report.replaced) == len(calls) == (cls is OwnForward or not batch_first)
+    if not calls:
+        path, _, why = report.skipped[1]
+        assert path == "0.self_attn" and why.endswith("stays, and goes past it in inference")
+        with pytest.raises(RuntimeError, match=r"0\.self_attn: .*goes past it"):
+            vlmfast.patch(model, strict=True, filter=only_attention)
+
+
 def test_attention_with_weights_stays_torch(monkeypatch):
     attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
     patched = copy.deepcopy(attention)

@@ -319,6 +319,30 @@ def test_strict_does_not_mind_what_was_left_out_on_purpose():
     vlmfast.patch(nn.Linear(2, 2), strict=True)
 
 
+def test_filter_is_asked_before_a_layer_is_refused():
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), Scaled(32, 4))
+    report = vlmfast.patch(model, strict=True, filter=lambda path, module: path == "0")
+    assert [entry.path for entry in report.replaced] == ["0"]
+    assert [(entry.path, entry.why) for entry in report.skipped] == [
+        ("1", "left out by the filter")
+    ]
+
+
+def test_unpatch_refuses_where_the_class_has_changed_since():
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), nn.MultiheadAttention(32, 4))
+    x = torch.randn(3, 2, 32)
+    vlmfast.patch(model)
+    torch.nn.utils.parametrizations.weight_norm(model[1], "in_proj_weight")
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match=r"1: its class was changed .* undo that first"):
+        vlmfast.unpatch(model)
+    assert state_of(model) == before
+    assert model[1](x, x, x, need_weights=False)[0].isfinite().all()
+    torch.nn.utils.parametrize.remove_parametrizations(model[1], "in_proj_weight")
+    vlmfast.unpatch(model)
+    assert {type(module) for module in model} == {nn.MultiheadAttention}
+
+
 def test_report_reads_as_a_table():
     model = nn.Sequential(nn.MultiheadAttention(32, 4), Scaled(32, 4))
     report = vlmfast.patch(model)

@@ -74,7 +74,8 @@ def patch(
         families: the kernel families to use, by name; None: all.
         backend: forced for the replaced layers, see `vlmfast.use_backend`; None: by the inputs.
         strict: raise if a layer that vlmfast knows cannot be replaced. The model is then untouched.
-        filter: called with (path, module) for each layer about to be replaced; False leaves it.
+        filter: called with (path, module) for each layer that vlmfast knows; False leaves it, and
+            nothing else is then said of it, by `strict` either.
         inference: allow changes that are right only as long as nobody trains the model. No rule
             of today makes any, so all that `patch` does holds in training too.
 
@@ -99,6 +100,7 @@ def patch(
     obstacles: list[PatchEntry] = []
     for path, module, rule in _known_layers(model):
         name = class_name(type(module))
+        parent = model.get_submodule(path.rpartition(".")[0])
         if rule is None:
             done = module.__dict__[MARK]
             if done.family in wanted and getattr(module, BACKEND) != backend:
@@ -107,11 +109,15 @@ def patch(
                 report.skipped.append(PatchEntry(path, done.what, "already replaced"))
         elif rule.family not in wanted:
             report.skipped.append(PatchEntry(path, name, f"{rule.family} is not asked for"))
+        elif filter is not None and not filter(path, module):
+            report.skipped.append(PatchEntry(path, name, "left out by the filter"))
         elif (why := rule.refusal(module)) is not None:
             report.skipped.append(PatchEntry(path, name, why))
             obstacles.append(report.skipped[-1])
-        elif filter is not None and not filter(path, module):
-            report.skipped.append(PatchEntry(path, name, "left out by the filter"))
+        elif rule.bypassed_by(parent) and all(step.module is not parent for step in steps):
+            why = f"{class_name(type(parent))} around it stays, and goes past it in inference"
+            report.skipped.append(PatchEntry(path, name, why))
+            obstacles.append(report.skipped[-1])
         else:
             steps.append(_Step(path, module, rule))
 
@@ -129,20 +135,34 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes `patch`: every replaced layer becomes again what it was."""
+    """Undoes `patch`: every replaced layer becomes again what it was.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: something else has changed the class of a replaced layer since (torch's
+            parametrisations and FSDP do). The model is then untouched.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        done = module.__dict__.get(MARK)
-        if done is not None:
-            delattr(module, MARK)
-            delattr(module, BACKEND)
-            done.restore(module)
+    patched = [(path, module) for path, module in model.named_modules() if MARK in module.__dict__]
+    for path, module in patched:
+        if module.__dict__[MARK].swapped_to not in (None, type(module)):
+            raise RuntimeError(
+                f"{path or '(the model)'}: its class was changed to {class_name(type(module))} "
+                "after vlmfast.patch; undo that first"
+            )
+    for _, module in patched:
+        done = module.__dict__[MARK]
+        delattr(module, MARK)
+        delattr(module, BACKEND)
+        done.restore(module)
 
 
 def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
-    replaced = class_name(type(module))
-    done = Replacement(rule.family, rule.what, replaced, restore=rule.replace(module))
+    original = type(module)
+    restore = rule.replace(module)
+    swapped_to = type(module) if type(module) is not original else None
+    done = Replacement(rule.family, rule.what, class_name(original), swapped_to, restore)
     setattr(module, MARK, done)
     setattr(module, BACKEND, backend)
     return done

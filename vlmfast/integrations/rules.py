@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Replacement", "Rule", "class_name", "computes_attention", "leave_alone", "swap_class"]
+__all__ = [
+    "Replacement",
+    "Rule",
+    "class_name",
+    "code_names",
+    "computes_attention",
+    "leave_alone",
+    "swap_class",
+]
 
 # The instance attributes that a replaced layer carries until `unpatch`.
 MARK = "_vlmfast_replacement"
@@ -36,6 +44,8 @@ class Rule:
     refusal: why this module must stay as it is, or None.
     replace: changes the module in place and returns the function that changes it back, which must
         survive pickle and deepcopy together with the module.
+    bypassed_by: whether a parent of the module may compute without calling it. Unless that parent
+        is replaced, the module stays: what is reported as replaced must run.
     """
 
     family: str
@@ -43,15 +53,17 @@ class Rule:
     recognises: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
     replace: Callable[[nn.Module], Callable[[nn.Module], None]]
+    bypassed_by: Callable[[nn.Module], bool] = lambda parent: False
 
 
 @dataclass
 class Replacement:
-    """What a replaced layer remembers."""
+    """What a replaced layer remembers; `swapped_to` is its new class, if it did not keep its own."""
 
     family: str
     what: str
     replaced: str
+    swapped_to: type[nn.Module] | None
     restore: Callable[[nn.Module], None]
 
 
@@ -60,18 +72,26 @@ def swap_class(
     original: type[nn.Module],
     replacement: type[nn.Module],
     refusal: Callable[[nn.Module], str | None] = lambda module: None,
+    bypassed_by: Callable[[nn.Module], bool] = lambda parent: False,
 ) -> Rule:
-    """A rule that turns every `original`, but no subclass of it, into `replacement`.
+    """A rule that turns every `original` into `replacement`, and leaves and reports subclasses.
 
     Only the class of the object changes, so parameters, buffers, hooks and flags stay what and
     where they are. `replacement` must be an importable subclass that adds no state.
     """
+
+    def refuse(module: nn.Module) -> str | None:
+        if type(module) is not original:
+            return "a subclass may compute something else"
+        return refusal(module)
+
     return Rule(
         family=family,
         what=class_name(replacement),
-        recognises=lambda module: type(module) is original,
-        refusal=refusal,
+        recognises=lambda m: isinstance(m, original) and not isinstance(m, replacement),
+        refusal=refuse,
         replace=partial(_set_class, replacement),
+        bypassed_by=bypassed_by,
     )
 
 
@@ -115,9 +135,12 @@ def computes_attention(module: nn.Module, library: str) -> bool:
     cls = type(module)
     if not cls.__module__.startswith(f"{library}.") or "Att" not in cls.__name__:
         return False
-    methods = (inspect.unwrap(value) for value in vars(cls).values() if callable(value))
-    names: set[str] = set()
-    for method in methods:
-        code: Any = getattr(method, "__code__", None)
-        names.update(code.co_names if code is not None else ())
+    methods = (value for value in vars(cls).values() if callable(value))
+    names = frozenset[str]().union(*map(code_names, methods))
     return not names.isdisjoint(_ATTENTION_FUNCTIONS)
+
+
+def code_names(function: Callable[..., Any]) -> frozenset[str]:
+    """The globals and attributes that a function names, under any decorators."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset(code.co_names if code is not None else ())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import leave_alone, swap_class
+from vlmfast.integrations.rules import code_names, swap_class
 
 __all__ = ["RULES", "TransformerEncoderLayer"]
 
@@ -39,19 +37,26 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-def _is_subclass(original: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    return lambda module: (
-        isinstance(module, original)
-        and type(module) is not original
-        and not isinstance(module, vnn.MultiheadAttention)
+def _goes_past_attention(parent: nn.Module) -> bool:
+    """Whether `parent` has the fused inference path, which wants batch_first.
+
+    A subclass whose forward is its own, and does not ask super(), has it not.
+    """
+    return (
+        isinstance(parent, nn.TransformerEncoderLayer)
+        and getattr(getattr(parent, "self_attn", None), "batch_first", False)
+        and not code_names(type(parent).forward).isdisjoint(
+            ("_transformer_encoder_layer_fwd", "super")
+        )
     )
 
 
-_WHY_SUBCLASS = "a subclass may compute something else"
-
 RULES = (
-    swap_class(FAMILY, nn.MultiheadAttention, vnn.MultiheadAttention),
+    swap_class(
+        FAMILY,
+        nn.MultiheadAttention,
+        vnn.MultiheadAttention,
+        bypassed_by=_goes_past_attention,
+    ),
     swap_class(FAMILY, nn.TransformerEncoderLayer, TransformerEncoderLayer),
-    leave_alone(FAMILY, _is_subclass(nn.MultiheadAttention), _WHY_SUBCLASS),
-    leave_alone(FAMILY, _is_subclass(nn.TransformerEncoderLayer), _WHY_SUBCLASS),
 )

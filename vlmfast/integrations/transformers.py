@@ -25,7 +25,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
 import vlmfast.functional as VF
-from vlmfast.integrations.rules import BACKEND, MARK, Rule, computes_attention, leave_alone
+from vlmfast.integrations.rules import (
+    BACKEND,
+    MARK,
+    Rule,
+    code_names,
+    computes_attention,
+    leave_alone,
+)
 
 __all__ = ["NAME", "RULES", "attention_forward"]
 
@@ -128,18 +135,13 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return inspect.unwrap(cls.forward)
 
 
-def _forward_names(cls: type[nn.Module]) -> frozenset[str]:
-    code = getattr(_forward(cls), "__code__", None)
-    return frozenset(code.co_names if code is not None else ())
-
-
 def _eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return _forward(cls).__globals__["eager_attention_forward"]
 
 
 def _uses_interface(module: nn.Module) -> bool:
     return hasattr(getattr(module, "config", None), "_attn_implementation") and (
-        "ALL_ATTENTION_FUNCTIONS" in _forward_names(type(module))
+        "ALL_ATTENTION_FUNCTIONS" in code_names(type(module).forward)
     )
 
 
@@ -154,7 +156,7 @@ def _refusal(module: nn.Module) -> str | None:
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         return f"attn_implementation is {implementation!r}; only sdpa and eager are replaced"
-    if "eager_attention_forward" not in _forward_names(type(module)):
+    if "eager_attention_forward" not in code_names(type(module).forward):
         return "no eager_attention_forward to return attention weights"
     if implementation == "eager":
         if not _library_supports_sdpa(type(module)):
