@@ -84,6 +84,19 @@ def test_inference_runs_our_kernels_and_gives_the_same(monkeypatch, norm_first, 
     assert [c.function for c in calls] == [function] * 2
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_jagged_sequences(norm_first):
+    layer = make_layer(norm_first=norm_first).eval()
+    sequences = [tokens(0)[0, :length] for length in (3, 7)]
+    with torch.inference_mode():
+        expected = [layer(sequence) for sequence in sequences]
+        assert len(vlmfast.patch(layer).replaced) == 2
+        out = layer(torch.nested.as_nested_tensor(sequences, layout=torch.jagged))
+    assert out.layout == torch.jagged
+    for mine, original in zip(out.unbind(), expected, strict=True):
+        torch.testing.assert_close(mine, original)
+
+
 def test_whole_transformer():
     torch.manual_seed(0)
     model = nn.Transformer(WIDTH, HEADS, 1, 2, 2 * WIDTH, dropout=0.0, batch_first=True)

@@ -251,6 +251,38 @@ def test_nested_sequences_run_packed(monkeypatch):
         torch.testing.assert_close(mine, original)
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_layouts(layout):
+    ours, theirs = make_pair(batch_first=True)
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randn(n, EMBED, generator=generator).requires_grad_() for n in (5, 1, 9)]
+    nested = torch.nested.as_nested_tensor(sequences, layout=layout)
+    out = self_attention(ours, {"x": nested})
+    assert out.layout == layout
+    (out + nested).to_padded_tensor(0.0).square().sum().backward()  # as a residual connection
+    for sequence, mine in zip(sequences, out.unbind(), strict=True):
+        again = sequence.detach().requires_grad_()
+        expected = self_attention(theirs, {"x": again})
+        torch.testing.assert_close(mine, expected)
+        (expected + again).square().sum().backward()
+        torch.testing.assert_close(sequence.grad, again.grad)
+
+
+def test_nested_tensors_that_do_not_fit():
+    ours, _ = make_pair(batch_first=True)
+    assert self_attention(ours, {"x": torch.nested.nested_tensor([])}).size(0) == 0
+    for sequence, error, message in (
+        (torch.zeros(3, 7), ValueError, r"query: expected sequences of shape \(tokens, 48\)"),
+        (torch.zeros(3, EMBED).long(), TypeError, "query: expected a floating dtype"),
+        (torch.zeros(3, EMBED).double(), TypeError, "query: expected the dtype of the weights"),
+    ):
+        with pytest.raises(error, match=message):
+            self_attention(ours, {"x": torch.nested.nested_tensor([sequence])})
+    x = torch.nested.nested_tensor([torch.zeros(3, EMBED)])
+    with pytest.raises(ValueError, match="nested tensors need self-attention"):
+        ours(x, [1], x, need_weights=False)
+
+
 def test_dropout_follows_the_generator_and_training():
     ours, _ = make_pair(dropout=0.5, training=True)
     x = make_inputs(0)["query"]

@@ -58,7 +58,7 @@ class Rule:
 
 @dataclass
 class Replacement:
-    """What a replaced layer remembers; `swapped_to` is its new class, if it did not keep its own."""
+    """What a replaced layer remembers; `swapped_to` is its class since, if that is a new one."""
 
     family: str
     what: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 "nested tensors support neither add_bias_kv, add_zero_attn nor dropout"
             )
-        sequences = query.unbind()
+        nested: Any = query
+        sequences = nested.unbind()
+        if not sequences:
+            return query
+        for sequence in sequences:
+            check_floating_tensor("query", sequence)
+            if sequence.dim() != 2 or sequence.shape[1] != self.embed_dim:
+                expected = f"sequences of shape (tokens, {self.embed_dim})"
+                reject("query", expected, f"one of {tuple(sequence.shape)}")
         lengths = [sequence.shape[0] for sequence in sequences]
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
 
@@ -171,7 +180,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value, starts, starts, longest, longest, backend=self.backend
         )
         out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)  # type: ignore[union-attr]
-        return torch.nested.as_nested_tensor(list(out.split(lengths)))
+        if nested.layout == torch.jagged and nested.lengths() is None:
+            # On the very same offsets: jagged tensors add up only if they share them.
+            return torch.nested.nested_tensor_from_jagged(out, nested.offsets())
+        return torch.nested.as_nested_tensor(list(out.split(lengths)), layout=nested.layout)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input projections, in one product where query, key and value are one tensor."""
