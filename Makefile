@@ -32,6 +32,7 @@ demo: $(EXTENSION)
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_tools_guard.py tests/test_kernels_flash_attention.py
 
 gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate

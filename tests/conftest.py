@@ -1,9 +1,29 @@
 """Fixtures that every family uses."""
 
+import os
+
 import pytest
 import torch
 
 from vlmfast.verify.common import cpu_isa as force_cpu_isa
+
+# Triton decides between compiling and interpreting when a kernel is defined, so that the two kinds of
+# test need a process each: `make test` runs both.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETING:
+    from tools import interpreter
+
+    interpreter.install()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the tests that this process can run."""
+    fits = [(item.get_closest_marker("interpreter") is not None) == INTERPRETING for item in items]
+    config.hook.pytest_deselected(
+        items=[item for item, fit in zip(items, fits, strict=True) if not fit]
+    )
+    items[:] = [item for item, fit in zip(items, fits, strict=True) if fit]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,124 @@
+"""The Triton kernels of flash_attention, interpreted, against float64.
+
+Every launch runs under the guard: memory beyond the arguments, races between programs, undefined
+lanes and the order of programs all show.
+"""
+
+import pytest
+import torch
+
+import vlmfast
+import vlmfast.functional as VF
+from tools.budget import assert_keeps_budget
+from vlmfast.verify.flash_attention import CASES, dense_case, normal_bias, packed_case, random_mask
+
+pytestmark = pytest.mark.interpreter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def watch():
+    from tools.guard import guarded
+
+    with guarded(seed=3):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_keeps_its_budget(case, dtype, request):
+    if case.name == "large bias" and dtype == torch.float32:
+        reason = "backward reads logsumexp from float32, whose rounding shows where it is large"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    assert_keeps_budget(case, dtype, backend="triton")
+
+
+# Head dimensions that split into powers of two, and such that mask their last piece.
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 72, 80, 88, 96, 104, 128, 160, 200, 256])
+def test_head_dimensions(dim):
+    assert_keeps_budget(dense_case(f"{dim}", (1, 2, 19, dim)), torch.bfloat16, backend="triton")
+
+
+MORE_CASES = [
+    dense_case("several tiles", (1, 1, 150, 64), (1, 1, 300)),
+    dense_case("several tiles, causal", (1, 2, 150, 64), (1, 1, 150), is_causal=True),
+    dense_case("beyond one whole head", (1, 1, 290, 64), is_causal=True),
+    dense_case("more queries than keys, causal", (1, 1, 70, 32), (1, 1, 20), is_causal=True),
+    dense_case("one query", (2, 2, 1, 64), (2, 2, 33)),
+    dense_case("one key", (2, 2, 33, 64), (2, 2, 1)),
+    dense_case("negative scale", (1, 2, 21, 32), scale=-0.3),
+    dense_case("scale 0", (1, 2, 21, 32), scale=0.0),
+    dense_case("bias of one row", (2, 2, 21, 32), mask=normal_bias(1, 2, 21, 1)),
+    dense_case("bias over batch and heads", (2, 2, 21, 32), mask=normal_bias(1, 1, 21, 21)),
+    dense_case(
+        "bool mask and causal", (1, 2, 40, 32), mask=random_mask(1, 1, 40, 40), is_causal=True
+    ),
+    dense_case("bias and dropout", (1, 2, 24, 32), mask=normal_bias(1, 2, 24, 24), dropout_p=0.4),
+    packed_case("packed, empty at both ends", [(0, 7), (20, 0), (13, 40), (0, 0)], (2, 1), 32),
+]
+
+
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
+def test_more_cases(case):
+    assert_keeps_budget(case, torch.float32, backend="triton")
+
+
+def attend(query, key, value, **options):
+    return VF.scaled_dot_product_attention(query, key, value, backend="triton", **options)
+
+
+def test_fully_masked_rows_are_zero_and_so_are_their_gradients():
+    query, key, value = (torch.randn(1, 2, 20, 32, requires_grad=True) for _ in range(3))
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[[0, 7, 19]] = False
+    out = attend(query, key, value, attn_mask=mask)
+    out.backward(torch.randn_like(out))
+    for tensor in (out, query.grad):
+        assert torch.equal(tensor[:, :, [0, 7, 19]], torch.zeros(1, 2, 3, 32))
+    assert all(x.grad.isfinite().all() for x in (query, key, value))
+
+
+def test_strided_and_expanded_tensors():
+    packed = torch.randn(2, 21, 3, 2, 40, dtype=torch.float32)
+    query, key, value = (x.transpose(1, 2) for x in packed.unbind(2))
+    expected = attend(query.contiguous(), key.contiguous(), value.contiguous())
+    out = attend(query, key, value)
+    assert torch.equal(out, expected)
+    assert out.transpose(1, 2).is_contiguous()
+
+    leaf = torch.randn(1, 1, 21, 40, requires_grad=True)
+    attend(query, leaf.expand(2, 2, 21, 40), value).sum().backward()  # grad_out has stride 0
+    dense = leaf.detach().expand(2, 2, 21, 40).contiguous().requires_grad_()
+    grad_out = torch.ones(2, 2, 21, 40)
+    attend(query, dense, value).backward(grad_out)
+    torch.testing.assert_close(leaf.grad, dense.grad.sum((0, 1), keepdim=True))
+
+
+def test_dropout_mask_is_the_reference_s():
+    query, key = torch.randn(2, 2, 20, 32), torch.randn(2, 2, 30, 32)
+    value = torch.eye(30).expand(2, 2, 30, 30)  # the output is the weights
+    results = []
+    for backend in ("triton", "reference", "cpu"):
+        torch.manual_seed(5)
+        weights = VF.scaled_dot_product_attention(query, key, value, dropout_p=0.5, backend=backend)
+        results.append(weights == 0)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_repeats_bitwise():
+    case = torch.randn(3, 1, 2, 70, 64, requires_grad=True)
+
+    def gradient():
+        query, key, value = case.unbind(0)
+        return torch.autograd.grad(attend(query, key, value).square().sum(), case)[0]
+
+    assert torch.equal(gradient(), gradient())
+
+
+def test_the_interpreter_takes_cpu_tensors_only_when_asked():
+    x = torch.randn(1, 1, 5, 16)
+    assert vlmfast.explain(VF.scaled_dot_product_attention, x, x, x).backend == "cpu"
+    explanation = vlmfast.explain(VF.scaled_dot_product_attention, x, x, x, backend="triton")
+    assert explanation.backend == "triton"
