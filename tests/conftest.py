@@ -7,7 +7,7 @@ import torch
 
 from vlmfast.verify.common import cpu_isa as force_cpu_isa
 
-# Triton decides between compiling and interpreting when a kernel is defined, so that the two kinds of
+# Triton decides between compiling and interpreting when a kernel is defined, so the two kinds of
 # test need a process each: `make test` runs both.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
