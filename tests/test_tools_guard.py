@@ -63,7 +63,10 @@ def test_sound_kernel_passes():
 
 
 def test_access_beyond_a_view_is_caught_even_inside_its_storage():
-    with guard.guarded(), pytest.raises(InterpreterError, match=r"OutOfBounds.*of x, which has 148"):
+    with (
+        guard.guarded(),
+        pytest.raises(InterpreterError, match=r"OutOfBounds.*of x, which has 148"),
+    ):
         scale(37, slack=1, capacity=64)
 
 

@@ -77,8 +77,8 @@ def _check_bounds(launch: _Launch, builder: Any, pointers: Any, mask: Any, what:
             launch.regions, key=lambda r: min(abs(address - r[0]), abs(address - r[1]))
         )
         raise OutOfBoundsError(
-            f"{what} by program {tuple(builder.grid_idx)}: {int((~inside).sum())} lanes, the first at "
-            f"byte {address - begin} of {name}, which has {end - begin}"
+            f"{what} by program {tuple(builder.grid_idx)}: {int((~inside).sum())} lanes, the first "
+            f"at byte {address - begin} of {name}, which has {end - begin}"
         )
     return addresses
 
