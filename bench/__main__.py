@@ -10,7 +10,7 @@ from pathlib import Path
 import vlmfast
 from bench.cases import CASES
 from bench.contest import contests, run
-from bench.measure import measure_ceilings
+from bench.measure import measure_ceilings, settle_allocator
 from bench.peers import CONTESTANTS, OURS
 from bench.report import markdown, write_json
 
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no case of {options.family} has {options.filter!r} in its name", file=sys.stderr)
         return 2
 
+    if not settle_allocator():
+        print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
     print("measuring this machine's ceilings", file=sys.stderr)
     dtypes = list(dict.fromkeys(dtype for _, dtype, _ in chosen))
     ceilings = measure_ceilings(dtypes, options.ceiling_size, options.seconds)

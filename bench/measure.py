@@ -1,5 +1,6 @@
 """Check first, then race: errors against float64, interleaved times, fractions of the ceilings."""
 
+import ctypes
 import math
 import statistics
 import time
@@ -16,6 +17,21 @@ Call = Callable[[], tuple[Tensor, ...]]
 # A sample shorter than this is made of several calls, so that reading the clock costs nothing.
 SHORTEST_SAMPLE = 1e-3
 FEWEST_ROUNDS = 5
+
+
+def settle_allocator() -> bool:
+    """Puts glibc's malloc in the state that a long-running process reaches by itself.
+
+    Blocks of up to 32 MiB are then reused and larger ones mapped afresh, as ever. But what one
+    contestant frees is not given back to the system, for which the next would pay with page faults
+    of its own. Returns whether the C library could be told.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 @dataclass(frozen=True)
