@@ -206,6 +206,35 @@ def add_products(tiles, weights, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def zero_transposed_tiles(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """As `zero_tiles`, each tile transposed: (width, ROWS)."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        tiles = tiles + (tl.zeros([tl.constexpr(PIECES[i][1]), ROWS], dtype=tl.float32),)
+    return tiles
+
+
+@triton.jit
+def add_transposed_products(tiles, left, weights, PRECISION: tl.constexpr):
+    """tiles + left^T @ weights, with weights (N, M), left (N, D) and transposed tiles (D, M)."""
+    sums = ()
+    for i in tl.static_range(len(tiles)):
+        product = tl.dot(
+            tl.trans(left[i]), weights.to(left[i].dtype), tiles[i], input_precision=PRECISION
+        )
+        sums = sums + (product,)
+    return sums
+
+
+@triton.jit
+def transpose_tiles(tiles):
+    transposed = ()
+    for i in tl.static_range(len(tiles)):
+        transposed = transposed + (tl.trans(tiles[i]),)
+    return transposed
+
+
+@triton.jit
 def row_inner_products(left, right):
     """Sum over the columns of left * right, two split tiles (M, D), in float32: (M,)."""
     total = tl.sum(left[0].to(tl.float32) * right[0].to(tl.float32), 1)
@@ -316,8 +345,10 @@ def dropout_keep(
     if ALIGNED:
         even = tl.interleave((word0 >= threshold).to(tl.int8), (word2 >= threshold).to(tl.int8))
         odd = tl.interleave((word1 >= threshold).to(tl.int8), (word3 >= threshold).to(tl.int8))
-        return tl.interleave(even, odd) != 0
-    place = (columns % 4)[None, :]
-    low = tl.where(place == 0, word0, word1)
-    high = tl.where(place == 2, word2, word3)
-    return tl.where(place < 2, low, high) >= threshold
+        keep = tl.interleave(even, odd) != 0
+    else:
+        place = (columns % 4)[None, :]
+        low = tl.where(place == 0, word0, word1)
+        high = tl.where(place == 2, word2, word3)
+        keep = tl.where(place < 2, low, high) >= threshold
+    return keep

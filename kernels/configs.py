@@ -3,7 +3,8 @@
 A row is chosen by kernel, architecture, dtype class ("half": float16 and bfloat16, "float":
 float32), the columns that a head dimension covers on chip, and the number of queries or keys that
 the kernel walks. The first row that is large enough wins; a kernel without one cannot take the
-shape. With VLMFAST_AUTOTUNE=1 the first call of each shape class times the candidates of `search`
+shape. Whatever hides or drops scores takes registers: a row marked PLAIN would spill with it and
+serves only problems without mask, causality, dropout and packing. With VLMFAST_AUTOTUNE=1 the first call of each shape class times the candidates of `search`
 instead; what it found stands in `searched` and prints as rows of the same form.
 """
 
@@ -47,40 +48,78 @@ class Row(NamedTuple):
     columns: int
     rows: int
     launch: Launch
+    plain_only: bool = False
+
+
+class ShapeClass(NamedTuple):
+    """What a row is looked up by, besides the device."""
+
+    kernel: str
+    dtype: torch.dtype
+    columns: int
+    rows: int
+    plain: bool
+
+
+PLAIN = "plain"
 
 
 def _rows(*rows: tuple) -> tuple[Row, ...]:
-    return tuple(Row(columns, limit, Launch(*launch)) for columns, limit, *launch in rows)
+    """Rows from tuples of columns, rows, the launch's four numbers and perhaps PLAIN."""
+    return tuple(Row(row[0], row[1], Launch(*row[2:6]), row[6:] == (PLAIN,)) for row in rows)
 
 
 _FORWARD = {
     (90, "half"): _rows(
         (64, 64, 64, 64, 4, 3),
-        (64, UNLIMITED, 128, 64, 4, 3),
-        (128, 64, 64, 64, 4, 2),
-        (128, UNLIMITED, 128, 64, 8, 2),
-        (256, UNLIMITED, 64, 64, 8, 2),
+        (64, UNLIMITED, 128, 64, 4, 3, PLAIN),
+        (64, UNLIMITED, 128, 64, 8, 3),
+        (112, 64, 64, 64, 4, 2),
+        (112, UNLIMITED, 128, 64, 8, 2),
+        (128, 64, 64, 64, 4, 2, PLAIN),
+        (128, UNLIMITED, 128, 64, 8, 2, PLAIN),
+        (128, UNLIMITED, 128, 32, 8, 2),
+        (256, UNLIMITED, 64, 64, 8, 2, PLAIN),
+        (256, UNLIMITED, 64, 32, 8, 2),
     ),
-    (90, "float"): _rows((64, UNLIMITED, 64, 32, 8, 2), (256, UNLIMITED, 32, 32, 8, 1)),
+    (90, "float"): _rows(
+        (64, UNLIMITED, 64, 32, 8, 2, PLAIN),
+        (64, UNLIMITED, 32, 32, 4, 1),
+        (128, UNLIMITED, 32, 32, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
 }
 _BACKWARD_KEY_VALUE = {
     (90, "half"): _rows(
         (64, UNLIMITED, 64, 128, 8, 2),
-        (128, UNLIMITED, 64, 64, 8, 2),
-        (256, UNLIMITED, 32, 64, 8, 1),
+        (80, UNLIMITED, 64, 64, 8, 2),
+        (128, UNLIMITED, 64, 64, 8, 2, PLAIN),
+        (128, UNLIMITED, 32, 64, 8, 2),
+        (256, UNLIMITED, 64, 32, 8, 1),
     ),
-    (90, "float"): _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 32, 32, 8, 1)),
+    (90, "float"): _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
 }
 _BACKWARD_QUERY = {
     (90, "half"): _rows(
         (64, UNLIMITED, 128, 64, 8, 2),
-        (128, UNLIMITED, 64, 64, 8, 2),
-        (256, UNLIMITED, 64, 32, 8, 1),
+        (128, UNLIMITED, 128, 32, 8, 2),
+        (256, UNLIMITED, 32, 64, 8, 1),
     ),
-    (90, "float"): _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 32, 32, 8, 1)),
+    (90, "float"): _rows(
+        (64, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 16, 32, 8, 1),
+        (256, UNLIMITED, 32, 32, 8, 1),
+    ),
 }
 _BACKWARD_WHOLE = {
-    (90, "half"): _rows((64, 272, 64, 0, 8, 2)),
+    (90, "half"): _rows(
+        (64, 64, 64, 64, 8, 1, PLAIN),
+        (64, 64, 32, 64, 8, 2),
+        (64, 128, 32, 128, 8, 2),
+        (64, 256, 32, 128, 8, 2, PLAIN),
+        (80, 128, 32, 128, 8, 1, PLAIN),
+        (128, 64, 32, 64, 8, 1, PLAIN),
+    ),
     (90, "float"): (),
 }
 _BACKWARD_MASK = {
@@ -88,8 +127,9 @@ _BACKWARD_MASK = {
     (90, "float"): _rows((256, UNLIMITED, 32, 32, 8, 1)),
 }
 _BACKWARD_DELTA = {
-    (90, "half"): _rows((256, UNLIMITED, 64, 0, 4, 1)),
-    (90, "float"): _rows((256, UNLIMITED, 64, 0, 4, 1)),
+    (arch, dtype): _rows((256, UNLIMITED, 64, 0, 4, 1))
+    for arch in ARCHITECTURES
+    for dtype in ("half", "float")
 }
 
 TABLE: dict[str, dict[tuple[int, str], tuple[Row, ...]]] = {
@@ -135,19 +175,19 @@ def override(**launches: Launch | None) -> Iterator[None]:
         _overrides.update(before)
 
 
-def find_row(kernel: str, arch: int, dtype: torch.dtype, columns: int, rows: int) -> Row | None:
-    table_rows = TABLE[kernel][table_architecture(arch), dtype_class(dtype)]
-    fitting = (row for row in table_rows if columns <= row.columns and rows <= row.rows)
-    return next(fitting, None)
+def find_row(shape: ShapeClass, arch: int) -> Row | None:
+    for row in TABLE[shape.kernel][table_architecture(arch), dtype_class(shape.dtype)]:
+        fits = shape.columns <= row.columns and shape.rows <= row.rows
+        if fits and (shape.plain or not row.plain_only):
+            return row
+    return None
 
 
-def lookup(
-    kernel: str, device: torch.device, dtype: torch.dtype, columns: int, rows: int
-) -> Launch | None:
-    """Launch of a kernel for this device and shape class; None where it cannot take them."""
-    if kernel in _overrides:
-        return _overrides[kernel]
-    row = find_row(kernel, architecture(device), dtype, columns, rows)
+def lookup(shape: ShapeClass, device: torch.device) -> Launch | None:
+    """Launch of a kernel for this shape and device; None where it cannot take them."""
+    if shape.kernel in _overrides:
+        return _overrides[shape.kernel]
+    row = find_row(shape, architecture(device))
     return row.launch if row is not None else None
 
 
@@ -158,31 +198,22 @@ def fills_device(device: torch.device, programs: int) -> bool:
     return 2 * programs >= torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    columns: int,
-    rows: int,
-    run: Callable[[Launch], None],
-) -> None:
+def launch(shape: ShapeClass, device: torch.device, run: Callable[[Launch], None]) -> None:
     """Call `run` with the launch that fits; every call of it must give the same results."""
-    if os.environ.get("VLMFAST_AUTOTUNE") == "1" and kernel not in _overrides:
-        key = (kernel, architecture(device), dtype_class(dtype), columns, rows)
+    if os.environ.get("VLMFAST_AUTOTUNE") == "1" and shape.kernel not in _overrides:
+        key = (architecture(device), shape)
         if key not in searched:
-            searched[key] = search(kernel, device, dtype, columns, rows, run)
-            print(f"vlmfast autotune: {key[:3]}: {searched[key]}")
+            searched[key] = search(shape, device, run)
+            print(f"vlmfast autotune: sm_{key[0]} {shape.kernel} {shape.dtype}: {searched[key]}")
         run(searched[key].launch)
         return
-    found = lookup(kernel, device, dtype, columns, rows)
+    found = lookup(shape, device)
     if found is None:
-        raise NotImplementedError(
-            f"{kernel} has no launch configuration for {dtype}, {columns} columns, {rows} rows"
-        )
+        raise NotImplementedError(f"no launch configuration for {shape}")
     run(found)
 
 
-searched: dict[tuple, Row] = {}
+searched: dict[tuple[int, ShapeClass], Row] = {}
 
 
 def candidates(shipped: Launch) -> Iterable[Launch]:
@@ -207,22 +238,20 @@ def neighbours(size: int, smallest: int, largest: int) -> tuple[int, ...]:
 
 
 def search(
-    kernel: str,
+    shape: ShapeClass,
     device: torch.device,
-    dtype: torch.dtype,
-    columns: int,
-    rows: int,
     run: Callable[[Launch], None],
     timer: Callable[[Callable[[], None]], float] = triton.testing.do_bench,
 ) -> Row:
     """The fastest of the candidates for one shape, as a row of the table."""
-    shipped = lookup(kernel, device, dtype, columns, rows)
+    shipped = lookup(shape, device)
     if shipped is None:
-        raise NotImplementedError(f"{kernel} has no row to start the search from")
+        raise NotImplementedError(f"no launch configuration to search from for {shape}")
     times = {}
     for candidate in candidates(shipped):
         try:
             times[candidate] = timer(functools.partial(run, candidate))
         except triton.runtime.errors.OutOfResources:
             continue  # this tile does not fit on the device
-    return Row(columns, rows, min(times, key=times.__getitem__))
+    fastest = min(times, key=times.__getitem__)
+    return Row(shape.columns, shape.rows, fastest, plain_only=shape.plain)

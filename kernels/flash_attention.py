@@ -25,6 +25,7 @@ from vlmfast.kernels.common import (
     LOG2E,
     NO_MASK,
     add_products,
+    add_transposed_products,
     covered_columns,
     dense_like,
     device_guard,
@@ -45,8 +46,10 @@ from vlmfast.kernels.common import (
     split_into_pieces,
     store_rows,
     stride_unit,
+    transpose_tiles,
     with_strides,
     zero_tiles,
+    zero_transposed_tiles,
 )
 from vlmfast.kernels.configs import Launch
 
@@ -55,8 +58,6 @@ CAUSAL_BOTTOM_RIGHT = tl.constexpr(2)
 # Programs that the mask gradient is spread over where the mask has fewer tiles than this. With
 # 64 x 64 tiles the float32 partial sums then stay within 4 MiB, whatever the sizes.
 MASK_GRADIENT_PROGRAMS = 256
-
-MOST_WHOLE_KEYS = 3 * 128  # three blocks of keys, the widest that the whole-head kernel may hold
 
 
 @triton.jit
@@ -415,13 +416,8 @@ def flash_attention_bwd_key_value_kernel(
     grad_value_tiles = zero_tiles(BLOCK_N, VALUE_PIECES)
 
     start = 0
-    unhidden_from = 0
     if CAUSAL:
-        end = tl.cdiv(num_queries, BLOCK_M) * BLOCK_M
-        first_seer = tl.maximum(first_column - causal_offset, 0)
-        sees_all = tl.maximum(first_column + BLOCK_N - 1 - causal_offset, 0)
-        start = tl.minimum(first_seer // BLOCK_M * BLOCK_M, end)
-        unhidden_from = tl.minimum(tl.cdiv(sees_all, BLOCK_M) * BLOCK_M, end)
+        start = tl.maximum(first_column - causal_offset, 0) // BLOCK_M * BLOCK_M
     for member in range(GROUP):
         head = key_head * GROUP + member
         stream = batch * num_heads + head
@@ -431,67 +427,62 @@ def flash_attention_bwd_key_value_kernel(
         head_mask = attn_mask
         if MASK != NO_MASK:
             head_mask = head_pointer(attn_mask, mask_strides, batch, head, 0, 1)
-        for phase in tl.static_range(1 if CAUSAL else 0, -1, -1):  # 1: causality hides a part
-            phase_start = start if phase == 1 else unhidden_from
-            phase_end = unhidden_from if phase == 1 else num_queries
-            for first_row in range(phase_start, phase_end, BLOCK_M):
-                rows = first_row + tl.arange(0, BLOCK_M)
-                query_tiles = load_rows(
-                    head_query, query_strides, rows, num_queries, D, PIECES, UNIT, True
-                )
-                scores = mask_scores(
-                    inner_products(key_tiles, query_tiles, PRECISION),
-                    rows[None, :],
-                    columns[:, None],
-                    num_queries,
-                    num_keys,
-                    causal_offset,
-                    head_mask,
-                    mask_strides,
-                    scale,
-                    MASK,
-                    MASK_HAS_ROWS,
-                    phase == 1,
-                    False,
-                )
-                grad_out_tiles = load_rows(
-                    head_grad_out,
-                    grad_out_strides,
-                    rows,
-                    num_queries,
-                    DV,
-                    VALUE_PIECES,
-                    UNIT,
-                    True,
-                )
-                shift, row_deltas = load_row_statistics(
-                    logsumexp + statistics_offset,
-                    delta + statistics_offset,
-                    rows,
-                    num_queries,
-                    MASK == FLOAT_MASK,
-                )
-                weights, grad_scores = weights_and_gradient(
-                    scores,
-                    inner_products(value_tiles, grad_out_tiles, PRECISION),
-                    shift[None, :],
-                    row_deltas[None, :],
-                    factor,
-                    dropout_seed,
-                    threshold,
-                    keep_scale,
-                    stream,
-                    first_query + first_row,
-                    first_key + first_column,
-                    MASK == FLOAT_MASK,
-                    DROPOUT,
-                    VARLEN,
-                    True,
-                )
-                grad_value_tiles = add_products(
-                    grad_value_tiles, weights, grad_out_tiles, PRECISION
-                )
-                grad_key_tiles = add_products(grad_key_tiles, grad_scores, query_tiles, PRECISION)
+        for first_row in range(start, num_queries, BLOCK_M):
+            rows = first_row + tl.arange(0, BLOCK_M)
+            query_tiles = load_rows(
+                head_query, query_strides, rows, num_queries, D, PIECES, UNIT, True
+            )
+            scores = mask_scores(
+                inner_products(key_tiles, query_tiles, PRECISION),
+                rows[None, :],
+                columns[:, None],
+                num_queries,
+                num_keys,
+                causal_offset,
+                head_mask,
+                mask_strides,
+                scale,
+                MASK,
+                MASK_HAS_ROWS,
+                CAUSAL,
+                False,
+            )
+            grad_out_tiles = load_rows(
+                head_grad_out,
+                grad_out_strides,
+                rows,
+                num_queries,
+                DV,
+                VALUE_PIECES,
+                UNIT,
+                True,
+            )
+            shift, row_deltas = load_row_statistics(
+                logsumexp + statistics_offset,
+                delta + statistics_offset,
+                rows,
+                num_queries,
+                MASK == FLOAT_MASK,
+            )
+            weights, grad_scores = weights_and_gradient(
+                scores,
+                inner_products(value_tiles, grad_out_tiles, PRECISION),
+                shift[None, :],
+                row_deltas[None, :],
+                factor,
+                dropout_seed,
+                threshold,
+                keep_scale,
+                stream,
+                first_query + first_row,
+                first_key + first_column,
+                MASK == FLOAT_MASK,
+                DROPOUT,
+                VARLEN,
+                True,
+            )
+            grad_value_tiles = add_products(grad_value_tiles, weights, grad_out_tiles, PRECISION)
+            grad_key_tiles = add_products(grad_key_tiles, grad_scores, query_tiles, PRECISION)
 
     grad_key = head_pointer(grad_key, grad_key_strides, batch, key_head, first_key, UNIT)
     grad_value = head_pointer(grad_value, grad_value_strides, batch, key_head, first_key, UNIT)
@@ -685,7 +676,6 @@ def flash_attention_bwd_whole_kernel(
     DV: tl.constexpr,
     PIECES: tl.constexpr,
     VALUE_PIECES: tl.constexpr,
-    KEY_BLOCKS: tl.constexpr,
     MASK: tl.constexpr,
     MASK_HAS_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -694,12 +684,15 @@ def flash_attention_bwd_whole_kernel(
     PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
 ):
     """All gradients of one key head: its keys stay on chip, the queries pass by once.
 
-    KEY_BLOCKS covers the keys as pieces cover a head dimension, 197 = 128 + 64 + 16. Each block
-    keeps its gradients in registers; a block of queries meets all keys in one step, so that its own
-    gradient is complete, and delta needs no kernel of its own.
+    KEY_BLOCKS blocks of BLOCK_N cover the keys and keep their gradients in registers. A block of
+    queries meets all keys in one step, so that its own gradient is complete, and delta needs no
+    kernel of its own. Tiles are transposed, the gradient of the queries too: the wider side then
+    fills the rows of the matrix instructions.
     """
     key_heads = num_heads // GROUP
     key_head = tl.program_id(0) % key_heads
@@ -715,17 +708,31 @@ def flash_attention_bwd_whole_kernel(
     value_tiles = ()
     grad_key_tiles = ()
     grad_value_tiles = ()
-    for n in tl.static_range(len(KEY_BLOCKS)):
-        BLOCK_N = tl.constexpr(KEY_BLOCKS[n][1])
-        columns = KEY_BLOCKS[n][0] + tl.arange(0, BLOCK_N)
+    for n in tl.static_range(KEY_BLOCKS):
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Only the last block can reach past the keys, unless a shorter segment comes by.
-        check = VARLEN or n == len(KEY_BLOCKS) - 1
-        key_tiles = key_tiles + (
-            load_rows(key, key_strides, columns, num_keys, D, PIECES, UNIT, check),
+        key_block = load_rows(
+            key,
+            key_strides,
+            columns,
+            num_keys,
+            D,
+            PIECES,
+            UNIT,
+            VARLEN or n == KEY_BLOCKS - 1,
         )
-        value_tiles = value_tiles + (
-            load_rows(value, value_strides, columns, num_keys, DV, VALUE_PIECES, UNIT, check),
+        value_block = load_rows(
+            value,
+            value_strides,
+            columns,
+            num_keys,
+            DV,
+            VALUE_PIECES,
+            UNIT,
+            VARLEN or n == KEY_BLOCKS - 1,
         )
+        key_tiles = key_tiles + (key_block,)
+        value_tiles = value_tiles + (value_block,)
         grad_key_tiles = grad_key_tiles + (zero_tiles(BLOCK_N, PIECES),)
         grad_value_tiles = grad_value_tiles + (zero_tiles(BLOCK_N, VALUE_PIECES),)
 
@@ -781,11 +788,11 @@ def flash_attention_bwd_whole_kernel(
             num_queries,
         )
         shift = load_shift(logsumexp + statistics_offset, rows, num_queries, MASK == FLOAT_MASK)
-        grad_query_tiles = zero_tiles(BLOCK_M, PIECES)
+        grad_query_tiles = zero_transposed_tiles(BLOCK_M, PIECES)
         summed_grad_key_tiles = ()
         summed_grad_value_tiles = ()
-        for n in tl.static_range(len(KEY_BLOCKS)):
-            columns = KEY_BLOCKS[n][0] + tl.arange(0, tl.constexpr(KEY_BLOCKS[n][1]))
+        for n in tl.static_range(KEY_BLOCKS):
+            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
             scores = mask_scores(
                 inner_products(key_tiles[n], query_tiles, PRECISION),
                 rows[None, :],
@@ -799,7 +806,7 @@ def flash_attention_bwd_whole_kernel(
                 MASK,
                 MASK_HAS_ROWS,
                 CAUSAL,
-                VARLEN or n == len(KEY_BLOCKS) - 1,
+                VARLEN or n == KEY_BLOCKS - 1,
             )
             weights, grad_scores = weights_and_gradient(
                 scores,
@@ -812,21 +819,21 @@ def flash_attention_bwd_whole_kernel(
                 keep_scale,
                 stream,
                 first_query + first_row,
-                first_key + KEY_BLOCKS[n][0],
+                first_key + n * BLOCK_N,
                 MASK == FLOAT_MASK,
                 DROPOUT,
                 VARLEN,
                 True,
             )
             grad_scores = grad_scores.to(query.dtype.element_ty)
+            grad_query_tiles = add_transposed_products(
+                grad_query_tiles, key_tiles[n], grad_scores, PRECISION
+            )
             summed_grad_value_tiles = summed_grad_value_tiles + (
                 add_products(grad_value_tiles[n], weights, grad_out_tiles, PRECISION),
             )
             summed_grad_key_tiles = summed_grad_key_tiles + (
                 add_products(grad_key_tiles[n], grad_scores, query_tiles, PRECISION),
-            )
-            grad_query_tiles = add_products(
-                grad_query_tiles, tl.trans(grad_scores), key_tiles[n], PRECISION
             )
         grad_key_tiles = summed_grad_key_tiles
         grad_value_tiles = summed_grad_value_tiles
@@ -835,7 +842,7 @@ def flash_attention_bwd_whole_kernel(
             grad_query_strides,
             rows,
             num_queries,
-            scale_tiles(grad_query_tiles, scale),
+            transpose_tiles(scale_tiles(grad_query_tiles, scale)),
             D,
             PIECES,
             UNIT,
@@ -843,8 +850,8 @@ def flash_attention_bwd_whole_kernel(
 
     grad_key = head_pointer(grad_key, grad_key_strides, batch, key_head, first_key, UNIT)
     grad_value = head_pointer(grad_value, grad_value_strides, batch, key_head, first_key, UNIT)
-    for n in tl.static_range(len(KEY_BLOCKS)):
-        columns = KEY_BLOCKS[n][0] + tl.arange(0, tl.constexpr(KEY_BLOCKS[n][1]))
+    for n in tl.static_range(KEY_BLOCKS):
+        columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
         store_rows(
             grad_key,
             grad_key_strides,
@@ -1128,10 +1135,18 @@ class Problem(NamedTuple):
     def dropout(self) -> tuple[int, float]:
         return dropout_threshold(self.dropout_p), dropout_scale(self.dropout_p)
 
+    def shape_class(self, kernel: str, rows: int) -> configs.ShapeClass:
+        """What the table of launch configurations is asked for."""
+        plain = not (self.packed or self.causal or self.dropout_p) and self.attn_mask is None
+        return configs.ShapeClass(kernel, self.query.dtype, self.columns, rows, plain)
+
+    def find_launch(self, kernel: str, rows: int) -> Launch | None:
+        return configs.lookup(self.shape_class(kernel, rows), self.query.device)
+
     def launch(self, kernel: str, rows: int, run: Callable[[Launch], None]) -> None:
         """Call `run` with the launch configuration for walking `rows` queries or keys."""
         with device_guard(self.query):
-            configs.launch(kernel, self.query.device, self.query.dtype, self.columns, rows, run)
+            configs.launch(self.shape_class(kernel, rows), self.query.device, run)
 
     @property
     def columns(self) -> int:
@@ -1299,8 +1314,8 @@ def backward(
         grad_out.to(query.dtype),
         None if grad_logsumexp is None else grad_logsumexp.to(torch.float32).contiguous(),
     )
-    absent = query.new_empty(0)
-    grad_query, grad_key, grad_value, grad_mask = absent, absent, absent, absent
+    grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
+    grad_mask = (query if attn_mask is None else attn_mask).new_empty(0)
     if query_grad:
         grad_query = gradient_like(query, problem)
     if key_value_grad:
@@ -1317,8 +1332,6 @@ def backward(
         query_gradient(problem, saved, delta, grad_query)
     if mask_grad:
         grad_mask = mask_gradient(problem, saved, delta)
-    elif attn_mask is not None:
-        grad_mask = attn_mask.new_empty(0)
     if query_grad and query_factor != 1.0:
         grad_query *= query_factor
     return grad_query, grad_key, grad_value, grad_mask
@@ -1329,25 +1342,11 @@ def gradient_like(tensor: torch.Tensor, problem: Problem) -> torch.Tensor:
     return gradient.zero_() if problem.packed else gradient
 
 
-def key_blocks(problem: Problem) -> tuple[tuple[int, int], ...]:
-    """The keys of a head as blocks of at most 128, as the whole-head kernel holds them."""
-    return split_into_pieces(max(problem.longest_key, 1), largest=128)
-
-
 def takes_whole_heads(problem: Problem) -> bool:
     """Whether one program should give all gradients of a key head."""
-    device = problem.query.device
-    if problem.longest_key > MOST_WHOLE_KEYS:
-        return False
-    launch = configs.lookup(
-        "flash_attention_bwd_whole",
-        device,
-        problem.query.dtype,
-        problem.columns,
-        covered_columns(key_blocks(problem)),
-    )
+    launch = problem.find_launch("flash_attention_bwd_whole", problem.longest_key)
     programs = problem.batch_entries * problem.key_heads
-    return launch is not None and configs.fills_device(device, programs)
+    return launch is not None and configs.fills_device(problem.query.device, programs)
 
 
 def whole_gradients(
@@ -1359,7 +1358,6 @@ def whole_gradients(
 ) -> None:
     outputs = (saved.out, saved.grad_out, grad_query, grad_key, grad_value)
     unit = stride_unit(problem.query, problem.key, problem.value, *outputs)
-    blocks = key_blocks(problem)
 
     def run(launch: Launch) -> None:
         run_kernel(
@@ -1379,12 +1377,13 @@ def whole_gradients(
             *problem.dropout(),
             **problem.constants(unit),
             **problem.mask_constants(),
-            KEY_BLOCKS=blocks,
             BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            KEY_BLOCKS=max(1, triton.cdiv(problem.longest_key, launch.block_n)),
             launch=launch,
         )
 
-    problem.launch("flash_attention_bwd_whole", covered_columns(blocks), run)
+    problem.launch("flash_attention_bwd_whole", problem.longest_key, run)
 
 
 def row_deltas(problem: Problem, saved: Saved) -> torch.Tensor:
