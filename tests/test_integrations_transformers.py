@@ -30,6 +30,8 @@ from transformers import (  # noqa: E402
     SiglipModel,
     SwinConfig,
     SwinModel,
+    T5Config,
+    T5Model,
     ViltConfig,
     ViltModel,
     ViTConfig,
@@ -334,6 +336,23 @@ def test_learned_bias_gets_its_gradient():
         return model(inputs["pixel_values"]).last_hidden_state
 
     assert_patched_model_right(model, inputs_of("vit"), call)
+
+
+def test_relative_position_bias_runs_our_kernels(monkeypatch):
+    config = T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    model = make(T5Model, config).eval()
+
+    def call(model, inputs):
+        tokens = inputs["input_ids"]
+        mask = padding("right")
+        outputs = model(tokens, attention_mask=mask, decoder_input_ids=tokens.flip(0))
+        return outputs.last_hidden_state
+
+    assert_patched_model_right(model, inputs_of("clip"), call)
+    report = vlmfast.patch(model)
+    calls = spy_on_attention(monkeypatch)
+    call(model, inputs_of("clip")(0))
+    assert len(calls) == len(report.replaced) == 6
 
 
 def test_cross_attention():

@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    sdpa_attention_forward,
+)
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
@@ -78,10 +81,22 @@ def attention_forward(
     if kwargs.get("output_attentions") or _weights_are_recorded():
         bias = _additive_mask(attention_mask, query, key, is_causal)
         return _eager_function(type(module))(module, query, key, value, bias, **arguments)
-    if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")):
+    unsupported = [name for name in ("cache", "softcap") if kwargs.get(name) is not None]
+    backend = getattr(module, BACKEND, None)
+    if unsupported and backend is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: no backend computes {', '.join(unsupported)}, and "
+            f"{backend!r} is forced"
+        )
+    if unsupported:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **arguments
         )
+    position_bias = kwargs.get("position_bias")  # T5 and its kin; it gets its gradient
+    if position_bias is not None and attention_mask is None:
+        attention_mask = position_bias
+    elif position_bias is not None:
+        attention_mask = create_position_bias_mask(position_bias, attention_mask, False, query, key)
     out = VF.scaled_dot_product_attention(
         query,
         key,
@@ -91,7 +106,7 @@ def attention_forward(
         is_causal=is_causal,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
-        backend=getattr(module, BACKEND, None),
+        backend=backend,
     )
     return out.transpose(1, 2).contiguous(), None
 
