@@ -26,11 +26,11 @@ BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
 
 SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
-MOST_PIECES = 3
+MOST_PIECES = 4
 
 
 def split_into_pieces(size: int, largest: int = 256) -> tuple[tuple[int, int], ...]:
-    """Cover `size` columns by at most three power-of-two widths, wasting as little as possible.
+    """Cover `size` columns by at most four power-of-two widths, wasting as little as possible.
 
     >>> split_into_pieces(88)
     ((0, 64), (64, 32))

@@ -1,10 +1,12 @@
 """Launch configurations: data, and how a launcher finds the row that fits.
 
-A row is chosen by kernel, architecture, dtype class ("half": float16 and bfloat16, "float":
-float32), the columns that a head dimension covers on chip, and the number of queries or keys that
-the kernel walks. The first row that is large enough wins; a kernel without one cannot take the
-shape. Whatever hides or drops scores takes registers: a row marked PLAIN would spill with it and
-serves only problems without mask, causality, dropout and packing. With VLMFAST_AUTOTUNE=1 the first call of each shape class times the candidates of `search`
+A row is chosen by kernel, architecture, precision ("half": float16 and bfloat16; "tf32" and "ieee":
+float32 as its products are rounded), the columns that a head dimension covers on chip, and the
+number of queries or keys that the kernel walks. The first row that is large enough wins; a kernel
+without one cannot take the shape. Whatever hides or drops scores takes registers: a row marked
+PLAIN would spill with it and serves only calls without mask, causality, dropout and packing.
+
+With VLMFAST_AUTOTUNE=1 the first call of each shape class times the candidates of `search`
 instead; what it found stands in `searched` and prints as rows of the same form.
 """
 
@@ -55,7 +57,7 @@ class ShapeClass(NamedTuple):
     """What a row is looked up by, besides the device."""
 
     kernel: str
-    dtype: torch.dtype
+    precision: str
     columns: int
     rows: int
     plain: bool
@@ -69,50 +71,112 @@ def _rows(*rows: tuple) -> tuple[Row, ...]:
     return tuple(Row(row[0], row[1], Launch(*row[2:6]), row[6:] == (PLAIN,)) for row in rows)
 
 
-_FORWARD = {
-    (90, "half"): _rows(
-        (64, 64, 64, 64, 4, 3),
-        (64, UNLIMITED, 128, 64, 4, 3, PLAIN),
-        (64, UNLIMITED, 128, 64, 8, 3),
-        (112, 64, 64, 64, 4, 2),
-        (112, UNLIMITED, 128, 64, 8, 2),
-        (128, 64, 64, 64, 4, 2, PLAIN),
+Table = dict[tuple[int, str], tuple[Row, ...]]
+
+
+def _table(
+    sm_90: tuple[Row, ...],
+    sm_100: tuple[Row, ...],
+    mma_sync: tuple[Row, ...],
+    tf32: tuple[Row, ...],
+    ieee: tuple[Row, ...],
+) -> Table:
+    """Rows by architecture and precision.
+
+    The first three are for half precision; sm_80, sm_86 and sm_120 share theirs, which fit the
+    smallest shared memory among them, as do those for float32.
+    """
+    half = {80: mma_sync, 86: mma_sync, 90: sm_90, 100: sm_100, 120: mma_sync}
+    table: Table = {(arch, "half"): half[arch] for arch in ARCHITECTURES}
+    for arch in ARCHITECTURES:
+        table[arch, "tf32"] = tf32
+        table[arch, "ieee"] = ieee
+    return table
+
+
+_FORWARD_90 = _rows(
+    (64, 64, 64, 64, 4, 3),
+    (64, UNLIMITED, 128, 64, 4, 3, PLAIN),
+    (64, UNLIMITED, 128, 64, 8, 3),
+    (112, 64, 64, 64, 4, 2),
+    (112, UNLIMITED, 128, 64, 8, 2),
+    (128, 64, 64, 64, 4, 2, PLAIN),
+    (128, UNLIMITED, 128, 64, 8, 2, PLAIN),
+    (128, UNLIMITED, 128, 32, 8, 2),
+    (256, UNLIMITED, 64, 64, 8, 2, PLAIN),
+    (256, UNLIMITED, 64, 32, 8, 2),
+)
+_FORWARD = _table(
+    sm_90=_FORWARD_90,
+    sm_100=_FORWARD_90,
+    mma_sync=_rows(
+        (64, 64, 64, 64, 4, 2, PLAIN),
+        (64, UNLIMITED, 128, 64, 8, 3, PLAIN),
+        (64, UNLIMITED, 64, 32, 4, 2),
+        (128, 64, 64, 32, 4, 2),
         (128, UNLIMITED, 128, 64, 8, 2, PLAIN),
-        (128, UNLIMITED, 128, 32, 8, 2),
-        (256, UNLIMITED, 64, 64, 8, 2, PLAIN),
+        (128, UNLIMITED, 64, 32, 4, 2),
         (256, UNLIMITED, 64, 32, 8, 2),
     ),
-    (90, "float"): _rows(
+    tf32=_rows(
+        (64, UNLIMITED, 64, 32, 8, 2),
+        (128, UNLIMITED, 64, 32, 8, 1),
+        (256, UNLIMITED, 32, 32, 8, 1),
+    ),
+    ieee=_rows(
         (64, UNLIMITED, 64, 32, 8, 2, PLAIN),
         (64, UNLIMITED, 32, 32, 4, 1),
-        (128, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 64, 32, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-}
-_BACKWARD_KEY_VALUE = {
-    (90, "half"): _rows(
-        (64, UNLIMITED, 64, 128, 8, 2),
-        (80, UNLIMITED, 64, 64, 8, 2),
-        (128, UNLIMITED, 64, 64, 8, 2, PLAIN),
-        (128, UNLIMITED, 32, 64, 8, 2),
-        (256, UNLIMITED, 64, 32, 8, 1),
+)
+
+_BACKWARD_KEY_VALUE_90 = _rows(
+    (64, UNLIMITED, 64, 128, 8, 2),
+    (80, UNLIMITED, 64, 64, 8, 2),
+    (128, UNLIMITED, 64, 64, 8, 2, PLAIN),
+    (128, UNLIMITED, 32, 64, 8, 2),
+    (256, UNLIMITED, 64, 32, 8, 1),
+)
+_BACKWARD_KEY_VALUE = _table(
+    sm_90=_BACKWARD_KEY_VALUE_90,
+    sm_100=_BACKWARD_KEY_VALUE_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 64, 128, 8, 2, PLAIN),
+        (64, UNLIMITED, 32, 64, 4, 2),
+        (112, UNLIMITED, 32, 64, 8, 2, PLAIN),
+        (112, UNLIMITED, 32, 32, 4, 1),
+        (128, UNLIMITED, 64, 64, 8, 2),
+        (256, UNLIMITED, 32, 32, 8, 1),
     ),
-    (90, "float"): _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
-}
-_BACKWARD_QUERY = {
-    (90, "half"): _rows(
-        (64, UNLIMITED, 128, 64, 8, 2),
+    tf32=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+)
+
+_BACKWARD_QUERY_90 = _rows(
+    (64, UNLIMITED, 128, 64, 8, 2),
+    (128, UNLIMITED, 128, 32, 8, 2),
+    (256, UNLIMITED, 32, 64, 8, 1),
+)
+_BACKWARD_QUERY = _table(
+    sm_90=_BACKWARD_QUERY_90,
+    sm_100=_BACKWARD_QUERY_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 128, 64, 8, 2, PLAIN),
+        (64, UNLIMITED, 64, 32, 4, 2),
         (128, UNLIMITED, 128, 32, 8, 2),
         (256, UNLIMITED, 32, 64, 8, 1),
     ),
-    (90, "float"): _rows(
+    tf32=_rows(
         (64, UNLIMITED, 32, 32, 8, 1),
-        (128, UNLIMITED, 16, 32, 8, 1),
-        (256, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 32, 16, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
     ),
-}
-_BACKWARD_WHOLE = {
-    (90, "half"): _rows(
+    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+)
+
+_BACKWARD_WHOLE = _table(
+    sm_90=_rows(
         (64, 64, 64, 64, 8, 1, PLAIN),
         (64, 64, 32, 64, 8, 2),
         (64, 128, 32, 128, 8, 2),
@@ -120,19 +184,36 @@ _BACKWARD_WHOLE = {
         (80, 128, 32, 128, 8, 1, PLAIN),
         (128, 64, 32, 64, 8, 1, PLAIN),
     ),
-    (90, "float"): (),
-}
-_BACKWARD_MASK = {
-    (90, "half"): _rows((128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 8, 1)),
-    (90, "float"): _rows((256, UNLIMITED, 32, 32, 8, 1)),
-}
-_BACKWARD_DELTA = {
-    (arch, dtype): _rows((256, UNLIMITED, 64, 0, 4, 1))
-    for arch in ARCHITECTURES
-    for dtype in ("half", "float")
-}
+    sm_100=_rows(
+        (64, 64, 64, 64, 8, 1),
+        (64, 128, 32, 128, 8, 2),
+        (64, 256, 16, 128, 8, 1, PLAIN),
+        (80, 128, 32, 128, 8, 1),
+        (128, 64, 32, 64, 8, 1),
+    ),
+    mma_sync=_rows(
+        (64, 64, 32, 64, 8, 2),
+        (64, 128, 32, 128, 8, 2),
+        (128, 64, 32, 64, 8, 1),
+    ),
+    tf32=(),
+    ieee=(),
+)
 
-TABLE: dict[str, dict[tuple[int, str], tuple[Row, ...]]] = {
+_BACKWARD_MASK_HALF = _rows((128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 8, 1))
+_BACKWARD_MASK_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1))
+_BACKWARD_MASK = _table(
+    sm_90=_BACKWARD_MASK_HALF,
+    sm_100=_BACKWARD_MASK_HALF,
+    mma_sync=_BACKWARD_MASK_HALF,
+    tf32=_BACKWARD_MASK_FLOAT,
+    ieee=_BACKWARD_MASK_FLOAT,
+)
+
+_BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
+_BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
+
+TABLE: dict[str, Table] = {
     "flash_attention_fwd": _FORWARD,
     "flash_attention_bwd_key_value": _BACKWARD_KEY_VALUE,
     "flash_attention_bwd_query": _BACKWARD_QUERY,
@@ -159,10 +240,6 @@ def table_architecture(arch: int) -> int:
     return max((known for known in ARCHITECTURES if known <= arch), default=ARCHITECTURES[0])
 
 
-def dtype_class(dtype: torch.dtype) -> str:
-    return "float" if dtype == torch.float32 else "half"
-
-
 @contextlib.contextmanager
 def override(**launches: Launch | None) -> Iterator[None]:
     """Within the block, kernels named here take this launch whatever the table says."""
@@ -176,7 +253,7 @@ def override(**launches: Launch | None) -> Iterator[None]:
 
 
 def find_row(shape: ShapeClass, arch: int) -> Row | None:
-    for row in TABLE[shape.kernel][table_architecture(arch), dtype_class(shape.dtype)]:
+    for row in TABLE[shape.kernel][table_architecture(arch), shape.precision]:
         fits = shape.columns <= row.columns and shape.rows <= row.rows
         if fits and (shape.plain or not row.plain_only):
             return row
@@ -204,7 +281,9 @@ def launch(shape: ShapeClass, device: torch.device, run: Callable[[Launch], None
         key = (architecture(device), shape)
         if key not in searched:
             searched[key] = search(shape, device, run)
-            print(f"vlmfast autotune: sm_{key[0]} {shape.kernel} {shape.dtype}: {searched[key]}")
+            print(
+                f"vlmfast autotune: sm_{key[0]} {shape.kernel} {shape.precision}: {searched[key]}"
+            )
         run(searched[key].launch)
         return
     found = lookup(shape, device)

@@ -1117,11 +1117,11 @@ class Problem(NamedTuple):
             "GROUP": self.heads // self.key_heads,
             "D": self.query.shape[3],
             "DV": self.value.shape[3],
-            "PIECES": split_into_pieces(self.query.shape[3]),
-            "VALUE_PIECES": split_into_pieces(self.value.shape[3]),
+            "PIECES": self.pieces(self.query.shape[3]),
+            "VALUE_PIECES": self.pieces(self.value.shape[3]),
             "CAUSAL": self.causal,
             "DROPOUT": self.dropout_p > 0.0,
-            "PRECISION": float32_precision() if self.query.dtype == torch.float32 else "ieee",
+            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
             "UNIT": unit,
         }
 
@@ -1138,7 +1138,7 @@ class Problem(NamedTuple):
     def shape_class(self, kernel: str, rows: int) -> configs.ShapeClass:
         """What the table of launch configurations is asked for."""
         plain = not (self.packed or self.causal or self.dropout_p) and self.attn_mask is None
-        return configs.ShapeClass(kernel, self.query.dtype, self.columns, rows, plain)
+        return configs.ShapeClass(kernel, self.precision, self.columns, rows, plain)
 
     def find_launch(self, kernel: str, rows: int) -> Launch | None:
         return configs.lookup(self.shape_class(kernel, rows), self.query.device)
@@ -1151,7 +1151,20 @@ class Problem(NamedTuple):
     @property
     def columns(self) -> int:
         """Columns that the wider of the two head dimensions covers on chip."""
-        return max(covered_columns(split_into_pieces(t.shape[3])) for t in (self.query, self.value))
+        return max(covered_columns(self.pieces(t.shape[3])) for t in (self.query, self.value))
+
+    @property
+    def precision(self) -> str:
+        """ "half", or how products of float32 are rounded, "tf32" or "ieee"."""
+        return float32_precision() if self.query.dtype == torch.float32 else "half"
+
+    def pieces(self, size: int) -> tuple[tuple[int, int], ...]:
+        """The tiles that a head dimension is split into.
+
+        Without tensor cores a product is unrolled along its inner dimension; wider tiles than 64
+        would then spill.
+        """
+        return split_into_pieces(size, largest=64 if self.precision == "ieee" else 256)
 
 
 class Saved(NamedTuple):
@@ -1405,7 +1418,7 @@ def row_deltas(problem: Problem, saved: Saved) -> torch.Tensor:
             blocks,
             num_queries,
             DV=value_size,
-            VALUE_PIECES=split_into_pieces(value_size),
+            VALUE_PIECES=problem.pieces(value_size),
             UNIT=unit,
             BLOCK_M=launch.block_m,
             launch=launch,

@@ -1,0 +1,116 @@
+"""The launches that the compile gate compiles: real models' shapes, and every feature once.
+
+A case is a name and a function that calls a family's launchers on meta tensors.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vlmfast.kernels import configs, flash_attention
+
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def flash_attention_case(
+    name: str,
+    queries: int,
+    keys: int,
+    dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 8,
+    heads: tuple[int, int] = (12, 12),
+    mask: tuple[torch.dtype, tuple[int, ...]] | None = None,
+    causal: int = 0,
+    dropout_p: float = 0.0,
+    packed: bool = False,
+    whole: bool = True,
+    backward: bool = True,
+    tf32: bool = False,
+) -> None:
+    """Adds a forward and backward call; `whole=False` keeps the whole-head kernel out of it."""
+    CASES[name] = partial(
+        _call_flash_attention,
+        (1 if packed else batch, queries, keys, dim),
+        heads,
+        dtype,
+        mask,
+        causal,
+        dropout_p,
+        packed,
+        whole,
+        backward,
+        tf32,
+    )
+
+
+def _call_flash_attention(
+    shape, heads, dtype, mask, causal, dropout_p, packed, whole, backward, tf32
+) -> None:
+    batch, queries, keys, dim = shape
+
+    def tokens(length: int, count: int) -> Tensor:
+        """(B, H, L, D) as a projection leaves it, heads inside tokens."""
+        return torch.empty(batch, length, count, dim, dtype=dtype, device="meta").transpose(1, 2)
+
+    def integers(count: int, kind: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=kind, device="meta")
+
+    query, key, value = tokens(queries, heads[0]), tokens(keys, heads[1]), tokens(keys, heads[1])
+    attn_mask = None if mask is None else torch.empty(mask[1], dtype=mask[0], device="meta")
+    segments = integers(5, torch.int32) if packed else None
+    longest = (256, 256) if packed else (0, 0)
+    seed = integers(1, torch.int64) if dropout_p else None
+    rest = (segments, segments, *longest, causal, dim**-0.5, dropout_p, seed)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    override = {} if whole else {"flash_attention_bwd_whole": None}
+    try:
+        with configs.override(**override):
+            out, lse = flash_attention.forward(query, key, value, attn_mask, *rest)
+            if backward:
+                wanted = (True, True, attn_mask is not None and attn_mask.is_floating_point())
+                flash_attention.backward(
+                    out, lse, query, key, value, attn_mask, out, lse, *rest, *wanted
+                )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+_case = flash_attention_case
+_case("ViT-B/16, 197 x 64", 197, 197, 64)
+_case("ViT-B/16, 197 x 64, not whole", 197, 197, 64, whole=False)
+_case("ViT-B/32, 50 x 64", 50, 50, 64, dtype=torch.float16)
+_case("CLIP text, 77 x 64, causal", 77, 77, 64, causal=1, dtype=torch.float16)
+_case("ViT-L/14, 257 x 64", 257, 257, 64, heads=(16, 16))
+_case("ViT-L/14 at 336, 577 x 64", 577, 577, 64, heads=(16, 16))
+_case("ViT-H/14, 257 x 80", 257, 257, 80, heads=(16, 16))
+_case("ViT-g/14, 257 x 88", 257, 257, 88, heads=(16, 16))
+_case("ViT-bigG/14, 257 x 104", 257, 257, 104, heads=(16, 16))
+_case("SigLIP-so400m, 729 x 72", 729, 729, 72, heads=(16, 16))
+_case("resampler, 64 queries of 2112", 64, 2112, 64, heads=(8, 8))
+_case("resampler, 64 queries of 2112 x 128", 64, 2112, 128, heads=(8, 8))
+_case("resampler with padding, 2112 x 64", 64, 2112, 64, mask=(torch.bool, (8, 1, 1, 2112)))
+_case("decoder, 2048 x 128, causal, grouped", 2048, 2048, 128, heads=(32, 8), causal=2)
+_case("2048 x 256, causal", 2048, 2048, 256, causal=1)
+_case("bias of heads, 197 x 64", 197, 197, 64, mask=(torch.float32, (1, 12, 197, 197)))
+_case("bias of heads, 1024 x 128", 1024, 1024, 128, mask=(torch.bfloat16, (1, 12, 1024, 1024)))
+_case("bias of heads, 577 x 256", 577, 577, 256, mask=(torch.bfloat16, (1, 12, 577, 577)))
+_case("bool mask over keys, 197 x 64", 197, 197, 64, mask=(torch.bool, (8, 1, 1, 197)))
+_case("dropout, 197 x 64", 197, 197, 64, dropout_p=0.1)
+_case("dropout, 577 x 64", 577, 577, 64, dropout_p=0.1)
+_case("packed, causal, 64", 4096, 4096, 64, packed=True, causal=2)
+_case("packed, 80", 4096, 4096, 80, packed=True)
+for _dim in (64, 80, 128, 256):
+    _case(f"float32, 577 x {_dim}", 577, 577, _dim, dtype=torch.float32)
+    _case(f"tf32, 577 x {_dim}", 577, 577, _dim, dtype=torch.float32, tf32=True)
+_case(
+    "float32 bias of heads, 197 x 64",
+    197,
+    197,
+    64,
+    dtype=torch.float32,
+    mask=(torch.float32, (1, 12, 197, 197)),
+)
