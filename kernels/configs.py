@@ -149,7 +149,11 @@ _BACKWARD_KEY_VALUE = _table(
         (128, UNLIMITED, 64, 64, 8, 2),
         (256, UNLIMITED, 32, 32, 8, 1),
     ),
-    tf32=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    tf32=_rows(
+        (64, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 16, 32, 8, 1),
+        (256, UNLIMITED, 16, 16, 8, 1),
+    ),
     ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
 )
 
@@ -201,7 +205,7 @@ _BACKWARD_WHOLE = _table(
 )
 
 _BACKWARD_MASK_HALF = _rows((128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 8, 1))
-_BACKWARD_MASK_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1))
+_BACKWARD_MASK_FLOAT = _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1))
 _BACKWARD_MASK = _table(
     sm_90=_BACKWARD_MASK_HALF,
     sm_100=_BACKWARD_MASK_HALF,

@@ -5,13 +5,22 @@ A case is a name and a function that calls a family's launchers on meta tensors.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmfast.kernels import configs, flash_attention
 
-CASES: dict[str, Callable[[], None]] = {}
+
+class CompileCase(NamedTuple):
+    """A call of launchers, and the architectures that it is compiled for."""
+
+    launch: Callable[[], None]
+    archs: tuple[int, ...]
+
+
+CASES: dict[str, CompileCase] = {}
 
 
 def flash_attention_case(
@@ -29,9 +38,10 @@ def flash_attention_case(
     whole: bool = True,
     backward: bool = True,
     tf32: bool = False,
+    archs: tuple[int, ...] = configs.ARCHITECTURES,
 ) -> None:
     """Adds a forward and backward call; `whole=False` keeps the whole-head kernel out of it."""
-    CASES[name] = partial(
+    launch = partial(
         _call_flash_attention,
         (1 if packed else batch, queries, keys, dim),
         heads,
@@ -44,6 +54,7 @@ def flash_attention_case(
         backward,
         tf32,
     )
+    CASES[name] = CompileCase(launch, archs)
 
 
 def _call_flash_attention(
@@ -80,37 +91,68 @@ def _call_flash_attention(
 
 
 _case = flash_attention_case
+_WIDE = (90, 100)  # wgmma and tcgen05, which have rows of their own
+_EXTREMES = (86, 90)  # the least shared memory, and no spills allowed
+_BIAS_64 = (torch.float32, (1, 12, 197, 197))
+
 _case("ViT-B/16, 197 x 64", 197, 197, 64)
-_case("ViT-B/16, 197 x 64, not whole", 197, 197, 64, whole=False)
-_case("ViT-B/32, 50 x 64", 50, 50, 64, dtype=torch.float16)
-_case("CLIP text, 77 x 64, causal", 77, 77, 64, causal=1, dtype=torch.float16)
-_case("ViT-L/14, 257 x 64", 257, 257, 64, heads=(16, 16))
 _case("ViT-L/14 at 336, 577 x 64", 577, 577, 64, heads=(16, 16))
-_case("ViT-H/14, 257 x 80", 257, 257, 80, heads=(16, 16))
-_case("ViT-g/14, 257 x 88", 257, 257, 88, heads=(16, 16))
-_case("ViT-bigG/14, 257 x 104", 257, 257, 104, heads=(16, 16))
+_case("ViT-L/14, 257 x 64", 257, 257, 64, heads=(16, 16), archs=_EXTREMES)
+_case("ViT-B/32, 50 x 64", 50, 50, 64, dtype=torch.float16)
+_case("ViT-B/32 with padding, 50 x 64", 50, 50, 64, mask=(torch.bool, (8, 1, 1, 50)))
+_case("CLIP text, 77 x 64, causal", 77, 77, 64, causal=1, dtype=torch.float16)
 _case("SigLIP-so400m, 729 x 72", 729, 729, 72, heads=(16, 16))
-_case("resampler, 64 queries of 2112", 64, 2112, 64, heads=(8, 8))
-_case("resampler, 64 queries of 2112 x 128", 64, 2112, 128, heads=(8, 8))
-_case("resampler with padding, 2112 x 64", 64, 2112, 64, mask=(torch.bool, (8, 1, 1, 2112)))
+_case("ViT-H/14, 257 x 80", 257, 257, 80, heads=(16, 16), archs=_EXTREMES)
+_case("ViT-g/14, 257 x 88", 257, 257, 88, heads=(16, 16), archs=_EXTREMES)
+_case("ViT-bigG/14, 257 x 104", 257, 257, 104, heads=(16, 16))
+_case("text of bigG, 77 x 80", 77, 77, 80, archs=_WIDE)
+_case("50 x 128", 50, 50, 128)
+_case("577 x 128", 577, 577, 128)
+_case("577 x 256", 577, 577, 256, archs=_WIDE)
+_case("resampler, 64 queries of 2112 x 64", 64, 2112, 64, heads=(8, 8), backward=False)
+_case("resampler, 64 queries of 2112 x 96", 64, 2112, 96, heads=(8, 8), backward=False)
+_case("resampler, 64 queries of 2112 x 128", 64, 2112, 128, heads=(8, 8), backward=False)
+_case(
+    "resampler with padding, 64 queries of 2112 x 64",
+    64,
+    2112,
+    64,
+    mask=(torch.bool, (8, 1, 1, 2112)),
+    archs=_EXTREMES,
+)
+_case("decoder, 2048 x 80, causal, grouped", 2048, 2048, 80, heads=(32, 8), causal=2)
 _case("decoder, 2048 x 128, causal, grouped", 2048, 2048, 128, heads=(32, 8), causal=2)
 _case("2048 x 256, causal", 2048, 2048, 256, causal=1)
-_case("bias of heads, 197 x 64", 197, 197, 64, mask=(torch.float32, (1, 12, 197, 197)))
-_case("bias of heads, 1024 x 128", 1024, 1024, 128, mask=(torch.bfloat16, (1, 12, 1024, 1024)))
-_case("bias of heads, 577 x 256", 577, 577, 256, mask=(torch.bfloat16, (1, 12, 577, 577)))
-_case("bool mask over keys, 197 x 64", 197, 197, 64, mask=(torch.bool, (8, 1, 1, 197)))
-_case("dropout, 197 x 64", 197, 197, 64, dropout_p=0.1)
-_case("dropout, 577 x 64", 577, 577, 64, dropout_p=0.1)
 _case("packed, causal, 64", 4096, 4096, 64, packed=True, causal=2)
-_case("packed, 80", 4096, 4096, 80, packed=True)
-for _dim in (64, 80, 128, 256):
-    _case(f"float32, 577 x {_dim}", 577, 577, _dim, dtype=torch.float32)
-    _case(f"tf32, 577 x {_dim}", 577, 577, _dim, dtype=torch.float32, tf32=True)
+_case("packed, 80", 4096, 4096, 80, packed=True, archs=_EXTREMES)
+_case("bias of heads, 197 x 64", 197, 197, 64, mask=_BIAS_64)
+_case("bias of heads, 77 x 64", 77, 77, 64, mask=(torch.float32, (1, 12, 77, 77)), archs=_EXTREMES)
 _case(
-    "float32 bias of heads, 197 x 64",
-    197,
-    197,
-    64,
-    dtype=torch.float32,
-    mask=(torch.float32, (1, 12, 197, 197)),
+    "bias of heads, 1024 x 128",
+    1024,
+    1024,
+    128,
+    mask=(torch.bfloat16, (1, 12, 1024, 1024)),
+    archs=_EXTREMES,
 )
+_case("bias of heads, 577 x 256", 577, 577, 256, mask=(torch.bfloat16, (1, 12, 577, 577)))
+_case("bool mask over keys, 197 x 64", 197, 197, 64, mask=(torch.bool, (8, 1, 1, 197)), archs=(90,))
+_case("dropout, 77 x 64", 77, 77, 64, dropout_p=0.1, archs=_EXTREMES)
+_case("dropout, 197 x 64", 197, 197, 64, dropout_p=0.1, archs=_EXTREMES)
+_case("dropout, 257 x 104", 257, 257, 104, dropout_p=0.1, archs=(90,))
+_case("dropout, 1024 x 128", 1024, 1024, 128, dropout_p=0.1, archs=(90,))
+for _name, _tf32 in (("float32", False), ("tf32", True)):
+    _float = {"dtype": torch.float32, "tf32": _tf32}
+    _case(f"{_name}, 577 x 64", 577, 577, 64, **_float, archs=_EXTREMES)
+    _case(f"{_name}, bias of heads, 197 x 64", 197, 197, 64, mask=_BIAS_64, **_float)
+    _case(f"{_name}, 257 x 80", 257, 257, 80, **_float, archs=_EXTREMES)
+    _case(f"{_name}, 577 x 128", 577, 577, 128, **_float)
+    _case(
+        f"{_name}, bias of heads, 197 x 256",
+        197,
+        197,
+        256,
+        mask=(torch.float32, (1, 12, 197, 197)),
+        **_float,
+    )
+_case("float32, causal, 577 x 64", 577, 577, 64, causal=1, dtype=torch.float32, archs=_EXTREMES)

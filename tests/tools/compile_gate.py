@@ -1,6 +1,6 @@
 """Compile every Triton launch for every listed GPU, on a machine that has none.
 
-    PYTHONPATH=tests python -m tools.compile_gate            all cases, all architectures
+    PYTHONPATH=tests python -m tools.compile_gate            every case
     PYTHONPATH=tests python -m tools.compile_gate --update   and write the register snapshot anew
 
 The launchers run on meta tensors under a driver that only names an architecture, so what is
@@ -251,14 +251,14 @@ def _compile_by_name(task: tuple[str, int]) -> Report:
     from tools.compile_cases import CASES
 
     name, arch = task
-    return compile_case(name, CASES[name], arch)
+    return compile_case(name, CASES[name].launch, arch)
 
 
 def compile_all(processes: int = 2) -> Iterator[Report]:
     """Reports of every case on every architecture, in order."""
     from tools.compile_cases import CASES
 
-    tasks = [(name, arch) for name in CASES for arch in configs.ARCHITECTURES]
+    tasks = [(name, arch) for name, case in CASES.items() for arch in case.archs]
     # Forking would copy the threads of torch; a fresh process costs two seconds.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_compile_by_name, tasks)
