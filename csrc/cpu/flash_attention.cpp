@@ -4,70 +4,24 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <map>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/tensors.h"
 
 namespace vlmfast::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using MaybeTensor = std::optional<Tensor>;
 
 enum Causal : int64_t { kNone, kTopLeft, kBottomRight };
 
 // What partial sums of gradients may take beyond the gradients themselves.
 constexpr int64_t kMostPartialBytes = 128 << 20;
-constexpr int64_t kCachedBytes = 12 << 20;  // about a third of a usual last-level cache
-
-const FlashAttentionKernel& kernel() {
-  switch (current_isa()) {
-#ifdef __x86_64__
-    case Isa::kAvx2:
-      return avx2::flash_attention_kernel;
-    case Isa::kAvx512:
-      return avx512::flash_attention_kernel;
-    case Isa::kAvx512Bf16:
-      return avx512_bf16::flash_attention_kernel;
-#endif
-    default:
-      return base::flash_attention_kernel;
-  }
-}
-
-ElementType element_type(const char* name, const Tensor& tensor, bool allow_bool) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return ElementType::kFloat;
-    case ScalarType::BFloat16:
-      return ElementType::kBFloat16;
-    case ScalarType::Half:
-      return ElementType::kHalf;
-    case ScalarType::Bool:
-      if (allow_bool) return ElementType::kBool;
-      [[fallthrough]];
-    default:
-      VLMFAST_CHECK(false, name, ": expected float32, bfloat16 or float16",
-                    allow_bool ? " or bool" : "");
-  }
-  return ElementType::kFloat;
-}
-
-Strided strided(const Tensor& tensor) {
-  Strided result;
-  result.data = tensor.data_ptr();
-  for (int i = 0; i < 4; i++) result.stride[i] = tensor.stride(i);
-  return result;
-}
 
 // An uninitialised (B, H, rows, columns) tensor in the memory order of `like`: heads inside rows,
 // or rows inside heads.
@@ -77,16 +31,6 @@ Tensor dense_like(const Tensor& like, int64_t rows, int64_t columns) {
     return torch::stable::transpose(torch::stable::new_empty(like, {batch, rows, heads, columns}),
                                     1, 2);
   return torch::stable::new_empty(like, {batch, heads, rows, columns});
-}
-
-// Whether fetching ahead pays: what lies in the last-level cache anyway arrives soon enough, and
-// the requests cost more than they save. Systems do not tell what share of that cache a process
-// has.
-bool exceeds_cache(std::initializer_list<const Tensor*> tensors) {
-  int64_t bytes = 0;
-  for (const Tensor* tensor : tensors)
-    bytes += tensor->numel() * static_cast<int64_t>(tensor->element_size());
-  return bytes > kCachedBytes;
 }
 
 struct Inputs {
@@ -268,7 +212,7 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
-  const FlashAttentionKernel& run = kernel();
+  const FlashAttentionKernel& run = VLMFAST_CURRENT_VARIANT(flash_attention_kernel);
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
   set_most(tasks, &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), run.forward_scratch(problem),
@@ -317,8 +261,6 @@ std::vector<FlashAttentionTask> backward_tasks(const std::vector<Segment>& all, 
   }
   return tasks;
 }
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // The gradient of a mask that broadcasts is a sum over tasks, which must not depend on the threads'
 // timing: tasks that add to the same element run one after the other in one unit. Where that would
@@ -412,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   const bool wants_mask = mask_grad && mask && problem.mask_dtype != ElementType::kBool;
   Tensor grad_mask = mask ? nothing(*mask) : nothing(query);
 
-  const FlashAttentionKernel& run = kernel();
+  const FlashAttentionKernel& run = VLMFAST_CURRENT_VARIANT(flash_attention_kernel);
   const int key_heads = static_cast<int>(key.size(1));
   const auto all = segments(in);
   problem.grad_query_split_size = batch * heads * length * head_dim;

@@ -2,20 +2,9 @@
 // independent tasks.
 #pragma once
 #include "cpu/types.h"
+#include "cpu/variants.h"
 
 namespace vlmfast::cpu {
-
-// (batch, head, row, column) strides in elements; `data` keeps the tensor's own element type.
-struct Strided {
-  void* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};
-
-  // Inlined always: a copy compiled for one instruction set must not serve the others.
-  template <class T>
-  inline __attribute__((always_inline)) T* at(int64_t batch, int64_t head, int64_t row) const {
-    return static_cast<T*>(data) + batch * stride[0] + head * stride[1] + row * stride[2];
-  }
-};
 
 struct FlashAttentionProblem {
   ElementType dtype;
@@ -78,19 +67,6 @@ struct FlashAttentionKernel {
   int queries_per_tile;
 };
 
-namespace base {
-extern const FlashAttentionKernel flash_attention_kernel;
-}
-#ifdef __x86_64__
-namespace avx2 {
-extern const FlashAttentionKernel flash_attention_kernel;
-}
-namespace avx512 {
-extern const FlashAttentionKernel flash_attention_kernel;
-}
-namespace avx512_bf16 {
-extern const FlashAttentionKernel flash_attention_kernel;
-}
-#endif
+VLMFAST_DECLARE_VARIANTS(FlashAttentionKernel, flash_attention_kernel)
 
 }  // namespace vlmfast::cpu

@@ -14,11 +14,6 @@ namespace {
 
 constexpr int kBlock = 96;
 constexpr int kMaxTile = kMaxGroups * kLanes;
-constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLog2ELow = 1.925963033500011079e-8f;  // log2(e) - kLog2E
-constexpr double kLn2 = 0.69314718055994530942;
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest = -3.40282346638528859812e38f;
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
 // rounding of the inputs; see Backward::row_statistics.
 template <class T>
@@ -45,18 +40,6 @@ struct Tiling {
     tiles = (vectors + most - 1) / most;
   }
   VLMFAST_INLINE int first_vector(int tile) const { return (int)((int64_t)vectors * tile / tiles); }
-};
-
-// Carves arrays out of one scratch buffer; with a null buffer it only counts.
-struct Arena {
-  float* base;
-  int64_t used = 0;
-
-  VLMFAST_INLINE float* take(int64_t n) {
-    float* p = base == nullptr ? nullptr : base + used;
-    used += (n + 15) / 16 * 16;
-    return p;
-  }
 };
 
 template <class M>

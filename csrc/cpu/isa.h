@@ -14,4 +14,19 @@ const char* isa_name(Isa isa);
 // Throws where that one is unknown or cannot run here.
 Isa current_isa();
 
+template <class Kernel>
+const Kernel& select_variant(const Kernel& base, const Kernel& avx2, const Kernel& avx512,
+                             const Kernel& avx512_bf16) {
+  switch (current_isa()) {
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512_bf16;
+    default:
+      return base;
+  }
+}
+
 }  // namespace vlmfast::cpu

@@ -17,9 +17,27 @@ constexpr int kMaxGroups = kLanes == 4 ? 2 : kRegisters == 32 ? 4 : 3;
 constexpr int kRowStep = 8;  // rows and columns of packed operands are padded to a multiple of this
 constexpr int kWordStep = 4;  // so that there are this many words, or a multiple, in a row
 
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2ELow = 1.925963033500011079e-8f;  // log2(e) - kLog2E
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.40282346638528859812e38f;
+
 VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
 VLMFAST_INLINE int minimum(int a, int b) { return a < b ? a : b; }
 VLMFAST_INLINE int maximum(int a, int b) { return a > b ? a : b; }
+
+// Carves arrays out of one scratch buffer; with a null buffer it only counts.
+struct Arena {
+  float* base;
+  int64_t used = 0;
+
+  VLMFAST_INLINE float* take(int64_t n) {
+    float* p = base == nullptr ? nullptr : base + used;
+    used += (n + 15) / 16 * 16;
+    return p;
+  }
+};
 
 struct Fp32Words {
   static constexpr int kElements = 1;

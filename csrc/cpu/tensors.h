@@ -1,0 +1,58 @@
+// Torch's tensors as the operators of all families see and hand them on.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "checks.h"
+#include "cpu/types.h"
+
+namespace vlmfast::cpu {
+
+using torch::headeronly::ScalarType;
+using MaybeTensor = std::optional<Tensor>;
+
+inline ElementType element_type(const char* name, const Tensor& tensor, bool allow_bool) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kHalf;
+    case ScalarType::Bool:
+      if (allow_bool) return ElementType::kBool;
+      [[fallthrough]];
+    default:
+      VLMFAST_CHECK(false, name, ": expected float32, bfloat16 or float16",
+                    allow_bool ? " or bool" : "");
+  }
+  return ElementType::kFloat;
+}
+
+// Of a tensor of four dimensions.
+inline Strided strided(const Tensor& tensor) {
+  Strided result;
+  result.data = tensor.data_ptr();
+  for (int i = 0; i < 4; i++) result.stride[i] = tensor.stride(i);
+  return result;
+}
+
+// Whether fetching ahead pays: what lies in the last-level cache anyway arrives soon enough, and
+// the requests cost more than they save. Systems do not tell what share of that cache a process
+// has.
+inline bool exceeds_cache(std::initializer_list<const Tensor*> tensors) {
+  constexpr int64_t kCachedBytes = 12 << 20;  // about a third of a usual last-level cache
+  int64_t bytes = 0;
+  for (const Tensor* tensor : tensors)
+    bytes += tensor->numel() * static_cast<int64_t>(tensor->element_size());
+  return bytes > kCachedBytes;
+}
+
+// What stands for a gradient that nobody asked for.
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+}  // namespace vlmfast::cpu
