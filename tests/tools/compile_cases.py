@@ -143,7 +143,7 @@ _case("dropout, 257 x 104", 257, 257, 104, dropout_p=0.1, archs=(90,))
 _case("dropout, 1024 x 128", 1024, 1024, 128, dropout_p=0.1, archs=(90,))
 for _name, _tf32 in (("float32", False), ("tf32", True)):
     _float = {"dtype": torch.float32, "tf32": _tf32}
-    _case(f"{_name}, 577 x 64", 577, 577, 64, **_float, archs=_EXTREMES)
+    _case(f"{_name}, 577 x 64", 577, 577, 64, **_float)
     _case(f"{_name}, bias of heads, 197 x 64", 197, 197, 64, mask=_BIAS_64, **_float)
     _case(f"{_name}, 257 x 80", 257, 257, 80, **_float, archs=_EXTREMES)
     _case(f"{_name}, 577 x 128", 577, 577, 128, **_float)
@@ -155,4 +155,4 @@ for _name, _tf32 in (("float32", False), ("tf32", True)):
         mask=(torch.float32, (1, 12, 197, 197)),
         **_float,
     )
-_case("float32, causal, 577 x 64", 577, 577, 64, causal=1, dtype=torch.float32, archs=_EXTREMES)
+_case("float32, causal, 577 x 64", 577, 577, 64, causal=1, dtype=torch.float32, archs=(90,))
