@@ -22,7 +22,17 @@ from bench.cases import CASES, SELECTION, AttentionCase
 from bench.compare import changes, losses
 from bench.contest import Contest, contests
 from bench.contest import run as race_contest
-from bench.measure import Call, Ceilings, Verdict, Work, judge, measure_ceilings, race
+from bench.measure import (
+    Call,
+    Ceilings,
+    Rotation,
+    Verdict,
+    Work,
+    input_sets,
+    judge,
+    measure_ceilings,
+    race,
+)
 from bench.memory import peak_bytes
 from bench.peers import CONTESTANTS, EAGER, FLASH_ATTENTION, OURS, SDPA, Contestant, eager_attention
 from bench.report import Row, machine, markdown
@@ -34,7 +44,9 @@ CROSS = replace(SELF, name="tiny-cross", query_length=5, key_length=12)
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9, 1e9)
 
 
-def run(case: AttentionCase, dtype: str, mode: str, contestants: Sequence[Contestant]) -> Row:
+def run(
+    case: AttentionCase, dtype: str, mode: str, contestants: Sequence[Contestant] | None = None
+) -> Row:
     return race_contest(Contest("flash_attention", case, dtype, mode), 0.0, contestants)
 
 
@@ -104,7 +116,7 @@ def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
 def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
-    row = run(CAUSAL, dtype, mode, CONTESTANTS["flash_attention"])
+    row = run(CAUSAL, dtype, mode)
     assert set(row.timings) == {OURS, "torch SDPA", "eager"}
     assert not row.refusals
     assert row.best_peer in ("torch SDPA", "eager")
@@ -159,6 +171,42 @@ def test_refusals_are_reported() -> None:
     row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, shy))
     assert row.refusals == {"shy": "not today"}
     assert "shy: not today" in markdown([row], CEILINGS)
+
+
+def test_a_peer_that_breaks_does_not_end_the_race() -> None:
+    def broken(case: AttentionCase):
+        def attention(*tensors: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel for this\nand a long trace")
+
+        return attention
+
+    refusal = lambda case, dtype: None  # noqa: E731
+    row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, Contestant("broken", refusal, broken)))
+    assert set(row.timings) == {OURS}
+    assert row.refusals == {"broken": "no kernel for this"}
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        run(SELF, "float32", "fwd", (Contestant(OURS, refusal, broken),))
+
+
+def test_peers_of_gpus_stay_out_of_races_on_a_cpu() -> None:
+    names = {who.name for who in Contest("flash_attention", SELF, "float32", "fwd").contestants}
+    assert names == {OURS, "torch SDPA", "eager"}
+    contest = Contest("flash_attention", SELF, "float32", "fwd", "cuda")
+    assert names < {who.name for who in contest.contestants}
+
+
+def test_inputs_that_a_gpu_caches_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        L2_cache_size = 1000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert [input_sets(Work(0, size), "cuda") for size in (100, 999, 2000, 10**6)] == [20, 3, 1, 1]
+    assert input_sets(Work(0, 1), "cpu") == 1
+    called: list[int] = []
+    rotation = Rotation([lambda i=i: called.append(i) or () for i in range(3)])
+    for _ in range(4):
+        rotation()
+    assert called == [0, 1, 2, 0]
 
 
 def test_eager_refuses_what_would_not_fit_in_memory() -> None:
