@@ -32,7 +32,7 @@ declare -A share=([build]=12 [tests]=28 [sanitizer]=8 [search]=20 [race]=24 [ncu
 declare -A command
 command[build]="$python setup.py build_ext --inplace"
 command[tests]="$python -m pytest -q tests/test_kernels_*_cuda.py"
-command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k sanitized"
+command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k every_case"
 command[search]="env VLMFAST_AUTOTUNE=1 $python -m bench.search $out/searched.py"
 command[race]="$python -m bench --device cuda --dtype bfloat16 --mode both --selection --sweeps --memory --seconds 1 --ceiling-size 8192 --out $out"
 command[ncu]="$python -m bench.ncu $out"
