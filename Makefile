@@ -40,7 +40,7 @@ gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
 
 bench: $(EXTENSION)
-	$(BIN)/python -m bench flash_attention
+	$(BIN)/python -m bench --selection --sweeps --memory --mode both --seconds 2 --out out/bench
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
