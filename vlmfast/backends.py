@@ -213,7 +213,9 @@ def _installed(module: str) -> bool:
 
 _TRITON_INSTALLED = _installed("triton")
 _TRITON_FAMILIES = frozenset(
-    family for family in ("flash_attention",) if _installed(f"vlmfast.kernels.{family}")
+    family
+    for family in ("flash_attention", "window_attention")
+    if _installed(f"vlmfast.kernels.{family}")
 )
 
 
@@ -272,6 +274,48 @@ def _flash_attention_cuda(
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
+def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
+    reasons = _kernel_dtype(query.dtype, None)
+    names = ("relative_position_bias", "logit_scale", "pad_value")
+    for name, tensor in zip(names, others, strict=True):
+        if tensor is not None and tensor.dtype not in _HALF_OR_FLOAT:
+            reasons.append(f"takes {name} in float32, bfloat16 or float16, got {tensor.dtype}")
+    return reasons
+
+
+def _window_attention_cpu(
+    query: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    head_dim: int,
+    window_size: tuple[int, int],
+) -> list[str]:
+    reasons = _window_attention_dtypes(query, bias, logit_scale, pad_value)
+    if query.device.type not in ("cpu", "meta"):
+        reasons.append(f"takes CPU tensors, got {query.device.type}")
+    if EXTENSION_ERROR is not None:
+        reasons.append(EXTENSION_ERROR)
+    reasons.append("this family has no CPU kernel yet")
+    return reasons
+
+
+def _window_attention_triton(
+    query: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    head_dim: int,
+    window_size: tuple[int, int],
+) -> list[str]:
+    reasons = _triton("window_attention", query.device)
+    return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
+
+
+def _window_attention_cuda(*inputs: Any) -> list[str]:
+    return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
+
+
 def _always(*inputs: Any) -> list[str]:
     return []
 
@@ -281,6 +325,12 @@ _PREDICATES: dict[str, dict[str, Callable[..., list[str]]]] = {
         "cpu": _flash_attention_cpu,
         "triton": _flash_attention_triton,
         "cuda": _flash_attention_cuda,
+        "reference": _always,
+    },
+    "window_attention": {
+        "cpu": _window_attention_cpu,
+        "triton": _window_attention_triton,
+        "cuda": _window_attention_cuda,
         "reference": _always,
     },
 }
@@ -302,6 +352,8 @@ def _sample_inputs(family: str, device: str) -> tuple[Any, ...]:
     if family == "flash_attention":
         tensor = torch.empty(1, 1, 1, 64, device=device)
         return tensor, tensor, tensor, None
+    if family == "window_attention":
+        return torch.empty(1, 7, 7, 96, device=device), None, None, None, 32, (7, 7)
     raise ValueError(f"family: expected one of {', '.join(_PREDICATES)}, got {family!r}")
 
 

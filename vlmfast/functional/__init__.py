@@ -1,13 +1,15 @@
-"""Functions with the calls of torch, flash-attn and xformers, computed by fused kernels."""
+"""Functions computed by fused kernels; where a library has the same function, with its call."""
 
 from vlmfast.functional.flash_attention import (
     memory_efficient_attention,
     scaled_dot_product_attention,
     varlen_attention,
 )
+from vlmfast.functional.window_attention import shifted_window_attention
 
 __all__ = [
     "memory_efficient_attention",
     "scaled_dot_product_attention",
+    "shifted_window_attention",
     "varlen_attention",
 ]
