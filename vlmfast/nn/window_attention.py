@@ -22,7 +22,7 @@ from vlmfast.functional.common import (
     reject,
     reject_type,
 )
-from vlmfast.nn.common import check_fits_weight
+from vlmfast.nn.common import check_fits_weight, has_hooks
 
 __all__ = [
     "ShiftedWindowAttention",
@@ -30,8 +30,8 @@ __all__ = [
     "bias_from_table",
     "clamped_logit_scale",
     "continuous_bias_table",
-    "has_hooks",
     "kept_table",
+    "padding_value",
     "relative_position_index",
 ]
 
@@ -256,6 +256,13 @@ def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
     return bias.view(-1, tokens, tokens)
 
 
+def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
+    """What `projection` makes of a token of zeros, which models pad x with: None for zeros."""
+    if type(projection) is nn.Linear:
+        return projection.bias
+    return projection(x.new_zeros(1, x.shape[-1]))[0]
+
+
 def clamped_logit_scale(logarithm: Tensor) -> Tensor:
     """Swin V2's factor of the cosines, at most 100: (heads,), from any shape of heads elements."""
     return torch.clamp(logarithm, max=math.log(100.0)).exp().flatten()
@@ -331,17 +338,6 @@ def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
         if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
             return False
     return True
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class says."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
