@@ -72,7 +72,7 @@ class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
     backend: str | None = None
 
     def _attn(self, x: Tensor) -> Tensor:
-        attn = self.attn
+        attn: Any = self.attn
         bias = bias_from_table(attn.relative_position_bias_table, attn.relative_position_index)
         padding = padding_value(attn.qkv, x)
         return _attend_windows(self, attn.qkv(x), padding, bias, scale=attn.scale)
@@ -84,7 +84,7 @@ class SwinTransformerV2Block(swin_transformer_v2.SwinTransformerV2Block):
     backend: str | None = None
 
     def _attn(self, x: Tensor) -> Tensor:
-        attn = self.attn
+        attn: Any = self.attn
         if attn.q_bias is None:
             qkv, padding = attn.qkv(x), padding_value(attn.qkv, x)
         else:
@@ -105,7 +105,7 @@ class SwinTransformerV2CrBlock(swin_transformer_v2_cr.SwinTransformerV2CrBlock):
     backend: str | None = None
 
     def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        attn = self.attn
+        attn: Any = self.attn
         return _attend_windows(
             self,
             attn.qkv(x),

@@ -29,9 +29,7 @@ class ShiftedWindowAttentionV2(
 
 
 RULES = (
-    swap_class(
-        FAMILY, swin_transformer.ShiftedWindowAttentionV2, ShiftedWindowAttentionV2
-    ),
+    swap_class(FAMILY, swin_transformer.ShiftedWindowAttentionV2, ShiftedWindowAttentionV2),
     swap_class(FAMILY, swin_transformer.ShiftedWindowAttention, ShiftedWindowAttention),
     leave_alone(
         FAMILY,

@@ -77,6 +77,7 @@ class ShiftedWindowAttention(nn.Module):
     """
 
     backend: str | None = None
+    relative_position_index: Tensor
 
     def __init__(
         self,
@@ -129,17 +130,16 @@ class ShiftedWindowAttention(nn.Module):
             reject("x", f"shape (batch, height, width, {dim})", tuple(x.shape))
         weight = self.qkv.weight
         check_fits_weight("x", x, weight)
-        shift_size = tuple(
-            shift if length > window else 0
-            for length, window, shift in zip(
-                x.shape[1:3], self.window_size, self.shift_size, strict=True
-            )
-        )
+        window_height, window_width = self.window_size
+        shift_down, shift_right = self.shift_size
         out = VF.shifted_window_attention(
             F.linear(x, weight, qkv_bias),
             self.num_heads,
-            tuple(self.window_size),
-            shift_size,
+            (window_height, window_width),
+            (
+                shift_down if x.shape[1] > window_height else 0,
+                shift_right if x.shape[2] > window_width else 0,
+            ),
             self.get_relative_position_bias()[0],
             logit_scale=logit_scale,
             pad_value=qkv_bias,
@@ -172,6 +172,8 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
 
     Source: Liu et al., "Swin Transformer V2" (2022).
     """
+
+    relative_coords_table: Tensor
 
     def __init__(
         self,
@@ -220,7 +222,7 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         return bias_from_table(table, self.relative_position_index)[None]
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.qkv.bias
+        bias: Tensor | None = self.qkv.bias
         if bias is not None:
             query_bias, key_bias, value_bias = bias.chunk(3)
             bias = torch.cat([query_bias, torch.zeros_like(key_bias), value_bias])
