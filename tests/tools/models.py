@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,48 @@ def spy_on_attention(monkeypatch) -> list[AttentionCall]:
 
         monkeypatch.setattr(VF, name, spy)
     return calls
+
+
+@dataclasses.dataclass
+class WindowCall:
+    """One call of shifted_window_attention, as a spy saw it; `arguments` in full, by name."""
+
+    arguments: dict[str, Any]
+
+    @property
+    def backend(self) -> str | None:
+        return self.arguments["backend"]
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        qkv = self.arguments["qkv"]
+        return tuple((qkv if isinstance(qkv, Tensor) else qkv[0]).shape[1:3])
+
+
+def spy_on_windows(monkeypatch) -> list[WindowCall]:
+    """The list to which every call of shifted_window_attention is added from now on."""
+    calls: list[WindowCall] = []
+    original = VF.shifted_window_attention
+    signature = inspect.signature(original)
+
+    def spy(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append(WindowCall(bound.arguments))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(VF, "shifted_window_attention", spy)
+    return calls
+
+
+def stir(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Adds noise to every parameter: initial weights leave attention uniform and biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 * noise)
+    return model
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -128,6 +171,21 @@ def assert_as_right_as(
         error = relative_error(tensor, result_truth[name])
         allowed = budget(errors[name], dtype)
         assert error <= allowed, f"{name}: error {error:.3e}, budget {allowed:.3e}"
+
+
+def assert_same_in_float64(
+    ours: nn.Module,
+    theirs: nn.Module,
+    inputs: Inputs,
+    call: Call = lambda model, inputs: model(**inputs),
+) -> None:
+    """Outputs and all gradients are equal but for the rounding of float64."""
+    ours, theirs = (copy.deepcopy(model).double() for model in (ours, theirs))
+    result, expected = (measure(model, inputs, call) for model in (ours, theirs))
+    assert result.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].norm() > 0, f"{name} is zero and proves nothing"
+        torch.testing.assert_close(result[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _tensors(value: Any) -> list[Tensor]:

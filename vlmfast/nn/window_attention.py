@@ -324,7 +324,9 @@ _PLAIN_LAYERS = (nn.Linear, nn.ReLU, nn.Identity, nn.Dropout)
 
 
 def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     if _get_current_dispatch_mode() is not None:  # fake tensors, or somebody counts
         return False
