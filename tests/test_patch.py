@@ -13,17 +13,23 @@ from torch import nn
 
 import vlmfast
 import vlmfast.nn as vnn
-from tools.models import measure, spy_on_attention
+from tools.models import measure, spy_on_attention, spy_on_windows
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
+from timm.models.swin_transformer import SwinTransformer as TimmSwin  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor  # noqa: E402
+from torchvision.models.swin_transformer import (  # noqa: E402
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
 from torchvision.models.vision_transformer import (  # noqa: E402
     VisionTransformer as TorchvisionTransformer,
 )
-from transformers import ViTConfig, ViTModel  # noqa: E402
+from transformers import Swinv2Config, Swinv2Model, ViTConfig, ViTModel  # noqa: E402
 
 
 def timm_vit():
@@ -32,6 +38,36 @@ def timm_vit():
 
 def torchvision_vit():
     return TorchvisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5)
+
+
+def timm_swin():
+    return TimmSwin(32, 4, num_classes=5, embed_dim=16, depths=(2,), num_heads=(2,), window_size=4)
+
+
+def torchvision_swin():
+    return SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[2],
+        num_heads=[2],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )
+
+
+class HuggingFaceSwin(nn.Module):
+    """Its images in, one tensor out, as the others."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2]}
+        self.model = Swinv2Model(Swinv2Config(**sizes, window_size=4, drop_path_rate=0.0))
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state
 
 
 class HuggingFaceVit(nn.Module):
@@ -58,9 +94,12 @@ MODELS = {
     "timm": timm_vit,
     "torchvision": torchvision_vit,
     "transformers": HuggingFaceVit,
+    "timm swin": timm_swin,
+    "torchvision swin": torchvision_swin,
+    "transformers swin": HuggingFaceSwin,
     "torch": lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True),
 }
-LAYERS = {"timm": 2, "torchvision": 2, "transformers": 2, "torch": 2}
+LAYERS = dict.fromkeys(MODELS, 2)
 
 
 @pytest.fixture(params=MODELS)
@@ -172,7 +211,7 @@ def test_copies(model, name, x, copied, monkeypatch):
     vlmfast.patch(model, backend="reference")
     model.eval()
     again = copied(model)
-    calls = spy_on_attention(monkeypatch)
+    calls = spy_on_windows(monkeypatch) if "swin" in name else spy_on_attention(monkeypatch)
     with torch.inference_mode():
         assert torch.equal(again(x), model(x))
     assert {c.backend for c in calls} == {"reference"}
@@ -299,6 +338,12 @@ def test_families():
         "flash_attention is not asked for"
     }
     assert len(vlmfast.patch(model, families=("flash_attention",)).replaced) == 2
+    swin = timm_swin()
+    report = vlmfast.patch(swin, families=["flash_attention"], strict=True)
+    assert not report.replaced and {entry.why for entry in report.skipped} == {
+        "window_attention is not asked for"
+    }
+    assert len(vlmfast.patch(swin, families=["window_attention"], strict=True).replaced) == 2
 
 
 class Scaled(nn.MultiheadAttention):
