@@ -15,6 +15,7 @@ from torch import nn
 from vlmfast.nn.common import has_hooks
 
 __all__ = [
+    "LINEAR",
     "Replacement",
     "Rule",
     "class_name",
@@ -27,6 +28,9 @@ __all__ = [
 # The instance attributes that a replaced layer carries until `unpatch`.
 MARK = "_vlmfast_replacement"
 BACKEND = "backend"
+
+# What `patch(inference=True)` replaces beside the kernel families.
+LINEAR = "linear"
 
 _ATTENTION_FUNCTIONS = (
     "softmax",
