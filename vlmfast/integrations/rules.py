@@ -53,8 +53,8 @@ class Rule:
         survive pickle and deepcopy together with the module.
     bypassed_by: whether a parent of the module may compute without calling it. Unless that parent
         is replaced, the module stays: what is reported as replaced must run.
-    covers: names of submodules whose work the replacement does. Once it stands they are neither
-        replaced nor reported.
+    covers: names of submodules whose work the replacement does without calling them. Once it
+        stands they are neither replaced nor reported; modules within them may be.
     """
 
     family: str

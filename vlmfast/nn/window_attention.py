@@ -121,24 +121,28 @@ class ShiftedWindowAttention(nn.Module):
         return bias_from_table(table, index)[None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._attend(x, self.qkv.bias, logit_scale=None)
+        self._check_input(x)
+        return self._attend(_project(self.qkv, x), self.qkv.bias, logit_scale=None)
 
-    def _attend(self, x: Tensor, qkv_bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
+    def _check_input(self, x: Tensor) -> None:
         check_floating_tensor("x", x)
         dim = self.qkv.in_features
         if x.dim() != 4 or x.shape[3] != dim:
             reject("x", f"shape (batch, height, width, {dim})", tuple(x.shape))
-        weight = self.qkv.weight
-        check_fits_weight("x", x, weight)
+        # A parameter rather than the weight: that may be computed from it, each time it is read.
+        check_fits_weight("x", x, next(self.qkv.parameters()))
+
+    def _attend(self, qkv: Tensor, qkv_bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
+        height, width = qkv.shape[1:3]
         window_height, window_width = self.window_size
         shift_down, shift_right = self.shift_size
         out = VF.shifted_window_attention(
-            F.linear(x, weight, qkv_bias),
+            qkv,
             self.num_heads,
             (window_height, window_width),
             (
-                shift_down if x.shape[1] > window_height else 0,
-                shift_right if x.shape[2] > window_width else 0,
+                shift_down if height > window_height else 0,
+                shift_right if width > window_width else 0,
             ),
             self.get_relative_position_bias()[0],
             logit_scale=logit_scale,
@@ -146,8 +150,7 @@ class ShiftedWindowAttention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             backend=self.backend,
         )
-        out = F.linear(out, self.proj.weight, self.proj.bias)
-        return F.dropout(out, p=self.dropout, training=self.training)
+        return F.dropout(_project(self.proj, out), p=self.dropout, training=self.training)
 
 
 class ShiftedWindowAttentionV2(ShiftedWindowAttention):
@@ -222,11 +225,13 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         return bias_from_table(table, self.relative_position_index)[None]
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
         bias: Tensor | None = self.qkv.bias
         if bias is not None:
             query_bias, key_bias, value_bias = bias.chunk(3)
             bias = torch.cat([query_bias, torch.zeros_like(key_bias), value_bias])
-        return self._attend(x, bias, clamped_logit_scale(self.logit_scale))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        return self._attend(qkv, bias, clamped_logit_scale(self.logit_scale))
 
 
 def relative_position_index(
@@ -258,9 +263,19 @@ def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
     return bias.view(-1, tokens, tokens)
 
 
+def _project(projection: nn.Module, x: Tensor) -> Tensor:
+    """A projection by its weight, as torchvision does it, but by itself if it is a Linear.
+
+    One that keeps its weight packed is faster that way.
+    """
+    if isinstance(projection, nn.Linear):
+        return projection(x)
+    return F.linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+
+
 def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
     """What `projection` makes of a token of zeros, which models pad x with: None for zeros."""
-    if type(projection) is nn.Linear:
+    if isinstance(projection, nn.Linear):
         return projection.bias
     return projection(x.new_zeros(1, x.shape[-1]))[0]
 
@@ -337,11 +352,17 @@ def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
     for layer in network.modules():
         if has_hooks(layer):
             return False
-        if layer is not network and type(layer) not in _PLAIN_LAYERS:
+        if layer is not network and not _is_plain(layer):
             return False
         if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
             return False
     return True
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is torch's, or ours in its place, and no subclass that may do anything."""
+    home = type(layer).__module__.partition(".")[0]
+    return isinstance(layer, _PLAIN_LAYERS) and home in ("torch", "vlmfast")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
