@@ -41,7 +41,8 @@ def torchvision_vit():
 
 
 def timm_swin():
-    return TimmSwin(32, 4, num_classes=5, embed_dim=16, depths=(2,), num_heads=(2,), window_size=4)
+    sizes = {"embed_dim": 16, "depths": (2,), "num_heads": (2,), "window_size": 4}
+    return TimmSwin(32, 4, num_classes=5, drop_path_rate=0.0, **sizes)
 
 
 def torchvision_swin():

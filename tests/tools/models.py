@@ -102,7 +102,8 @@ def measure(model: nn.Module, inputs: Inputs, call: Call) -> dict[str, Tensor]:
     """Every output and every gradient of one step, by name.
 
     The gradients of one module's parameters count as one tensor: alone, the gradient to a key
-    bias is zero but for rounding.
+    bias is zero but for rounding. So it can be with a few numbers that sum over all tokens, as
+    Swin V2's logit_scale; those count together with the parameters below the module.
     """
     dtype = next(model.parameters()).dtype
     inputs = cast(inputs, dtype)
@@ -121,9 +122,10 @@ def measure(model: nn.Module, inputs: Inputs, call: Call) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.grad is not None:
             measured[f"gradient to {name}"] = value.grad
     for path, module in model.named_modules():
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         gradients = [
             parameter.grad.flatten()
-            for parameter in module.parameters(recurse=False)
+            for parameter in module.parameters(recurse=0 < count < 32)
             if parameter.grad is not None
         ]
         if gradients:
