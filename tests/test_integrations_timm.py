@@ -8,6 +8,7 @@ import torch
 import vlmfast
 import vlmfast.nn as vnn
 from tools.models import (
+    assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
     spy_on_attention,
@@ -367,9 +368,9 @@ def test_bias_network_of_cr_runs_for_each_offset(monkeypatch):
         return original(relu, x)
 
     monkeypatch.setattr(torch.nn.ReLU, "forward", counted)
-    model = make_swin("cr", 64, (4, 3))
+    model = make_swin("cr", 64, (4, 3)).double()
     ours = patched_copy(model).eval()
-    x = pictures(64, 64)(0)["x"]
+    x = pictures(64, 64)(0)["x"].double()
     first = ours(x)
     assert torch.equal(ours(x), first)
     assert rows == [7 * 5] * 4
@@ -380,6 +381,22 @@ def test_bias_network_of_cr_runs_for_each_offset(monkeypatch):
     rows.clear()
     ours.train()(x)
     assert rows == [12 * 12] * 4
+
+
+def test_swin_for_inference_alone(version):
+    """Packed projections, also those of the attention that is not called."""
+
+    @torch.no_grad()
+    def call(model, inputs):
+        return model(**inputs)
+
+    model = make_swin(version, **ANY_SIZE).eval()
+    ours = copy.deepcopy(model)
+    report = vlmfast.patch(ours, inference=True, strict=True)
+    paths = [entry.path for entry in report.replaced]
+    assert set(BLOCKS[version]) | {f"{path}.attn.qkv" for path in BLOCKS[version]} < set(paths)
+    assert not any(path.endswith(".attn") for path in paths)
+    assert_as_right_as(ours, model, pictures(52, 36), call)
 
 
 @pytest.mark.parametrize("path", ["attn", "attn.softmax", "attn.qkv", "attn.attn_drop"])
@@ -482,9 +499,9 @@ def test_projections_of_another_kind(version):
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_unpatched_swin_can_be_traced(version):
     vlmfast.patch(make_swin(version))
-    model = make_swin(version).eval()
+    model = make_swin(version).eval().double()
     extract = create_feature_extractor(model, ["layers.0.blocks.1", "layers.1"])
-    x = pictures(64, 64)(0)["x"]
+    x = pictures(64, 64)(0)["x"].double()
     before = extract(x)
     vlmfast.patch(model)
     torch.testing.assert_close(extract(x), before)
@@ -524,8 +541,9 @@ def from_torchvision(name):
 
 @torch.no_grad()
 def test_weights_of_torchvision():
-    theirs = stir(TorchvisionSwin([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5)).eval()
-    model = make_swin("v1", **ANY_SIZE).eval()
+    theirs = stir(TorchvisionSwin([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5))
+    theirs = theirs.eval().double()
+    model = make_swin("v1", **ANY_SIZE).eval().double()
     state = {
         from_torchvision(name): value
         for name, value in theirs.state_dict().items()
@@ -536,7 +554,7 @@ def test_weights_of_torchvision():
     for m in patched.values():
         vlmfast.patch(m, strict=True)
     for size, equal in (((64, 64), True), ((52, 36), False)):
-        x = pictures(*size)(0)["x"]
+        x = pictures(*size)(0)["x"].double()
         for original, ours in patched.items():
             torch.testing.assert_close(ours(x), original(x))
         # Where windows do not divide the map, timm shifts before it pads and torchvision after.
@@ -550,5 +568,5 @@ def test_our_layer_takes_the_weights_of_timm():
         16, block.window_size, block.shift_size, block.attn.num_heads
     )
     layer.load_state_dict(block.attn.state_dict(), strict=False)
-    x = torch.randn(2, 16, 16, 16)
-    torch.testing.assert_close(layer(x), block._attn(x))
+    x = torch.randn(2, 16, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer.double()(x), block.double()._attn(x))

@@ -8,6 +8,7 @@ import torch
 import vlmfast
 import vlmfast.nn as vnn
 from tools.models import (
+    assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
     spy_on_attention,
@@ -28,6 +29,7 @@ from torchvision.models.swin_transformer import (  # noqa: E402
 from torchvision.models.video import swin3d_t  # noqa: E402
 from torchvision.models.vision_transformer import VisionTransformer  # noqa: E402
 
+from vlmfast.integrations.torch import Linear  # noqa: E402
 from vlmfast.integrations.torchvision import ShiftedWindowAttention  # noqa: E402
 
 
@@ -96,6 +98,11 @@ def features(model, inputs):
     """The last map as well: alone, the mean over all tokens would hide much."""
     tokens = model.norm(model.features(inputs["x"]))
     return tokens, model.head(tokens.mean((1, 2)))
+
+
+@torch.no_grad()
+def without_gradients(model, inputs):
+    return model(**inputs)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -179,6 +186,30 @@ def test_stochastic_depth_is_as_before():
     assert_same_in_float64(ours, theirs, pictures(32, 32, batch=4)(0), call)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_swin_for_inference_alone(version, monkeypatch):
+    model = make_swin(version).eval()
+    ours = copy.deepcopy(model)
+    vlmfast.patch(ours, inference=True, strict=True)
+    rows = []
+    packed = Linear.forward
+
+    def counted(linear, x):
+        rows.append(x.shape[:-1])
+        return packed(linear, x)
+
+    monkeypatch.setattr(Linear, "forward", counted)
+    first = without_gradients(ours, pictures(60, 44)(0))
+    # In each block: qkv and proj (V2's qkv has a bias of its own making), two of the MLP, and two
+    # of the network that gives V2 its bias.
+    assert rows.count((2, 15, 11)) == {"v1": 8, "v2": 6}[version]
+    assert sum(len(shape) == 3 and shape[0] == 1 for shape in rows) == {"v1": 0, "v2": 8}[version]
+    rows.clear()
+    assert torch.equal(without_gradients(ours, pictures(60, 44)(0)), first)
+    assert not any(shape[0] == 1 for shape in rows)
+    assert_as_right_as(ours, model, pictures(60, 44), without_gradients)
+
+
 def test_swin_real_models_are_replaced_whole():
     with torch.device("meta"):
         for make, blocks in ((swin_t, 12), (swin_v2_t, 12), (swin_s, 24)):
@@ -215,9 +246,9 @@ def test_video_swin_is_reported():
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_unpatched_swin_can_be_traced(version):
     vlmfast.patch(make_swin(version))
-    model = make_swin(version).eval()
+    model = make_swin(version).eval().double()
     extract = create_feature_extractor(model, ["features.1.1.attn", "features.3"])
-    x = pictures(60, 44)(0)["x"]
+    x = pictures(60, 44)(0)["x"].double()
     before = extract(x)
     # The graph calls torchvision's function by itself: there is no layer left to replace.
     assert not vlmfast.patch(extract).replaced

@@ -13,6 +13,7 @@ from tools.models import (
     assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
+    cast,
     spy_on_attention,
     spy_on_windows,
     stir,
@@ -601,11 +602,23 @@ def test_output_attentions_of_swin(monkeypatch, implementation):
         assert torch.equal(mine, original)
     assert torch.equal(outputs.last_hidden_state, expected.last_hidden_state)
     assert not calls
-    out = last_state(model, inputs)
+    last_state(model, inputs)
     assert len(calls) == 4
-    torch.testing.assert_close(out, expected.last_hidden_state)
     assert model.config._attn_implementation == implementation
     assert model.encoder.layers[0].blocks[0].attention.config is model.config
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_output_attentions_of_a_swin_config(version):
+    model = make_swin(version, implementation="eager").eval()
+    ours = copy.deepcopy(model)
+    vlmfast.patch(ours)
+    for m in (model, ours):
+        m.config.output_attentions = True
+    expected, outputs = (m(**pictures(60, 52)(0)).attentions for m in (model, ours))
+    assert len(outputs) == 2
+    for mine, original in zip(outputs, expected, strict=True):
+        assert torch.equal(mine, original)
 
 
 @pytest.mark.parametrize("version", ["v2", "2sr"])
@@ -627,8 +640,9 @@ def test_output_attentions_of_swin_v2(version, monkeypatch):
 
 @pytest.mark.parametrize("first", ["flash_attention", "window_attention"])
 def test_families_of_swin_one_after_the_other(first, monkeypatch):
-    eager = make_swin("v1", implementation="eager").eval()
-    model = make_swin("v1").eval()
+    eager = make_swin("v1", implementation="eager").eval().double()
+    model = make_swin("v1").eval().double()
+    original = copy.deepcopy(model)
     before = {path: type(module) for path, module in model.named_modules()}
     report = vlmfast.patch(model, families=[first])
     attentions = [f"encoder.layers.{i}.blocks.{j}.attention" for i in (0, 1) for j in (0, 1)]
@@ -639,13 +653,11 @@ def test_families_of_swin_one_after_the_other(first, monkeypatch):
     report = vlmfast.patch(model, strict=True)
     assert [entry.path for entry in report.replaced] == (layers if inner else [])
     calls = spy_on_windows(monkeypatch)
-    inputs = pictures(60, 52)(0)
-    expected = eager(**inputs, output_attentions=True)
-    torch.testing.assert_close(last_state(model, inputs), expected.last_hidden_state)
+    inputs = cast(pictures(60, 52)(0), torch.float64)
+    torch.testing.assert_close(last_state(model, inputs), last_state(original, inputs))
     assert len(calls) == 4
-    outputs = model(**inputs, output_attentions=True)
-    for mine, original in zip(outputs.attentions, expected.attentions, strict=True):
-        torch.testing.assert_close(mine, original)
+    weights, expected = (m(**inputs, output_attentions=True).attentions for m in (model, eager))
+    assert len(weights) == 2 and all(map(torch.equal, weights, expected))
     vlmfast.unpatch(model)
     assert {path: type(module) for path, module in model.named_modules()} == before
     assert model.encoder.layers[0].blocks[0].attention.config is model.config
@@ -693,18 +705,18 @@ def test_swin_with_masked_patches():
 
 def test_windows_of_swin_shrink_as_the_original_says(monkeypatch):
     """A map no larger than the window drops the shift for good; a smaller one never worked."""
-    ours = make_swin("v1").eval()
+    ours = make_swin("v1").eval().double()
     model = copy.deepcopy(ours)
     vlmfast.patch(ours)
     calls = spy_on_windows(monkeypatch)
     for size in ((64, 64), (32, 60), (64, 64)):
-        inputs = pictures(*size)(0)
+        inputs = cast(pictures(*size)(0), torch.float64)
         torch.testing.assert_close(last_state(ours, inputs), last_state(model, inputs))
     shifts = [call.arguments["shift_size"][0] for call in calls]
     assert shifts == [0, 2, 0, 2, 0, 2, 0, 0, 0, 2, 0, 0]
     for m, error in ((model, RuntimeError), (ours, ValueError)):
         with pytest.raises(error):
-            last_state(m, pictures(24, 24)(0))
+            last_state(m, cast(pictures(24, 24)(0), torch.float64))
 
 
 def test_swin_dropout_follows_training(version, monkeypatch):

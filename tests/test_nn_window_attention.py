@@ -313,6 +313,15 @@ def test_network_runs_once_where_it_is_frozen(runs, layer, x):
     assert layer.qkv.weight.grad.abs().sum() > 0
 
 
+def test_weights_made_in_inference_mode(runs, x):
+    with torch.inference_mode():
+        layer = make_pair("v2", (3, 4), (1, 2))[0].eval()
+        expected = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    assert len(runs) == 1
+
+
 def in_place(layer):
     with torch.no_grad():
         layer.cpb_mlp[0].weight.mul_(1.5)

@@ -359,6 +359,17 @@ def test_strict_raises_before_anything_changes():
     assert len(vlmfast.patch(model).replaced) == 1
 
 
+def test_layers_with_a_forward_of_their_own_are_left():
+    # As accelerate makes them. They would not run what their class says.
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), timm_swin())
+    for layer in (model[0], model[1].layers[0].blocks[0]):
+        layer.forward = layer.forward
+    report = vlmfast.patch(model)
+    assert [entry.path for entry in report.replaced] == ["1.layers.0.blocks.1"]
+    left = [entry.path for entry in report.skipped if "a forward of its own" in entry.why]
+    assert left == ["0", "1.layers.0.blocks.0"]
+
+
 def test_strict_does_not_mind_what_was_left_out_on_purpose():
     vlmfast.patch(timm_vit(), strict=True, filter=lambda path, module: False)
     vlmfast.patch(timm_vit(), strict=True, families=[])

@@ -99,6 +99,8 @@ def swap_class(
     def refuse(module: nn.Module) -> str | None:
         if type(module) is not original:
             return "a subclass may compute something else"
+        if "forward" in vars(module):
+            return "it has a forward of its own, not that of its class"
         for path, cls in covers.items():
             why = _uncoverable(module, path, cls)
             if why is not None:
