@@ -103,7 +103,7 @@ def shifted_window_attention(
     scale = common.softmax_scale(scale, head_dim)
     if not isinstance(mask_value, (int, float)):
         reject_type("mask_value", "a number", type(mask_value).__name__)
-    if not math.isfinite(mask_value):
+    if not abs(mask_value) < math.inf:  # traces, where math.isfinite does not
         reject("mask_value", "a finite number", mask_value)
     if wrap not in ("padded", "unpadded"):
         reject("wrap", "'padded' or 'unpadded'", repr(wrap))
