@@ -214,6 +214,15 @@ _BACKWARD_MASK = _table(
     ieee=_BACKWARD_MASK_FLOAT,
 )
 
+_WINDOW = _table(
+    *(_rows((128, UNLIMITED, 64, 64, 4, 2)) for _ in range(3)),
+    *(_rows((128, UNLIMITED, 32, 32, 4, 1)) for _ in range(2)),
+)
+_WINDOW_WHOLE = _table(
+    *(_rows((128, 144, 64, 128, 4, 2)) for _ in range(3)),
+    *(_rows((128, 64, 32, 32, 4, 1)) for _ in range(2)),
+)
+
 _BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
 _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
 
@@ -224,6 +233,10 @@ TABLE: dict[str, Table] = {
     "flash_attention_bwd_whole": _BACKWARD_WHOLE,
     "flash_attention_bwd_mask": _BACKWARD_MASK,
     "flash_attention_bwd_delta": _BACKWARD_DELTA,
+    "window_attention_fwd": _WINDOW,
+    "window_attention_bwd_whole": _WINDOW_WHOLE,
+    "window_attention_bwd_query": _WINDOW,
+    "window_attention_bwd_key_value": _WINDOW,
 }
 
 INTERPRETED_ARCHITECTURE = 90  # whose rows CPU tensors take under TRITON_INTERPRET=1
@@ -272,11 +285,18 @@ def lookup(shape: ShapeClass, device: torch.device) -> Launch | None:
     return row.launch if row is not None else None
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; one for what only interprets or compiles."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def fills_device(device: torch.device, programs: int) -> bool:
     """Whether so many programs occupy at least half of the device's multiprocessors."""
     if device.type != "cuda":
         return True
-    return 2 * programs >= torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * programs >= multiprocessors(device)
 
 
 def launch(shape: ShapeClass, device: torch.device, run: Callable[[Launch], None]) -> None:
