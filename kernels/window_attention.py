@@ -66,7 +66,7 @@ QUERIES_TOGETHER = 144
 WHOLE_KERNEL = "window_attention_bwd_whole"
 
 # Registers of a thread up to which the backward keeps the bias in them.
-MOST_BIAS_REGISTERS = 32
+MOST_BIAS_REGISTERS = 128
 
 # Warps that a multiprocessor is given, as programs; more than are resident, so that it has others
 # to go on with when some programs end early.
@@ -120,7 +120,7 @@ def locate_tokens(
 
     `tokens` count through the window row by row; those beyond it are neither map nor padding.
     """
-    map_size, grid, shift = geometry
+    map_size, grid, shift, _ = geometry
     exists = tokens < WINDOW[0] * WINDOW[1]
     place_y = window // grid[1] % grid[0] * WINDOW[0] + tokens // WINDOW[1]
     place_x = window % grid[1] * WINDOW[1] + tokens % WINDOW[1]
@@ -136,19 +136,29 @@ def locate_tokens(
 @triton.jit
 def holds_regions(window, geometry):
     """Whether the shift put a window together from parts of the map that are no neighbours."""
-    _, grid, shift = geometry
+    _, grid, shift, _ = geometry
     in_last_row = window // grid[1] % grid[0] == grid[0] - 1
     in_last_column = window % grid[1] == grid[1] - 1
     return (in_last_row & (shift[0] > 0)) | (in_last_column & (shift[1] > 0))
 
 
 @triton.jit
+def not_hoisted(tokens, window, geometry):
+    """The same tokens, in a way that what is computed of them stays within the loop over windows.
+
+    The compiler would keep it in registers from window to window, which has none to spare.
+    """
+    return tokens + window // geometry[3]  # + 0
+
+
+@triton.jit
 def region_of_tokens(tokens, window, geometry, WINDOW: tl.constexpr):
     """Numbers the parts: which of the last shift rows and columns tokens are in."""
-    _, grid, shift = geometry
+    _, grid, shift, _ = geometry
+    tokens = not_hoisted(tokens, window, geometry)
     in_last_row = window // grid[1] % grid[0] == grid[0] - 1
     in_last_column = window % grid[1] == grid[1] - 1
-    wrapped_y = in_last_row & (tokens // WINDOW[1] >= WINDOW[0] - shift[0])
+    wrapped_y = in_last_row & (tokens >= (WINDOW[0] - shift[0]) * WINDOW[1])
     wrapped_x = in_last_column & (tokens % WINDOW[1] >= WINDOW[1] - shift[1])
     return 2 * wrapped_y.to(tl.int32) + wrapped_x.to(tl.int32)
 
@@ -252,17 +262,43 @@ def load_biases(
     TOKENS: tl.constexpr,
     ROW_PIECES: tl.constexpr,
     COLUMN_PIECES: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,
 ):
-    """`load_bias` of all pieces of rows, by all pieces of columns."""
+    """`load_bias` of all pieces of rows, by all pieces of columns; nothing unless KEEP_BIAS."""
     tiles = ()
-    for m in tl.static_range(len(ROW_PIECES)):
-        rows = piece_tokens(first_row, ROW_PIECES, m)
-        row_tiles = ()
-        for n in tl.static_range(len(COLUMN_PIECES)):
-            columns = piece_tokens(first_column, COLUMN_PIECES, n)
-            row_tiles = row_tiles + (load_bias(bias, head, rows, columns, TOKENS),)
-        tiles = tiles + (row_tiles,)
+    if KEEP_BIAS:
+        for m in tl.static_range(len(ROW_PIECES)):
+            rows = piece_tokens(first_row, ROW_PIECES, m)
+            row_tiles = ()
+            for n in tl.static_range(len(COLUMN_PIECES)):
+                columns = piece_tokens(first_column, COLUMN_PIECES, n)
+                row_tiles = row_tiles + (load_bias(bias, head, rows, columns, TOKENS),)
+            tiles = tiles + (row_tiles,)
     return tiles
+
+
+@triton.jit
+def bias_of_tile(
+    biases,
+    m: tl.constexpr,
+    n: tl.constexpr,
+    bias,
+    head,
+    rows,
+    columns,
+    window,
+    geometry,
+    TOKENS: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,
+):
+    """The tile of `load_biases` if those were kept, else loaded now."""
+    if KEEP_BIAS:
+        tile = biases[m][n]
+    else:
+        rows = not_hoisted(rows, window, geometry)
+        columns = not_hoisted(columns, window, geometry)
+        tile = load_bias(bias, head, rows, columns, TOKENS)
+    return tile
 
 
 @triton.jit
@@ -480,6 +516,7 @@ def window_attention_fwd_kernel(
     KEY_PIECES: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,
 ):
     """Outputs and log-sum-exps of ROWS queries of a head, in every num_splits-th window.
 
@@ -488,13 +525,18 @@ def window_attention_fwd_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
-    geometry = ((height, width), (grid_height, grid_width), (shift_height, shift_width))
+    geometry = (
+        (height, width),
+        (grid_height, grid_width),
+        (shift_height, shift_width),
+        num_windows,
+    )
     head = tl.program_id(0) % num_heads
     first_row = tl.program_id(0) // num_heads % num_groups * ROWS
     split = tl.program_id(0) // num_heads // num_groups
 
     factor = product_factor(scale, logit_scale, head) * LOG2E
-    biases = load_biases(bias, head, first_row, 0, TOKENS, ROW_PIECES, KEY_PIECES)
+    biases = load_biases(bias, head, first_row, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
 
@@ -532,13 +574,27 @@ def window_attention_fwd_kernel(
             row_max = tl.full([rows.shape[0]], float("-inf"), tl.float32)
             row_sum = tl.zeros([rows.shape[0]], tl.float32)
             for n in tl.static_range(len(KEY_PIECES)):
+                columns = piece_tokens(0, KEY_PIECES, n)
+                bias_tile = bias_of_tile(
+                    biases,
+                    m,
+                    n,
+                    bias,
+                    head,
+                    rows,
+                    columns,
+                    window,
+                    geometry,
+                    TOKENS,
+                    KEEP_BIAS,
+                )
                 scores = window_scores(
                     query_tiles,
                     key_tiles[n],
-                    biases[m][n],
+                    bias_tile,
                     factor,
                     rows,
-                    piece_tokens(0, KEY_PIECES, n),
+                    columns,
                     window,
                     geometry,
                     mask_value,
@@ -647,7 +703,12 @@ def window_attention_bwd_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
-    geometry = ((height, width), (grid_height, grid_width), (shift_height, shift_width))
+    geometry = (
+        (height, width),
+        (grid_height, grid_width),
+        (shift_height, shift_width),
+        num_windows,
+    )
     head = tl.program_id(0) % num_heads
     group = tl.program_id(0) // num_heads % num_groups
     split = tl.program_id(0) // num_heads // num_groups
@@ -655,8 +716,7 @@ def window_attention_bwd_kernel(
 
     gradient_factor = product_factor(scale, logit_scale, head)
     factor = gradient_factor * LOG2E
-    if KEEP_BIAS:
-        biases = load_biases(bias, head, 0, first_column, TOKENS, ROW_PIECES, KEY_PIECES)
+    biases = load_biases(bias, head, 0, first_column, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
     bias_sums = zero_squares(ROW_PIECES, KEY_PIECES)
@@ -718,10 +778,19 @@ def window_attention_bwd_kernel(
             scores = ()
             for n in tl.static_range(len(KEY_PIECES)):
                 columns = piece_tokens(first_column, KEY_PIECES, n)
-                if KEEP_BIAS:
-                    bias_tile = biases[m][n]
-                else:
-                    bias_tile = load_bias(bias, head, rows, columns, TOKENS)
+                bias_tile = bias_of_tile(
+                    biases,
+                    m,
+                    n,
+                    bias,
+                    head,
+                    rows,
+                    columns,
+                    window,
+                    geometry,
+                    TOKENS,
+                    KEEP_BIAS,
+                )
                 scores = scores + (
                     window_scores(
                         query_tiles,
@@ -921,6 +990,7 @@ def window_attention_bwd_query_kernel(
     KEY_PIECES: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
+    KEEP_BIAS: tl.constexpr,
 ):
     """Gradients of ROWS queries of a head, and what the other kernel must know of them.
 
@@ -931,7 +1001,12 @@ def window_attention_bwd_query_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
-    geometry = ((height, width), (grid_height, grid_width), (shift_height, shift_width))
+    geometry = (
+        (height, width),
+        (grid_height, grid_width),
+        (shift_height, shift_width),
+        num_windows,
+    )
     head = tl.program_id(0) % num_heads
     group = tl.program_id(0) // num_heads % num_groups
     split = tl.program_id(0) // num_heads // num_groups
@@ -940,7 +1015,7 @@ def window_attention_bwd_query_kernel(
 
     gradient_factor = product_factor(scale, logit_scale, head)
     factor = gradient_factor * LOG2E
-    biases = load_biases(bias, head, group * ROWS, 0, TOKENS, ROW_PIECES, KEY_PIECES)
+    biases = load_biases(bias, head, group * ROWS, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
     scale_sum = 0.0
@@ -986,13 +1061,27 @@ def window_attention_bwd_query_kernel(
             shift = tl.full([ROWS], float("-inf"), tl.float32)
             row_sum = tl.zeros([ROWS], tl.float32)
             for n in tl.static_range(len(KEY_PIECES)):
+                columns = piece_tokens(0, KEY_PIECES, n)
+                bias_tile = bias_of_tile(
+                    biases,
+                    0,
+                    n,
+                    bias,
+                    head,
+                    rows,
+                    columns,
+                    window,
+                    geometry,
+                    TOKENS,
+                    KEEP_BIAS,
+                )
                 scores = window_scores(
                     query_tiles,
                     key_tiles[n],
-                    biases[0][n],
+                    bias_tile,
                     factor,
                     rows,
-                    piece_tokens(0, KEY_PIECES, n),
+                    columns,
                     window,
                     geometry,
                     mask_value,
@@ -1010,13 +1099,27 @@ def window_attention_bwd_query_kernel(
 
         grad_query_tiles = zero_tiles(ROWS, PIECES)
         for n in tl.static_range(len(KEY_PIECES)):
+            columns = piece_tokens(0, KEY_PIECES, n)
+            bias_tile = bias_of_tile(
+                biases,
+                0,
+                n,
+                bias,
+                head,
+                rows,
+                columns,
+                window,
+                geometry,
+                TOKENS,
+                KEEP_BIAS,
+            )
             scores = window_scores(
                 query_tiles,
                 key_tiles[n],
-                biases[0][n],
+                bias_tile,
                 factor,
                 rows,
-                piece_tokens(0, KEY_PIECES, n),
+                columns,
                 window,
                 geometry,
                 mask_value,
@@ -1172,12 +1275,17 @@ class Problem(NamedTuple):
             "UNIT": unit,
         }
 
-    def checks(self, rows: int, keys: int) -> dict:
-        """Which tiles may hold tokens beyond the window or off the map."""
+    def tile_constants(self, launch: Launch, rows: int, keys: int) -> dict:
+        """For a program that takes so many queries and keys of a window.
+
+        Whether its tiles may hold tokens beyond the window or off the map, and whether it has the
+        registers to keep the bias.
+        """
         padded = self.padding != NO_PADDING.value
         return {
             "CHECK_ROWS": padded or self.tokens % rows != 0,
             "CHECK_KEYS": padded or self.tokens % keys != 0,
+            "KEEP_BIAS": rows * keys <= MOST_BIAS_REGISTERS * 32 * launch.num_warps,
         }
 
     def splits(self, launch: Launch, groups: int) -> int:
@@ -1279,7 +1387,7 @@ def forward(
             logsumexp,
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.checks(rows, covered_columns(key_pieces)),
+            **problem.tile_constants(launch, rows, covered_columns(key_pieces)),
             ROWS=rows,
             ROW_PIECES=row_pieces,
             KEY_PIECES=key_pieces,
@@ -1439,7 +1547,7 @@ def query_gradient(
             *statistics,
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.checks(launch.block_m, covered_columns(key_pieces)),
+            **problem.tile_constants(launch, launch.block_m, covered_columns(key_pieces)),
             ROWS=launch.block_m,
             ROW_PIECES=((0, launch.block_m),),
             KEY_PIECES=key_pieces,
@@ -1489,12 +1597,11 @@ def remaining_gradients(
             *(statistics or (None, None, None)),
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.checks(rows, keys),
+            **problem.tile_constants(launch, rows, keys),
             KEYS=keys,
             ROW_PIECES=row_pieces,
             KEY_PIECES=key_pieces,
             WHOLE=whole,
-            KEEP_BIAS=rows * keys <= MOST_BIAS_REGISTERS * 32 * launch.num_warps,
             launch=launch,
         )
         add_up(bias_sums, gradients.bias)
