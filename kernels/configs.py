@@ -225,13 +225,68 @@ _BACKWARD_MASK = _table(
     ieee=_BACKWARD_MASK_FLOAT,
 )
 
-_WINDOW = _table(
-    *(_rows((128, UNLIMITED, 64, 64, 4, 2)) for _ in range(3)),
-    *(_rows((128, UNLIMITED, 32, 32, 4, 1)) for _ in range(2)),
+_WINDOW_FORWARD_90 = _rows(
+    (64, 64, 64, 64, 4, 2),
+    (32, 144, 64, 64, 4, 2),
+    (32, 256, 128, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
 )
-_WINDOW_WHOLE = _table(
-    *(_rows((128, 144, 64, 128, 4, 2)) for _ in range(3)),
-    *(_rows((128, 64, 32, 32, 4, 1)) for _ in range(2)),
+_WINDOW_FORWARD_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1))
+_WINDOW_FORWARD = _table(
+    sm_90=_WINDOW_FORWARD_90,
+    sm_100=_WINDOW_FORWARD_90,
+    mma_sync=_rows(
+        (64, 64, 64, 64, 4, 2),
+        (32, 256, 64, 64, 4, 2),
+        (128, UNLIMITED, 64, 32, 8, 1),
+    ),
+    tf32=_WINDOW_FORWARD_FLOAT,
+    ieee=_WINDOW_FORWARD_FLOAT,
+)
+
+_WINDOW_BACKWARD_WHOLE_HALF = _rows((32, 64, 64, 64, 8, 2))
+_WINDOW_BACKWARD_WHOLE = _table(
+    sm_90=_WINDOW_BACKWARD_WHOLE_HALF,
+    sm_100=_WINDOW_BACKWARD_WHOLE_HALF,
+    mma_sync=_WINDOW_BACKWARD_WHOLE_HALF,
+    tf32=(),
+    ieee=(),
+)
+
+_WINDOW_BACKWARD_QUERY_90 = _rows(
+    (32, 144, 64, 32, 4, 2),
+    (32, 256, 64, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
+)
+_WINDOW_BACKWARD_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1))
+_WINDOW_BACKWARD_QUERY = _table(
+    sm_90=_WINDOW_BACKWARD_QUERY_90,
+    sm_100=_WINDOW_BACKWARD_QUERY_90,
+    mma_sync=_rows((32, 144, 64, 32, 4, 2), (128, UNLIMITED, 64, 32, 8, 1)),
+    tf32=_WINDOW_BACKWARD_FLOAT,
+    ieee=_WINDOW_BACKWARD_FLOAT,
+)
+
+_WINDOW_BACKWARD_KEY_VALUE_90 = _rows(
+    (32, 144, 64, 64, 4, 2),
+    (32, 256, 64, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
+)
+_WINDOW_BACKWARD_KEY_VALUE = _table(
+    sm_90=_WINDOW_BACKWARD_KEY_VALUE_90,
+    sm_100=_WINDOW_BACKWARD_KEY_VALUE_90,
+    mma_sync=_rows((32, 144, 64, 64, 4, 2), (128, UNLIMITED, 64, 32, 8, 1)),
+    tf32=_WINDOW_BACKWARD_FLOAT,
+    ieee=_WINDOW_BACKWARD_FLOAT,
+)
+
+_WINDOW_BACKWARD_BIAS_HALF = _rows((32, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 64, 4, 1))
+_WINDOW_BACKWARD_BIAS = _table(
+    sm_90=_WINDOW_BACKWARD_BIAS_HALF,
+    sm_100=_WINDOW_BACKWARD_BIAS_HALF,
+    mma_sync=_WINDOW_BACKWARD_BIAS_HALF,
+    tf32=_WINDOW_BACKWARD_FLOAT,
+    ieee=_WINDOW_BACKWARD_FLOAT,
 )
 
 _BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
@@ -245,10 +300,11 @@ TABLE: dict[str, Table] = {
     "flash_attention_bwd_whole": _BACKWARD_WHOLE,
     "flash_attention_bwd_mask": _BACKWARD_MASK,
     "flash_attention_bwd_delta": _BACKWARD_DELTA,
-    "window_attention_fwd": _WINDOW,
-    "window_attention_bwd_whole": _WINDOW_WHOLE,
-    "window_attention_bwd_query": _WINDOW,
-    "window_attention_bwd_key_value": _WINDOW,
+    "window_attention_fwd": _WINDOW_FORWARD,
+    "window_attention_bwd_whole": _WINDOW_BACKWARD_WHOLE,
+    "window_attention_bwd_query": _WINDOW_BACKWARD_QUERY,
+    "window_attention_bwd_bias": _WINDOW_BACKWARD_BIAS,
+    "window_attention_bwd_key_value": _WINDOW_BACKWARD_KEY_VALUE,
 }
 
 INTERPRETED_ARCHITECTURE = 90  # whose rows CPU tensors take under TRITON_INTERPRET=1

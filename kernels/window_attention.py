@@ -450,6 +450,7 @@ def zero_squares(ROW_PIECES: tl.constexpr, COLUMN_PIECES: tl.constexpr):
 def store_bias_sums(
     partial,
     sums,
+    first_row,
     first_column,
     TOKENS: tl.constexpr,
     ROW_PIECES: tl.constexpr,
@@ -457,7 +458,7 @@ def store_bias_sums(
 ):
     """Write what belongs into the (TOKENS, TOKENS) matrix at `partial`."""
     for m in tl.static_range(len(ROW_PIECES)):
-        rows = piece_tokens(0, ROW_PIECES, m)
+        rows = piece_tokens(first_row, ROW_PIECES, m)
         for n in tl.static_range(len(COLUMN_PIECES)):
             columns = piece_tokens(first_column, COLUMN_PIECES, n)
             tl.store(
@@ -694,12 +695,12 @@ def window_attention_bwd_kernel(
     WHOLE: tl.constexpr,
     KEEP_BIAS: tl.constexpr,
 ):
-    """Gradients of KEYS keys and values of a head, and of what is added to their scores.
+    """Gradients of KEYS keys and values of a head, and of the padding.
 
-    For WHOLE these are all keys of a window. Then the statistics of its rows are computed anew
-    rather than read, which is exact also where a rounded log-sum-exp is not, and the gradients of
-    the queries are complete, too. Otherwise `window_attention_bwd_query_kernel` gives both.
-    Sums over windows go to float32 partial sums, one for each split (and group).
+    For WHOLE these are all keys of a window, and everything else is complete, too: the gradients
+    of queries, bias and logit scale, and the statistics of the rows, which are computed anew and
+    so exact where a rounded log-sum-exp is not. Otherwise `window_attention_bwd_query_kernel`
+    gives all of these.
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
@@ -719,7 +720,9 @@ def window_attention_bwd_kernel(
     biases = load_biases(bias, head, 0, first_column, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
-    bias_sums = zero_squares(ROW_PIECES, KEY_PIECES)
+    bias_sums = ()
+    if grad_bias is not None:
+        bias_sums = zero_squares(ROW_PIECES, KEY_PIECES)
     key_padding_sums = zero_vectors(PIECES)
     value_padding_sums = zero_vectors(PIECES)
     scale_sum = 0.0
@@ -848,7 +851,8 @@ def window_attention_bwd_kernel(
             for n in tl.static_range(len(KEY_PIECES)):
                 tile, kept = weights[n]
                 grad_scores = tile * (grad_weights[n] - delta[:, None])
-                summed_biases = summed_biases + (bias_sums[m][n] + grad_scores,)
+                if grad_bias is not None:
+                    summed_biases = summed_biases + (bias_sums[m][n] + grad_scores,)
                 grad_scores = grad_scores.to(query.dtype.element_ty)
                 if WHOLE:
                     grad_query_tiles = add_products(
@@ -931,7 +935,7 @@ def window_attention_bwd_kernel(
 
     if grad_bias is not None:
         partial = grad_bias + tl.cast(split * num_heads + head, tl.int64) * TOKENS * TOKENS
-        store_bias_sums(partial, bias_sums, first_column, TOKENS, ROW_PIECES, KEY_PIECES)
+        store_bias_sums(partial, bias_sums, 0, first_column, TOKENS, ROW_PIECES, KEY_PIECES)
     if grad_logit_scale is not None:
         tl.store(grad_logit_scale + split * num_heads + head, scale_sum)
     if grad_padding is not None:
@@ -992,9 +996,10 @@ def window_attention_bwd_query_kernel(
     CHECK_KEYS: tl.constexpr,
     KEEP_BIAS: tl.constexpr,
 ):
-    """Gradients of ROWS queries of a head, and what the other kernel must know of them.
+    """Gradients of ROWS queries of a head and of the logit scale.
 
-    That is row_shift, row_scale and row_delta with P = exp2(scores - row_shift) * row_scale and
+    Writes what the other kernels must know of the rows, too: row_shift, row_scale and row_delta,
+    with P = exp2(scores - row_shift) * row_scale and
     dS = P * (dP - row_delta). From half precision the log-sum-exp is exact enough as a shift, and
     row_scale is None; for float32, which would show its rounding, the maximum and the sum are
     computed anew.
@@ -1168,6 +1173,152 @@ def window_attention_bwd_query_kernel(
         tl.store(grad_logit_scale + partial, scale_sum)
 
 
+@triton.jit(do_not_specialize=_PLAIN_NUMBERS)
+def window_attention_bwd_bias_kernel(
+    query,
+    query_strides,
+    key,
+    key_strides,
+    value,
+    value_strides,
+    bias,
+    logit_scale,
+    pad_value,
+    grad_out,
+    grad_out_strides,
+    grad_bias,
+    row_shift,
+    row_scale,
+    row_delta,
+    dropout_seed,
+    num_windows,
+    num_heads,
+    num_groups,
+    num_splits,
+    height,
+    width,
+    grid_height,
+    grid_width,
+    shift_height,
+    shift_width,
+    scale,
+    mask_value,
+    threshold,
+    keep_scale,
+    D: tl.constexpr,
+    PIECES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_KEYS: tl.constexpr,
+):
+    """Gradient of a tile (ROWS, KEYS) of a head's bias, for windows too large for one program.
+
+    It recomputes what other kernels compute, too: their registers have no place for these sums.
+    """
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    KEY_GROUPS: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
+    KEY_PIECES: tl.constexpr = ((0, KEYS),)
+    geometry = (
+        (height, width),
+        (grid_height, grid_width),
+        (shift_height, shift_width),
+        num_windows,
+    )
+    head = tl.program_id(0) % num_heads
+    group = tl.program_id(0) // num_heads % num_groups
+    split = tl.program_id(0) // num_heads // num_groups
+    first_column = group % KEY_GROUPS * KEYS
+    columns = first_column + tl.arange(0, KEYS)
+    rows = group // KEY_GROUPS * ROWS + tl.arange(0, ROWS)
+    exists = rows < TOKENS
+
+    factor = product_factor(scale, logit_scale, head) * LOG2E
+    bias_tile = load_bias(bias, head, rows, columns, TOKENS)
+    key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
+    value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
+    bias_sum = tl.zeros([ROWS, KEYS], tl.float32)
+
+    for window in range(split, num_windows, num_splits):
+        statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
+        key_tiles, _, value_tiles, _ = load_keys_values(
+            key,
+            key_strides,
+            value,
+            value_strides,
+            key_padding,
+            value_padding,
+            window,
+            head,
+            first_column,
+            geometry,
+            D,
+            PIECES,
+            WINDOW,
+            KEY_PIECES,
+            CHECK_KEYS,
+            SHIFTED,
+            PADDING,
+            logit_scale is not None,
+            UNIT,
+        )
+        place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
+        query_tiles = load_tokens(
+            query, query_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
+        )
+        grad_out_tiles = load_tokens(
+            grad_out, grad_out_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
+        )
+        if logit_scale is not None:
+            query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
+        scores = window_scores(
+            query_tiles,
+            key_tiles[0],
+            bias_tile,
+            factor,
+            rows,
+            columns,
+            window,
+            geometry,
+            mask_value,
+            WINDOW,
+            SHIFTED,
+            PRECISION,
+        )
+        shift = tl.load(row_shift + statistics, mask=exists, other=float("inf"))
+        weights = tl.math.exp2(scores - shift[:, None])
+        if row_scale is not None:
+            row_factor = tl.load(row_scale + statistics, mask=exists, other=0.0)
+            weights = weights * row_factor[:, None]
+        grad_weights = inner_products(grad_out_tiles, value_tiles[0], PRECISION)
+        if DROPOUT:
+            keep = dropout_keep(
+                dropout_seed,
+                threshold,
+                window * num_heads + head,
+                rows,
+                first_column,
+                KEYS,
+                True,
+            )
+            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+        delta = tl.load(row_delta + statistics, mask=exists, other=0.0)
+        bias_sum += weights * (grad_weights - delta[:, None])
+
+    partial = grad_bias + tl.cast(split * num_heads + head, tl.int64) * TOKENS * TOKENS
+    tl.store(
+        partial + (rows * TOKENS)[:, None] + columns[None, :],
+        bias_sum,
+        mask=exists[:, None] & (columns < TOKENS)[None, :],
+    )
+
+
 def token_pieces(tokens: int, largest: int) -> tuple[tuple[int, int], ...]:
     """Cut tokens into pieces of power-of-two widths: whole ones of the largest, then at most two.
 
@@ -1275,18 +1426,21 @@ class Problem(NamedTuple):
             "UNIT": unit,
         }
 
-    def tile_constants(self, launch: Launch, rows: int, keys: int) -> dict:
-        """For a program that takes so many queries and keys of a window.
+    def checks(self, rows: int, keys: int) -> dict:
+        """Whether tiles may hold tokens beyond the window or off the map.
 
-        Whether its tiles may hold tokens beyond the window or off the map, and whether it has the
-        registers to keep the bias.
+        That is for programs that take so many queries and keys of a window.
         """
         padded = self.padding != NO_PADDING.value
         return {
             "CHECK_ROWS": padded or self.tokens % rows != 0,
             "CHECK_KEYS": padded or self.tokens % keys != 0,
-            "KEEP_BIAS": rows * keys <= MOST_BIAS_REGISTERS * 32 * launch.num_warps,
         }
+
+    def tile_constants(self, launch: Launch, rows: int, keys: int) -> dict:
+        """`checks`, and whether a program has the registers to keep its part of the bias."""
+        keep_bias = rows * keys <= MOST_BIAS_REGISTERS * 32 * launch.num_warps
+        return {**self.checks(rows, keys), "KEEP_BIAS": keep_bias}
 
     def splits(self, launch: Launch, groups: int) -> int:
         """Programs that share the windows of a head."""
@@ -1466,7 +1620,9 @@ def backward(
         statistics = None
         if problem.find_launch(WHOLE_KERNEL) is None:
             statistics = query_gradient(problem, out, logsumexp.contiguous(), grad_out, gradients)
-        remaining_gradients(problem, statistics, grad_out, gradients)
+            if gradients.bias is not None:
+                bias_gradient(problem, statistics, grad_out, gradients.bias)
+        key_value_gradients(problem, statistics, grad_out, gradients)
     return (
         grad_query,
         grad_key,
@@ -1520,7 +1676,7 @@ def query_gradient(
     grad_out: torch.Tensor,
     gradients: Gradients,
 ) -> RowStatistics:
-    """Gradients of the queries and of the logit scale, on the way to the statistics of all rows."""
+    """Gradients of queries and logit scale, and on the way the statistics of all rows."""
     exact = problem.precision != "half"
     statistics = RowStatistics(
         torch.empty_like(logsumexp),
@@ -1559,13 +1715,43 @@ def query_gradient(
     return statistics
 
 
-def remaining_gradients(
+def bias_gradient(
+    problem: Problem, statistics: RowStatistics, grad_out: torch.Tensor, grad_bias: torch.Tensor
+) -> None:
+    tokens, heads = problem.tokens, problem.num_heads
+    unit = stride_unit(*problem[:3], grad_out)
+
+    def run(launch: Launch) -> None:
+        groups = triton.cdiv(tokens, launch.block_m) * triton.cdiv(tokens, launch.block_n)
+        splits = problem.splits(launch, groups)
+        bias_sums = partial_sums(grad_bias, splits, heads, tokens, tokens)
+        run_kernel(
+            window_attention_bwd_bias_kernel,
+            heads * groups * splits,
+            *with_strides(unit, *problem[:3]),
+            *problem.added_tensors(),
+            *with_strides(unit, grad_out),
+            bias_sums,
+            *statistics,
+            *problem.numbers(groups, splits),
+            **problem.constants(unit),
+            **problem.checks(launch.block_m, launch.block_n),
+            ROWS=launch.block_m,
+            KEYS=launch.block_n,
+            launch=launch,
+        )
+        add_up(bias_sums, grad_bias)
+
+    problem.launch("window_attention_bwd_bias", run)
+
+
+def key_value_gradients(
     problem: Problem,
     statistics: RowStatistics | None,
     grad_out: torch.Tensor,
     gradients: Gradients,
 ) -> None:
-    """Gradients of keys, values, bias and padding, and without statistics of all else, too."""
+    """Gradients of keys, values and padding; without statistics, of everything."""
     whole = statistics is None
     tokens, heads = problem.tokens, problem.num_heads
     maps = [problem.query if x is None else x for x in gradients[:3]]
@@ -1577,9 +1763,10 @@ def remaining_gradients(
         rows, keys = covered_columns(row_pieces), covered_columns(key_pieces)
         groups = triton.cdiv(tokens, keys)
         splits = problem.splits(launch, groups)
-        bias_sums = partial_sums(gradients.bias, splits, heads, tokens, tokens)
-        scale_sums = partial_sums(gradients.logit_scale, splits, heads) if whole else None
-        padding_sums = None
+        bias_sums = scale_sums = padding_sums = None
+        if whole:
+            bias_sums = partial_sums(gradients.bias, splits, heads, tokens, tokens)
+            scale_sums = partial_sums(gradients.logit_scale, splits, heads)
         if problem.padding != NO_PADDING.value:
             padding_sums = partial_sums(
                 gradients.pad_value, splits * groups, 2 * heads * problem.dim
