@@ -213,7 +213,9 @@ def _installed(module: str) -> bool:
 
 _TRITON_INSTALLED = _installed("triton")
 _TRITON_FAMILIES = frozenset(
-    family for family in ("flash_attention",) if _installed(f"vlmfast.kernels.{family}")
+    family
+    for family in ("flash_attention", "cross_attention")
+    if _installed(f"vlmfast.kernels.{family}")
 )
 
 
@@ -272,6 +274,24 @@ def _flash_attention_cuda(
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
+def _cross_attention_cpu(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return [*_flash_attention_cpu(query, key, value, None), "no C++ kernel of this family exists"]
+
+
+def _cross_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    reasons = _triton("cross_attention", query.device)
+    reasons += _kernel_dtype(query.dtype, None)
+    if query.shape[3] > 256 or value.shape[4] > 256:
+        reasons.append(
+            f"takes head dims up to 256, got {query.shape[3]} (query) and {value.shape[4]} (value)"
+        )
+    return reasons
+
+
+def _cross_attention_cuda(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
+
+
 def _always(*inputs: Any) -> list[str]:
     return []
 
@@ -281,6 +301,12 @@ _PREDICATES: dict[str, dict[str, Callable[..., list[str]]]] = {
         "cpu": _flash_attention_cpu,
         "triton": _flash_attention_triton,
         "cuda": _flash_attention_cuda,
+        "reference": _always,
+    },
+    "cross_attention": {
+        "cpu": _cross_attention_cpu,
+        "triton": _cross_attention_triton,
+        "cuda": _cross_attention_cuda,
         "reference": _always,
     },
 }
@@ -302,6 +328,9 @@ def _sample_inputs(family: str, device: str) -> tuple[Any, ...]:
     if family == "flash_attention":
         tensor = torch.empty(1, 1, 1, 64, device=device)
         return tensor, tensor, tensor, None
+    if family == "cross_attention":
+        images = torch.empty(1, 1, 1, 1, 64, device=device)
+        return torch.empty(1, 1, 1, 64, device=device), images, images
     raise ValueError(f"family: expected one of {', '.join(_PREDICATES)}, got {family!r}")
 
 
