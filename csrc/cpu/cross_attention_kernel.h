@@ -1,21 +1,26 @@
 // Cross-attention of text tokens to images: all tokens that see an image run against its latents,
 // which are packed once.
 //
-// An image's tokens are given as a list. Where they follow each other in memory, as they do when
-// images stand in the order of the text, a tile of them is read in place, else gathered. A tile
-// never holds a token that does not see the image: so what an image holds cannot reach others, and
-// nothing is computed that a mask would hide. Where a token may see several images, the rows of its
-// partial results are joined by their maxima and sums; Dao et al., "FlashAttention-2", 2023, say
-// how. Everything is computed in units of log2, so that exp2 needs no further factor.
+// Lanes are latents in the scores and features in the sums, so that only the keys are transposed,
+// once for an image, and queries and results stay rows: text is long, an image is short. A tile is
+// a list of tokens. It never holds one that does not see the image: so what an image holds cannot
+// reach others, and nothing is computed that a mask would hide. Where a token may see several
+// images, its partial results are joined by their maxima and sums (Dao et al., "FlashAttention-2",
+// 2023). Exponents are in units of log2, so that exp2 needs no further factor.
 #include "cpu/cross_attention.h"
 #include "cpu/tile.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
-constexpr int kBlock = 96;  // latents whose scores are held at once
-constexpr int kMaxTile = kMaxGroups * kLanes;
-// Up to so many queries of an image run one by one: tiles would leave most lanes idle.
+constexpr int kPanelGroups = kLanes == 16 ? 4 : 2;
+constexpr int kPanel = kPanelGroups * kLanes;  // latents along the lanes of one product
+constexpr int kBlock = 128;                    // latents whose scores are held at once
+constexpr int kChunks = 2;
+constexpr int kTile = kChunks * kLanes;  // queries whose scores are held at once
+constexpr int kPanelScores = kTile * kPanel, kScores = kTile * kBlock;
+static_assert(kBlock % kPanel == 0 && kTile % kRowStep == 0);
+// Up to so many queries of an image run one by one: packing it would take longer.
 constexpr int kFewRows = kLanes / 4;
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
 // rounding of the inputs.
@@ -27,22 +32,27 @@ struct Groups {
   static constexpr int value = n;
 };
 
+// Calls body(Groups<g>()) with as many vectors as a panel of n latents has.
 template <class Body>
-VLMFAST_INLINE void with_groups(int groups, Body body) {
-  switch (groups) {
+VLMFAST_INLINE void with_groups(int n, Body body) {
+  switch ((n + kLanes - 1) / kLanes) {
     case 1:
       return body(Groups<1>());
     case 2:
       return body(Groups<2>());
-#if VLMFAST_LEVEL >= 1
+#if VLMFAST_LEVEL >= 2
     case 3:
       return body(Groups<3>());
-#endif
-#if VLMFAST_LEVEL >= 2
     case 4:
       return body(Groups<4>());
 #endif
   }
+}
+
+// Calls body(first latent, latents) for each panel of n latents.
+template <class Body>
+VLMFAST_INLINE void for_each_panel(int n, Body body) {
+  for (int first = 0; first < n; first += kPanel) body(first, minimum(kPanel, n - first));
 }
 
 // Tokens that follow each other in their list, and see an image.
@@ -73,20 +83,11 @@ struct Tokens {
   }
 };
 
-// Calls body(tile of the tokens, groups of lanes). Tiles are of nearly equal size: a short last
-// tile would use few lanes and few accumulators.
+// Calls body(tile of the tokens).
 template <class Body>
 VLMFAST_INLINE void for_each_tile(Tokens tokens, Body body) {
-  const int vectors = (tokens.count + kLanes - 1) / kLanes;
-  const int tiles = (vectors + kMaxGroups - 1) / kMaxGroups;
-  for (int t = 0, first = 0; t < tiles; t++) {
-    const int end = (int)((int64_t)vectors * (t + 1) / tiles);
-    const int begin = first * kLanes, count = minimum(tokens.count, end * kLanes) - begin;
-    with_groups(end - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-      body(tokens.part(begin, count), groups);
-    });
-    first = end;
-  }
+  for (int first = 0; first < tokens.count; first += kTile)
+    body(tokens.part(first, minimum(kTile, tokens.count - first)));
 }
 
 // How many latents of an image exist.
@@ -120,37 +121,6 @@ VLMFAST_INLINE Rows<T> latents_of(const StridedImages& tensor, int batch, int he
   return rows_of<T>(tensor.image(image, sizeof(T)), batch, head);
 }
 
-// The rows of some tokens: in place, or gathered into `buffer`.
-template <class T>
-VLMFAST_INLINE Rows<T> token_rows(const Strided& tensor, int batch, int head, Tokens tokens,
-                                  int columns, T* buffer) {
-  const Rows<T> all = rows_of<T>(tensor, batch, head);
-  if (tokens.adjacent()) return {all.row(tokens.index[0]), all.row_stride, all.column_stride};
-  for (int i = 0; i < tokens.count; i++) {
-    const T* row = all.row(tokens.index[i]);
-    T* target = buffer + (int64_t)i * columns;
-    if (all.column_stride == 1)
-      __builtin_memcpy(target, row, columns * sizeof(T));
-    else
-      for (int d = 0; d < columns; d++) target[d] = row[d * all.column_stride];
-  }
-  return {buffer, columns, 1};
-}
-
-// The rows of some tokens = factor * the transpose of source[column][kGroups * kLanes].
-template <int kGroups, class T>
-VLMFAST_INLINE void store_token_rows(const float* source, const Vec* factor, const Strided& tensor,
-                                     int batch, int head, Tokens tokens, int columns, T* buffer) {
-  T* first = tensor.at<T>(batch, head, tokens.index[0]);
-  if (tokens.adjacent())
-    return store_transposed<kGroups>(source, factor, first, tensor.stride[2], tokens.count,
-                                     columns);
-  store_transposed<kGroups>(source, factor, buffer, columns, tokens.count, columns);
-  for (int i = 0; i < tokens.count; i++)
-    __builtin_memcpy(first + (tokens.index[i] - tokens.index[0]) * tensor.stride[2],
-                     buffer + (int64_t)i * columns, columns * sizeof(T));
-}
-
 template <class T>
 VLMFAST_INLINE void store_zeros(T* row, int columns) {
   __builtin_memset(row, 0, columns * sizeof(T));
@@ -163,76 +133,166 @@ VLMFAST_INLINE Vec load_columns(const Rows<T>& rows, int row, int d, int n) {
                                  : gather_words<Fp32Words>(p, rows.column_stride, n);
 }
 
-// Running maximum (log2 units) and sum of exponentials of a tile's rows.
-template <int kGroups>
+template <class T>
+VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
+  return {rows.row(first), rows.row_stride, rows.column_stride};
+}
+
+// The rows of two tokens, or of one, as a matrix.
+template <class T>
+VLMFAST_INLINE Rows<T> two_rows(const Rows<T>& all, Tokens tokens, int first) {
+  const int token = tokens.index[first];
+  const int step = first + 1 < tokens.count ? tokens.index[first + 1] - token : 0;
+  return {all.row(token), step * all.row_stride, all.column_stride};
+}
+
+// The rows of some tokens, as pack_rows packs them.
+template <class Words, class T>
+VLMFAST_INLINE void pack_token_rows(const Rows<T>& all, Tokens tokens, int columns, int words,
+                                    float* out) {
+  const int padded = round_up(tokens.count, kRowStep);
+  if (tokens.adjacent())
+    return pack_rows<Words>(rows_from(all, tokens.index[0]), tokens.count, padded, columns, words,
+                            out);
+  for (int i = 0; i < tokens.count; i++)
+    pack_rows<Words>(rows_from(all, tokens.index[i]), 1, 1, columns, words,
+                     out + (int64_t)i * words);
+  for (int64_t i = (int64_t)tokens.count * words; i < (int64_t)padded * words; i++) out[i] = 0.f;
+}
+
+// The rows of some tokens, as pack_row_pairs packs them.
+template <class Words, class T>
+VLMFAST_INLINE void pack_token_pairs(const Rows<T>& all, Tokens tokens, int columns, int width,
+                                     float* out) {
+  constexpr int kStep = Words::kElements;
+  if (tokens.adjacent())
+    return pack_row_pairs<Words>(rows_from(all, tokens.index[0]), tokens.count,
+                                 round_up(tokens.count, kStep), columns, width, out);
+  for (int i = 0; i < tokens.count; i += kStep)
+    pack_row_pairs<Words>(two_rows(all, tokens, i), minimum(kStep, tokens.count - i), kStep,
+                          columns, width, out + (int64_t)(i / kStep) * width);
+}
+
+// The transposed rows of n latents, panel after panel.
+template <class Words, class T>
+VLMFAST_INLINE void pack_panels(const Rows<T>& rows, int n, int columns, int words, float* out) {
+  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
+    with_groups(m, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+      pack_transposed<Words, decltype(groups)::value>(rows_from(rows, first), m, columns, 1.f,
+                                                      out + (int64_t)first * words);
+    });
+  });
+}
+
+// out[panel][row][latent] = rows[row] . panels[:, latent], for `count` rows and n latents.
+template <class Words>
+VLMFAST_INLINE void multiply_panels(const float* panels, const float* rows, int words, int count,
+                                    int n, float* out, Prefetcher& ahead) {
+  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
+    with_groups(m, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+      multiply_rows<Words, decltype(groups)::value>(panels + (int64_t)first * words, rows, words,
+                                                    count, out + first / kPanel * kPanelScores,
+                                                    nullptr, ahead);
+    });
+  });
+}
+
+// Of a panel of m latents: how far apart its rows are.
+VLMFAST_INLINE int panel_width(int m) { return round_up(m, kLanes); }
+
+// Calls body(position, lanes) for the vectors of a row of n scores; fewer lanes than kLanes count
+// in the last one.
+template <class Body>
+VLMFAST_INLINE void for_each_vector(int row, int n, Body body) {
+  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
+    const int at = first / kPanel * kPanelScores + row * panel_width(m);
+    for (int g = 0; g < m; g += kLanes) body(at + g, m - g);
+  });
+}
+
+VLMFAST_INLINE Vec first_or(Vec x, int lanes, float other) {
+  return lanes >= kLanes ? x : select_ge(lane_index(0), lanes, broadcast(other), x);
+}
+
+// Two vectors, of which `columns` elements exist, as words of pairs; a vector where words are
+// elements.
+template <class Words>
+VLMFAST_INLINE void store_words(float* target, const Vec* x, int columns) {
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2) {
+    const Vec pairs = (Vec)_mm512_cvtne2ps_pbh(x[1], x[0]);
+    store_first(target, pairs, columns / 2);
+    return;
+  }
+#endif
+  store(target, x[0]);
+}
+
+// Running maxima (log2 units) and sums of exponentials of a tile's rows.
 struct Softmax {
-  Vec most[kGroups], sum[kGroups];
+  float top[kTile], sum[kTile];
 
-  VLMFAST_INLINE Softmax() {
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      most[g] = broadcast(-kInfinity);
-      sum[g] = zero();
-    }
+  VLMFAST_INLINE void clear() {
+    for (int i = 0; i < kTile; i++) top[i] = -kInfinity, sum[i] = 0.f;
   }
 
-  // Takes in the maximum of further scores: `subtracted` is what their exponents lose, `rescale`
-  // the factor of what was summed up before.
-  VLMFAST_INLINE void raise(const Vec* block_most, Vec* subtracted, Vec* rescale) {
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      const Vec next = max(most[g], block_most[g]);
+  // Takes in the maxima of further scores: `subtracted` is what their exponents lose, `rescale` the
+  // factor of what was summed up before.
+  VLMFAST_INLINE void raise(const float* block_top, float* subtracted, float* rescale) {
+    VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes) {
+      const Vec old = load(top + c), next = max(old, load(block_top + c));
       // Where there is nothing but -inf, subtracting 0 gives weights of 0, not NaN.
-      subtracted[g] = select_eq(next, broadcast(-kInfinity), zero(), next);
-      rescale[g] = exp2<5>(most[g] - subtracted[g]);
-      sum[g] = sum[g] * rescale[g];
-      most[g] = next;
+      const Vec shift = select_eq(next, broadcast(-kInfinity), zero(), next);
+      const Vec factor = exp2<5>(old - shift);
+      store(subtracted + c, shift);
+      store(rescale + c, factor);
+      store(sum + c, load(sum + c) * factor);
+      store(top + c, next);
     }
   }
 };
 
-// Scores of a tile against packed latents, a block at a time.
-template <class Words>
-struct Scores {
-  const float *query, *keys;  // pack_transposed, pack_rows
-  int words;
-  float factor;  // still to be multiplied in
-  float* scores;
-  Prefetcher& ahead;
-
-  // Those of latents [first, first + n), and their maximum, times factor.
-  template <int kGroups>
-  VLMFAST_INLINE void block(int first, int n, Vec* most) const {
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-    multiply_rows<Words, kGroups>(query, keys + (int64_t)first * words, words, n, scores, most,
-                                  ahead);
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(factor);
+// Calls body(row) for a tile's rows, kLanes at a time, and gathers what it returns as
+// out[row] = reduce of its lanes.
+template <class Body, class Reduce>
+VLMFAST_INLINE void reduce_rows(int count, float* out, Body body, Reduce reduce) {
+  for (int c = 0; c < count; c += kLanes) {
+    Vec rows[kLanes];
+    for (int i = 0; i < kLanes; i++) rows[i] = c + i < count ? body(c + i) : zero();
+    transpose(rows);
+    VLMFAST_UNROLL for (int half = kLanes / 2; half > 0; half /= 2)
+        VLMFAST_UNROLL for (int i = 0; i < half; i++) rows[i] = reduce(rows[i], rows[i + half]);
+    store(out + c, rows[0]);
   }
+}
 
-  // The softmax over latents [0, n).
-  template <int kGroups>
-  VLMFAST_INLINE Softmax<kGroups> statistics(int n) const {
-    Softmax<kGroups> softmax;
-    for (int first = 0; first < n; first += kBlock) {
-      const int m = minimum(kBlock, n - first);
-      Vec most[kGroups], subtracted[kGroups], rescale[kGroups];
-      block<kGroups>(first, m, most);
-      softmax.raise(most, subtracted, rescale);
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        Vec total = zero();
-        for (int j = 0; j < m; j++)
-          total = total +
-                  exp2<Words::kExpDegree>(fms(
-                      broadcast(factor), load(scores + (j * kGroups + g) * kLanes), subtracted[g]));
-        softmax.sum[g] = softmax.sum[g] + total;
-      }
-    }
-    return softmax;
-  }
-};
+// Maxima of `factor` times the scores.
+VLMFAST_INLINE void row_maxima(const float* scores, int count, int n, float factor, float* out) {
+  reduce_rows(
+      count, out,
+      [&](int row) VLMFAST_INLINE_LAMBDA {
+        Vec most = broadcast(-kInfinity);
+        for_each_vector(row, n, [&](int at, int lanes) VLMFAST_INLINE_LAMBDA {
+          most = max(most, first_or(load(scores + at) * broadcast(factor), lanes, -kInfinity));
+        });
+        return most;
+      },
+      [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return max(a, b); });
+}
 
-// What scores lack of scale * log2(e) when the queries are packed.
-template <class Words>
-VLMFAST_INLINE float score_factor(const CrossAttentionProblem& problem) {
-  return Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
+VLMFAST_INLINE void add_rows(float* sums, const float* more) {
+  VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes)
+      store(sums + c, load(sums + c) + load(more + c));
+}
+
+// log2 of the sums; of 1 where there is none.
+VLMFAST_INLINE void log2_of_sums(const float* sums, float* logs) {
+  for (int i = 0; i < kTile; i++) logs[i] = sums[i] == 0.f ? 1.f : sums[i];
+  log2_in_place(logs, kTile);
+}
+
+VLMFAST_INLINE float natural_logsumexp(float top, float log2_sum) {
+  return (float)(((double)top + log2_sum) * kLn2);
 }
 
 // Maxima and sums of all rows, where they come from several images.
@@ -245,156 +305,158 @@ struct RowStatistics {
 
   // Joins those of a tile, whose rows are first_row + its tokens: old and new results then count by
   // the factors `kept` and `added`.
-  template <int kGroups>
-  VLMFAST_INLINE void join(const Softmax<kGroups>& tile, Tokens tokens, int64_t first_row,
-                           float* kept, float* added) const {
-    constexpr int kWidth = kGroups * kLanes;
-    float old_tops[kWidth], old_sums[kWidth], new_tops[kWidth], new_sums[kWidth];
-    for (int i = 0; i < kWidth; i++) {
-      const int64_t row = first_row + tokens.index[minimum(i, tokens.count - 1)];
-      old_tops[i] = tops[row];
-      old_sums[i] = sums[row];
+  VLMFAST_INLINE void join(const Softmax& tile, Tokens tokens, int64_t first_row, float* kept,
+                           float* added) const {
+    Softmax joined;
+    joined.clear();
+    for (int i = 0; i < tokens.count; i++) {
+      joined.top[i] = tops[first_row + tokens.index[i]];
+      joined.sum[i] = sums[first_row + tokens.index[i]];
     }
-    Softmax<kGroups> joined;
-    Vec subtracted[kGroups], rescale[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      joined.most[g] = load(old_tops + g * kLanes);
-      joined.sum[g] = load(old_sums + g * kLanes);
-    }
-    joined.raise(tile.most, subtracted, rescale);
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      const Vec factor = exp2<5>(tile.most[g] - subtracted[g]);
-      store(kept + g * kLanes, rescale[g]);
-      store(added + g * kLanes, factor);
-      store(new_tops + g * kLanes, joined.most[g]);
-      store(new_sums + g * kLanes, fma(tile.sum[g], factor, joined.sum[g]));
+    float subtracted[kTile];
+    joined.raise(tile.top, subtracted, kept);
+    VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes) {
+      const Vec factor = exp2<5>(load(tile.top + c) - load(subtracted + c));
+      store(added + c, factor);
+      store(joined.sum + c, fma(load(tile.sum + c), factor, load(joined.sum + c)));
     }
     for (int i = 0; i < tokens.count; i++) {
-      tops[first_row + tokens.index[i]] = new_tops[i];
-      sums[first_row + tokens.index[i]] = new_sums[i];
+      tops[first_row + tokens.index[i]] = joined.top[i];
+      sums[first_row + tokens.index[i]] = joined.sum[i];
     }
   }
 };
 
-VLMFAST_INLINE float natural_logsumexp(float top, float log2_sum) {
-  return (float)(((double)top + log2_sum) * kLn2);
-}
-
 template <class Words, class T>
 struct Forward {
   const CrossAttentionForward& problem;
-  int words, value_columns, value_stride;
-  float *keys, *values, *query, *scores, *out;
-  T* buffer;
+  int words, value_vectors, value_stride;
+  float factor;  // of the products, before exp2
+  float *panels, *values, *query, *scores, *out;
   // Where tokens may see several images:
   RowStatistics rows{};
-  float *row_out, *tile_out;
+  float* row_out;
   int64_t scratch_size;
 
   Forward(const CrossAttentionForward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
-    value_columns = round_up(p.value_dim, kRowStep);
     value_stride = round_up(p.value_dim, kLanes);
+    value_vectors = value_stride / kLanes;
+    factor = p.scale * kLog2E;
     Arena arena{scratch};
-    const int64_t padded = round_up(p.latents, kRowStep);
-    keys = arena.take(padded * words);
-    values = arena.take(padded / Words::kElements * value_columns);
-    query = arena.take((int64_t)round_up(maximum(words, p.head_dim), kLanes) * kMaxTile);
-    scores = arena.take(maximum(kBlock * kMaxTile, round_up(p.latents, kLanes)));
-    out = arena.take((int64_t)round_up(p.value_dim, kLanes) * kMaxTile);
-    buffer = (T*)arena.take((int64_t)maximum(p.head_dim, p.value_dim) * kMaxTile);
+    panels = arena.take((int64_t)round_up(p.latents, kPanel) * words);
+    values = arena.take((int64_t)round_up(p.latents, kRowStep) / Words::kElements * value_stride);
+    query = arena.take((int64_t)kTile * round_up(maximum(words, p.head_dim), kLanes));
+    scores = arena.take(maximum(kScores, round_up(p.latents, kLanes)));
+    out = arena.take((int64_t)kTile * value_stride);
     const int64_t held = p.several ? (int64_t)p.group * p.queries_most : 0;
     rows.tops = arena.take(held);
     rows.sums = arena.take(held);
     row_out = arena.take(held * value_stride);
-    tile_out = arena.take(p.several ? (int64_t)kMaxTile * value_stride : 0);
     scratch_size = arena.used;
   }
 
-  // Replaces scores by exp2(factor * score - subtracted), as pairs of rows where words are, and
-  // adds them up.
-  template <int kGroups>
-  VLMFAST_INLINE void weights(int n, float factor, const Vec* subtracted, Vec* sum) const {
-    const Vec f = broadcast(factor);
-    constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
-    Vec total[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = zero();
-    for (int j = 0; j < n; j += kStep) {
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        Vec p[2] = {zero(), zero()};
-        VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
-          if (kStep == 2 && j + i >= n) break;
-          p[i] = exp2<Words::kExpDegree>(
-              fms(f, load(scores + (j + i) * kWidth + g * kLanes), subtracted[g]));
-          total[g] = total[g] + p[i];
-        }
-        float* target = scores + (j / kStep * kGroups + g) * kLanes;
-#if VLMFAST_LEVEL >= 3
-        if constexpr (kStep == 2) p[0] = interleave(p[0], p[1]);
-#endif
-        store(target, p[0]);
-      }
-    }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = sum[g] + total[g];
+  // Replaces n scores of each row by exp2(factor * score - subtracted), as pairs where words are,
+  // and adds them up.
+  VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums) const {
+    constexpr int kStep = Words::kElements;
+    float more[kTile] = {};
+    reduce_rows(
+        count, more,
+        [&](int row) VLMFAST_INLINE_LAMBDA {
+          const Vec shift = broadcast(subtracted[row]);
+          Vec total = zero();
+          for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
+            const int width = panel_width(m);
+            float* panel = scores + first / kPanel * kPanelScores;
+            for (int g = 0; g < m; g += kStep * kLanes) {
+              Vec p[2] = {zero(), zero()};
+              VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
+                const int at = g + i * kLanes;
+                if (at >= m) break;
+                const Vec score = load(panel + row * width + at);
+                p[i] = first_or(exp2<Words::kExpDegree>(fms(broadcast(factor), score, shift)),
+                                m - at, 0.f);
+                total = total + p[i];
+              }
+              store_words<Words>(panel + row * (width / kStep) + g / kStep, p, width - g);
+            }
+          });
+          return total;
+        },
+        [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
+    add_rows(sums, more);
   }
 
-  // A tile against n packed latents: `out` becomes the weighted sum, still to be divided.
-  template <int kGroups>
-  VLMFAST_INLINE Softmax<kGroups> attend(Rows<T> tile, int count, int n, Prefetcher& ahead) const {
-    pack_transposed<Words, kGroups>(tile, count, problem.head_dim, problem.scale * kLog2E, query);
-    const Scores<Words> product{query, keys, words, score_factor<Words>(problem), scores, ahead};
-    Softmax<kGroups> softmax;
+  // The queries of a tile against n packed latents: `out` becomes the weighted sums, still to be
+  // divided.
+  VLMFAST_INLINE void attend(const CrossAttentionTask& task, int head, Tokens tile, int n,
+                             Prefetcher& ahead, Softmax* softmax) const {
+    pack_token_rows<Words>(rows_of<T>(problem.query, task.batch, head), tile, problem.head_dim,
+                           words, query);
+    softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      Vec most[kGroups], subtracted[kGroups], rescale[kGroups];
-      product.template block<kGroups>(first, m, most);
-      softmax.raise(most, subtracted, rescale);
-      weights<kGroups>(m, product.factor, subtracted, softmax.sum);
-      weighted_sum<Words, kGroups>(scores, values + first / Words::kElements * value_columns,
-                                   value_columns, (m + Words::kElements - 1) / Words::kElements,
-                                   value_columns, out, first == 0 ? nullptr : rescale);
+      float most[kTile], subtracted[kTile], rescale[kTile];
+      for (int i = 0; i < kTile; i++) most[i] = -kInfinity;
+      multiply_panels<Words>(panels + (int64_t)first * words, query, words, tile.count, m, scores,
+                             ahead);
+      row_maxima(scores, tile.count, m, factor, most);
+      softmax->raise(most, subtracted, rescale);
+      weights(tile.count, m, subtracted, softmax->sum);
+      if (first > 0)
+        for (int i = 0; i < tile.count; i++)
+          for (int d = 0; d < value_stride; d += kLanes) {
+            float* target = out + (int64_t)i * value_stride + d;
+            store(target, load(target) * broadcast(rescale[i]));
+          }
+      for_each_panel(m, [&](int from, int k) VLMFAST_INLINE_LAMBDA {
+        outer_accumulate<Words>(scores + from / kPanel * kPanelScores,
+                                panel_width(k) / Words::kElements,
+                                values + (int64_t)(first + from) / Words::kElements * value_stride,
+                                (k + Words::kElements - 1) / Words::kElements, tile.count,
+                                first + from == 0, out, value_vectors);
+      });
     }
-    return softmax;
   }
 
-  // One query against n latents in place, the features or the latents along the lanes: `out` starts
-  // with the weighted sum, still to be divided.
-  VLMFAST_NOINLINE Softmax<1> attend_row(const T* row, int64_t stride, Rows<T> key, Rows<T> value,
-                                         int n, Prefetcher& ahead) const {
+  // One query against n latents in place: `out` starts with the weighted sum, still to be divided.
+  VLMFAST_NOINLINE void attend_row(const Rows<T>& queries, int token, Rows<T> key, Rows<T> value,
+                                   int n, Prefetcher& ahead, Softmax* softmax) const {
     const int dim = problem.head_dim;
     for (int d = 0; d < dim; d += kLanes)
-      store(query + d, load_columns(Rows<T>{row, 0, stride}, 0, d, minimum(kLanes, dim - d)) *
-                           broadcast(problem.scale * kLog2E));
+      store(query + d,
+            load_columns(queries, token, d, minimum(kLanes, dim - d)) * broadcast(factor));
     Vec most = broadcast(-kInfinity);
     for (int first = 0; first < n; first += kLanes) {
       const int m = minimum(kLanes, n - first);
       ahead.step();
-      Vec sums[kLanes];
-      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) {
-        sums[i] = zero();
-        if (i < m)
-          for (int d = 0; d < dim; d += kLanes)
-            sums[i] = fma(load_columns(key, first + i, d, minimum(kLanes, dim - d)),
-                          load(query + d), sums[i]);
-      }
-      transpose(sums);
-      VLMFAST_UNROLL for (int half = kLanes / 2; half > 0; half /= 2)
-          VLMFAST_UNROLL for (int i = 0; i < half; i++) sums[i] = sums[i] + sums[i + half];
-      const Vec score = select_ge(lane_index(0), m, broadcast(-kInfinity), sums[0]);
+      reduce_rows(
+          m, scores + first,
+          [&](int j) VLMFAST_INLINE_LAMBDA {
+            Vec sum = zero();
+            for (int d = 0; d < dim; d += kLanes)
+              sum = fma(load_columns(key, first + j, d, minimum(kLanes, dim - d)), load(query + d),
+                        sum);
+            return sum;
+          },
+          [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
+      const Vec score = first_or(load(scores + first), m, -kInfinity);
       store(scores + first, score);
       most = max(most, score);
     }
-    Softmax<1> softmax;
-    const Vec top = broadcast(horizontal_max(most));
-    Vec subtracted, rescale;
-    softmax.raise(&top, &subtracted, &rescale);
+    softmax->clear();
+    float top[kTile], subtracted[kTile], rescale[kTile];
+    for (int i = 0; i < kTile; i++) top[i] = -kInfinity;
+    top[0] = horizontal_max(most);
+    softmax->raise(top, subtracted, rescale);
     Vec total = zero();
     for (int first = 0; first < n; first += kLanes) {
-      const Vec p = exp2<Words::kExpDegree>(load(scores + first) - subtracted);
+      const Vec p = exp2<Words::kExpDegree>(load(scores + first) - broadcast(subtracted[0]));
       store(scores + first, p);
       total = total + p;
     }
-    softmax.sum[0] = broadcast(horizontal_sum(total));
+    softmax->sum[0] = horizontal_sum(total);
     for (int d = 0; d < problem.value_dim; d += kLanes) {
       const int columns = minimum(kLanes, problem.value_dim - d);
       Vec sums[4] = {zero(), zero(), zero(), zero()};
@@ -406,56 +468,45 @@ struct Forward {
         sums[0] = fma(broadcast(scores[j]), load_columns(value, j, d, columns), sums[0]);
       store(out + d, (sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
-    return softmax;
   }
 
   VLMFAST_INLINE float* logsumexp(int batch, int head) const {
     return problem.logsumexp + ((int64_t)batch * problem.heads + head) * problem.tokens;
   }
 
-  // 1 / sum, or 0 for rows that see nothing; log2 of the sum.
-  template <int kGroups>
-  VLMFAST_INLINE void reciprocals(const Softmax<kGroups>& softmax, Vec* factor, float* logs) const {
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      factor[g] = select_eq(softmax.sum[g], zero(), zero(), broadcast(1.f) / softmax.sum[g]);
-      store(logs + g * kLanes, select_eq(softmax.sum[g], zero(), broadcast(1.f), softmax.sum[g]));
-    }
-    log2_in_place(logs, kGroups * kLanes);
-  }
-
-  template <int kGroups>
-  VLMFAST_INLINE void store_tile(const Softmax<kGroups>& softmax, int batch, int head,
-                                 Tokens tokens) const {
-    float logs[kGroups * kLanes], tops[kGroups * kLanes];
-    Vec factor[kGroups];
-    reciprocals(softmax, factor, logs);
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) store(tops + g * kLanes, softmax.most[g]);
-    float* target = logsumexp(batch, head);
-    for (int i = 0; i < tokens.count; i++)
-      target[tokens.index[i]] = natural_logsumexp(tops[i], logs[i]);
-    store_token_rows<kGroups>(out, factor, problem.out, batch, head, tokens, problem.value_dim,
-                              buffer);
-  }
-
-  VLMFAST_INLINE void store_row(const Softmax<1>& softmax, int batch, int head, int token) const {
-    float logs[kLanes];
-    Vec factor;
-    reciprocals(softmax, &factor, logs);
-    logsumexp(batch, head)[token] = natural_logsumexp(horizontal_max(softmax.most[0]), logs[0]);
+  VLMFAST_INLINE void store_row(int batch, int head, int token, const float* source,
+                                float scale) const {
     T* target = problem.out.at<T>(batch, head, token);
     for (int d = 0; d < problem.value_dim; d += kLanes)
-      store_first(target + d, load(out + d) * factor, minimum(kLanes, problem.value_dim - d));
+      store_first(target + d, load(source + d) * broadcast(scale),
+                  minimum(kLanes, problem.value_dim - d));
   }
 
-  // Joins results[i], of token i of the tile, to the rows from first_row on.
-  template <int kGroups>
-  VLMFAST_INLINE void join(const Softmax<kGroups>& softmax, Tokens tokens, int64_t first_row,
-                           const float* results) const {
-    float kept[kGroups * kLanes], added[kGroups * kLanes];
-    rows.join(softmax, tokens, first_row, kept, added);
-    for (int i = 0; i < tokens.count; i++) {
-      float* target = row_out + (first_row + tokens.index[i]) * value_stride;
-      const float* source = results + (int64_t)i * value_stride;
+  // Results of a tile from its weighted sums. Rows that see nothing have a sum of 0 and give 0.
+  VLMFAST_INLINE void store_tile(const Softmax& softmax, int batch, int head, Tokens tile,
+                                 const float* sums) const {
+    float logs[kTile];
+    log2_of_sums(softmax.sum, logs);
+    float* target = logsumexp(batch, head);
+    for (int i = 0; i < tile.count; i++) {
+      target[tile.index[i]] = natural_logsumexp(softmax.top[i], logs[i]);
+      store_row(batch, head, tile.index[i], sums + (int64_t)i * value_stride,
+                softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i]);
+    }
+  }
+
+  VLMFAST_INLINE void store_empty(int batch, int head, int token) const {
+    store_zeros(problem.out.at<T>(batch, head, token), problem.value_dim);
+    logsumexp(batch, head)[token] = -kInfinity;
+  }
+
+  // Joins the results of a tile to the rows from first_row on.
+  VLMFAST_INLINE void join(const Softmax& softmax, Tokens tile, int64_t first_row) const {
+    float kept[kTile], added[kTile];
+    rows.join(softmax, tile, first_row, kept, added);
+    for (int i = 0; i < tile.count; i++) {
+      float* target = row_out + (first_row + tile.index[i]) * value_stride;
+      const float* source = out + (int64_t)i * value_stride;
       for (int d = 0; d < value_stride; d += kLanes)
         store(target + d,
               fma(load(target + d), broadcast(kept[i]), load(source + d) * broadcast(added[i])));
@@ -467,11 +518,37 @@ struct Forward {
   }
 
   VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
-    const int padded = round_up(n, kRowStep);
-    pack_rows<Words>(latents_of<T>(problem.key, task.batch, task.head, image), n, padded,
-                     problem.head_dim, words, keys);
-    pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n, padded,
-                          problem.value_dim, value_columns, values);
+    pack_panels<Words>(latents_of<T>(problem.key, task.batch, task.head, image), n,
+                       problem.head_dim, words, panels);
+    pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
+                          round_up(n, kRowStep), problem.value_dim, value_stride, values);
+  }
+
+  // All query heads' tokens against n latents of an image; take(head, tile, softmax) takes the
+  // weighted sums from `out`.
+  template <class Take>
+  VLMFAST_INLINE void attend_image(const CrossAttentionTask& task, int image, Tokens tokens, int n,
+                                   Prefetcher& ahead, Take take) const {
+    Softmax softmax;
+    const bool few = is_few(tokens);
+    if (!few) pack(task, image, n);
+    for (int h = 0; h < problem.group; h++) {
+      const int head = task.head * problem.group + h;
+      if (few) {
+        for (int i = 0; i < tokens.count; i++) {
+          attend_row(rows_of<T>(problem.query, task.batch, head), tokens.index[i],
+                     latents_of<T>(problem.key, task.batch, task.head, image),
+                     latents_of<T>(problem.value, task.batch, task.head, image), n, ahead,
+                     &softmax);
+          take(head, tokens.part(i, 1), softmax);
+        }
+      } else {
+        for_each_tile(tokens, [&](Tokens tile) VLMFAST_INLINE_LAMBDA {
+          attend(task, head, tile, n, ahead, &softmax);
+          take(head, tile, softmax);
+        });
+      }
+    }
   }
 
   // Requests what `next` reads and writes, spread over this task.
@@ -481,47 +558,22 @@ struct Forward {
     if (!problem.prefetch || next.image_begin >= next.image_end) return result;
     if (next.batch != task.batch || next.head != task.head ||
         next.image_begin != task.image_begin) {
-      const Rows<T> key = latents_of<T>(problem.key, next.batch, next.head, next.image_begin);
-      const Rows<T> value = latents_of<T>(problem.value, next.batch, next.head, next.image_begin);
-      result.add(key, problem.latents, problem.head_dim);
-      result.add(value, problem.latents, problem.value_dim);
+      result.add(latents_of<T>(problem.key, next.batch, next.head, next.image_begin),
+                 problem.latents, problem.head_dim);
+      result.add(latents_of<T>(problem.value, next.batch, next.head, next.image_begin),
+                 problem.latents, problem.value_dim);
     }
     const Tokens tokens{problem.order + next.batch * problem.order_size + next.begin,
                         next.end - next.begin};
-    if (!problem.several && tokens.count > 0 && tokens.adjacent()) {
-      const int first = tokens.index[0], head = next.head * problem.group;
-      Rows<T> in = rows_of<T>(problem.query, next.batch, head);
-      Rows<T> to = rows_of<T>(problem.out, next.batch, head);
-      in.data = in.row(first);
-      to.data = to.row(first);
-      result.add(in, tokens.count, problem.head_dim);
-      result.add(to, tokens.count, problem.value_dim);
+    if (tokens.count > 0 && tokens.adjacent()) {
+      const int head = next.head * problem.group;
+      result.add(rows_from(rows_of<T>(problem.query, next.batch, head), tokens.index[0]),
+                 tokens.count, problem.head_dim);
+      result.add(rows_from(rows_of<T>(problem.out, next.batch, head), tokens.index[0]),
+                 tokens.count, problem.value_dim);
     }
     result.spread_over(steps);
     return result;
-  }
-
-  // The tokens of one query head against an image, packed where they are not few; then
-  // by_tile(tile, groups, softmax) or by_row(row, softmax) takes the results from `out`.
-  template <class ByTile, class ByRow>
-  VLMFAST_INLINE void attend_tokens(const CrossAttentionTask& task, int head, int image,
-                                    Tokens tokens, int n, Prefetcher& ahead, ByTile by_tile,
-                                    ByRow by_row) const {
-    if (!is_few(tokens)) {
-      for_each_tile(tokens, [&](Tokens part, auto groups) {
-        constexpr int kGroups = decltype(groups)::value;
-        const Rows<T> tile =
-            token_rows<T>(problem.query, task.batch, head, part, problem.head_dim, buffer);
-        by_tile(part, groups, attend<kGroups>(tile, part.count, n, ahead));
-      });
-      return;
-    }
-    const Rows<T> queries = rows_of<T>(problem.query, task.batch, head);
-    const Rows<T> key = latents_of<T>(problem.key, task.batch, task.head, image);
-    const Rows<T> value = latents_of<T>(problem.value, task.batch, task.head, image);
-    for (int i = 0; i < tokens.count; i++)
-      by_row(tokens.part(i, 1),
-             attend_row(queries.row(tokens.index[i]), queries.column_stride, key, value, n, ahead));
   }
 
   VLMFAST_INLINE void run_one(const CrossAttentionTask& task,
@@ -529,75 +581,49 @@ struct Forward {
     const Tokens tokens{problem.order + task.batch * problem.order_size + task.begin,
                         task.end - task.begin};
     const int image = task.image_begin, n = length_of(problem, task.batch, image);
-    if (n == 0) return fill_zeros(task, tokens);
-    const int64_t per_step = is_few(tokens) ? kLanes : kRowStep * kMaxTile;
-    Prefetcher ahead =
-        prefetcher(task, next, (int64_t)tokens.count * problem.group * n / per_step + 1);
-    if (!is_few(tokens)) pack(task, image, n);
-    for (int h = 0; h < problem.group; h++) {
-      const int head = task.head * problem.group + h;
-      attend_tokens(
-          task, head, image, tokens, n, ahead,
-          [&](Tokens part, auto groups, const auto& softmax) {
-            store_tile<decltype(groups)::value>(softmax, task.batch, head, part);
-          },
-          [&](Tokens row, const Softmax<1>& softmax) {
-            store_row(softmax, task.batch, head, row.index[0]);
-          });
+    if (n == 0) {
+      for (int h = 0; h < problem.group; h++)
+        for (int i = 0; i < tokens.count; i++)
+          store_empty(task.batch, task.head * problem.group + h, tokens.index[i]);
+      return;
     }
-  }
-
-  VLMFAST_INLINE void fill_zeros(const CrossAttentionTask& task, Tokens tokens) const {
-    for (int h = 0; h < problem.group; h++)
-      for (int i = 0; i < tokens.count; i++)
-        store_empty(task.batch, task.head * problem.group + h, tokens.index[i]);
-  }
-
-  VLMFAST_INLINE void store_empty(int batch, int head, int token) const {
-    store_zeros(problem.out.at<T>(batch, head, token), problem.value_dim);
-    logsumexp(batch, head)[token] = -kInfinity;
+    const int64_t all_rows = (int64_t)tokens.count * problem.group;
+    Prefetcher ahead = prefetcher(task, next,
+                                  is_few(tokens) ? all_rows * ((n + kLanes - 1) / kLanes)
+                                                 : all_rows / kRowStep * ((n - 1) / kPanel + 1));
+    attend_image(task, image, tokens, n, ahead,
+                 [&](int head, Tokens tile, const Softmax& softmax)
+                     VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, out); });
   }
 
   VLMFAST_INLINE void run_several(const CrossAttentionTask& task) const {
     const int range = task.end - task.begin;
     const int64_t held = (int64_t)problem.group * range;
+    const auto first_row = [&](int head) {
+      return (int64_t)(head - task.head * problem.group) * range - task.begin;
+    };
     rows.clear(held);
     for (int64_t i = 0; i < held * value_stride; i += kLanes) store(row_out + i, zero());
     for (int image = task.image_begin; image < task.image_end; image++)
       for_each_list(problem, task.batch, image, [&](Tokens all, int n) {
         const Tokens tokens = all.within(task.begin, task.end);
-        if (tokens.count == 0) return;
-        Prefetcher ahead;
-        if (!is_few(tokens)) pack(task, image, n);
-        for (int h = 0; h < problem.group; h++) {
-          const int64_t first_row = (int64_t)h * range - task.begin;
-          attend_tokens(
-              task, task.head * problem.group + h, image, tokens, n, ahead,
-              [&](Tokens part, auto groups, const auto& softmax) {
-                constexpr int kGroups = decltype(groups)::value;
-                Vec ones[kGroups];
-                VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) ones[g] = broadcast(1.f);
-                store_transposed<kGroups>(out, ones, tile_out, value_stride, part.count,
-                                          problem.value_dim);
-                join<kGroups>(softmax, part, first_row, tile_out);
-              },
-              [&](Tokens row, const Softmax<1>& softmax) {
-                join<1>(softmax, row, first_row, out);
-              });
-        }
+        Prefetcher none;
+        if (tokens.count > 0)
+          attend_image(task, image, tokens, n, none,
+                       [&](int head, Tokens tile, const Softmax& softmax)
+                           VLMFAST_INLINE_LAMBDA { join(softmax, tile, first_row(head)); });
       });
     for (int h = 0; h < problem.group; h++)
       for (int token = task.begin; token < task.end; token++) {
-        const int64_t row = (int64_t)h * range + token - task.begin;
-        const int head = task.head * problem.group + h;
         if (problem.image_index[(int64_t)task.batch * problem.tokens + token] == kUniformRow)
           continue;
-        Softmax<1> softmax;
-        softmax.most[0] = broadcast(rows.tops[row]);
-        softmax.sum[0] = broadcast(rows.sums[row]);
-        for (int d = 0; d < value_stride; d += kLanes)
-          store(out + d, load(row_out + row * value_stride + d));
-        store_row(softmax, task.batch, head, token);
+        const int64_t row = (int64_t)h * range + token - task.begin;
+        Softmax softmax;
+        softmax.clear();
+        softmax.top[0] = rows.tops[row];
+        softmax.sum[0] = rows.sums[row];
+        store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1},
+                   row_out + row * value_stride);
       }
   }
 
@@ -610,7 +636,7 @@ struct Forward {
 
   // The mean of all values of a key head, into `out`.
   VLMFAST_INLINE void mean(int batch, int key_head) const {
-    const Vec factor = broadcast(1.f / ((float)problem.images * problem.latents));
+    const Vec share = broadcast(1.f / ((float)problem.images * problem.latents));
     for (int d = 0; d < problem.value_dim; d += kLanes) {
       const int n = minimum(kLanes, problem.value_dim - d);
       Vec total = zero();
@@ -620,27 +646,26 @@ struct Forward {
         for (int j = 0; j < problem.latents; j++) sum = sum + load_columns(value, j, d, n);
         total = total + sum;
       }
-      store(out + d, total * factor);
+      store(out + d, total * share);
     }
   }
 
   void fill_rows(int batch, int key_head) const {
     const int32_t* kinds = problem.image_index + (int64_t)batch * problem.tokens;
     const int64_t values = (int64_t)problem.images * problem.latents;
+    float log_count = (float)values;
+    log2_in_place(&log_count, 1);
     bool has_mean = false;
     for (int token = 0; token < problem.tokens; token++) {
-      if (kinds[token] == kUniformRow && values > 0 && !has_mean) {
+      const bool uniform = kinds[token] == kUniformRow && values > 0;
+      if (uniform && !has_mean) {
         mean(batch, key_head);
         has_mean = true;
       }
       for (int h = 0; h < problem.group; h++) {
         const int head = key_head * problem.group + h;
-        if (kinds[token] == kUniformRow && values > 0) {
-          T* target = problem.out.at<T>(batch, head, token);
-          for (int d = 0; d < problem.value_dim; d += kLanes)
-            store_first(target + d, load(out + d), minimum(kLanes, problem.value_dim - d));
-          float log_count = (float)values;
-          log2_in_place(&log_count, 1);
+        if (uniform) {
+          store_row(batch, head, token, out, 1.f);
           logsumexp(batch, head)[token] = natural_logsumexp(0.f, log_count);
         } else if (kinds[token] == kUniformRow || (kinds[token] == kZeroRow && !problem.several)) {
           store_empty(batch, head, token);
@@ -653,52 +678,46 @@ struct Forward {
 template <class Words, class T>
 struct Backward {
   const CrossAttentionBackward& problem;
-  int words, value_words, columns, vectors, value_vectors;
-  float *keys, *values, *key_pairs, *grad_keys, *grad_values;
-  float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left;
-  float* grad_query;
-  T *query_buffer, *grad_buffer, *out_buffer;
-  // Where tokens may see several images:
-  RowStatistics rows{};
-  float* tile_grad_query;
+  int words, value_words, stride, value_stride;  // of packed rows; of gradients
+  float factor;                                  // of the products, before exp2
+  float *key_panels, *value_panels, *key_rows, *grad_keys, *grad_values;
+  float *query, *grad_out, *query_pairs, *grad_out_pairs, *grad_query;
+  float *scores, *grad_scores, *grad_words, *left, *grad_left;
+  RowStatistics rows{};  // where tokens may see several images
   int64_t scratch_size;
 
-  static constexpr bool kPairs = Words::kElements == 2;
+  static constexpr int kStep = Words::kElements;
 
   Backward(const CrossAttentionBackward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
     value_words = word_count<Words>(p.value_dim);
-    columns = round_up(p.head_dim, kRowStep);
-    vectors = (p.head_dim + kLanes - 1) / kLanes;
-    value_vectors = (p.value_dim + kLanes - 1) / kLanes;
+    stride = round_up(p.head_dim, kLanes);
+    value_stride = round_up(p.value_dim, kLanes);
+    factor = p.scale * kLog2E;
     Arena arena{scratch};
-    const int64_t padded = round_up(p.latents, kRowStep);
-    keys = arena.take(padded * words);
-    values = arena.take(padded * value_words);
-    key_pairs = kPairs ? arena.take(padded / 2 * columns) : keys;
-    grad_keys = arena.take(p.wants_key_value ? padded * vectors * kLanes : 0);
-    grad_values = arena.take(p.wants_key_value ? padded * value_vectors * kLanes : 0);
-    query = arena.take((int64_t)round_up(words, kLanes) * kMaxTile);
-    grad_out = arena.take((int64_t)round_up(value_words, kLanes) * kMaxTile);
-    query_rows = arena.take((int64_t)kMaxTile / Words::kElements * vectors * kLanes);
-    grad_out_rows = arena.take((int64_t)kMaxTile / Words::kElements * value_vectors * kLanes);
-    scores = arena.take(kBlock * kMaxTile);
-    grad_scores = arena.take(kBlock * kMaxTile);
-    left = kPairs ? arena.take(kBlock * kMaxTile / 2) : scores;
-    grad_left = kPairs ? arena.take(kBlock * kMaxTile / 2) : grad_scores;
-    grad_query = arena.take((int64_t)round_up(p.head_dim, kLanes) * kMaxTile);
-    query_buffer = (T*)arena.take((int64_t)p.head_dim * kMaxTile);
-    grad_buffer = (T*)arena.take((int64_t)p.value_dim * kMaxTile);
-    out_buffer = (T*)arena.take((int64_t)p.value_dim * kMaxTile);
+    const int64_t panel_rows = round_up(p.latents, kPanel), padded = round_up(p.latents, kRowStep);
+    key_panels = arena.take(panel_rows * words);
+    value_panels = arena.take(panel_rows * value_words);
+    key_rows = arena.take(padded / kStep * stride);
+    grad_keys = arena.take(p.wants_key_value ? padded * stride : 0);
+    grad_values = arena.take(p.wants_key_value ? padded * value_stride : 0);
+    query = arena.take((int64_t)kTile * words);
+    grad_out = arena.take((int64_t)kTile * value_words);
+    // Rows of floats serve both products, if they are padded alike.
+    const bool same = kStep == 1 && words == stride,
+               value_same = kStep == 1 && value_words == value_stride;
+    query_pairs = same ? query : arena.take((int64_t)kTile / kStep * stride);
+    grad_out_pairs = value_same ? grad_out : arena.take((int64_t)kTile / kStep * value_stride);
+    grad_query = arena.take((int64_t)kTile * stride);
+    scores = arena.take(kScores);
+    grad_scores = arena.take(kScores);
+    grad_words = kStep == 1 ? grad_scores : arena.take(kScores / 2);
+    left = kStep == 1 ? scores : arena.take(kScores / 2);
+    grad_left = kStep == 1 ? grad_scores : arena.take(kScores / 2);
     const int64_t held = p.several ? (int64_t)p.group * p.tokens : 0;
     rows.tops = arena.take(held);
     rows.sums = arena.take(held);
-    tile_grad_query = arena.take(p.several ? (int64_t)kMaxTile * p.head_dim : 0);
     scratch_size = arena.used;
-  }
-
-  VLMFAST_INLINE Scores<Words> products(Prefetcher& ahead) const {
-    return {query, keys, words, score_factor<Words>(problem), scores, ahead};
   }
 
   // A logsumexp in log2 units as top + log_sum. Rows that see nothing get weights of
@@ -712,42 +731,57 @@ struct Backward {
     return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
   }
 
-  // grad_out . out - grad_logsumexp of each row, and its logsumexp as `top` + `log_sum`.
-  template <int kGroups>
-  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tokens, int n,
-                                 Rows<T> grad, float* delta, float* top, float* log_sum,
-                                 Prefetcher& ahead) const {
-    constexpr int kWidth = kGroups * kLanes, kStep = kLanes * Words::kElements;
-    const Rows<T> out =
-        token_rows<T>(problem.out, task.batch, head, tokens, problem.value_dim, out_buffer);
-    for (int g = 0; g < kGroups; g++) {
-      Vec sums[kLanes];
-      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) sums[i] = zero();
-      for (int i = 0; i < minimum(kLanes, tokens.count - g * kLanes); i++) {
-        const int at = g * kLanes + i;
-        for (int d = 0; d < problem.value_dim; d += kStep) {
-          const int m = minimum(kStep, problem.value_dim - d);
-          const T* p = grad.row(at) + d * grad.column_stride;
-          const Vec grads = grad.column_stride == 1 ? load_words<Words>(p, m)
-                                                    : gather_words<Words>(p, grad.column_stride, m);
-          sums[i] = Words::multiply_add(grads, load_words<Words>(out.row(at) + d, m), sums[i]);
-        }
-      }
-      transpose(sums);
-      Vec total = sums[0];
-      VLMFAST_UNROLL for (int i = 1; i < kLanes; i++) total = total + sums[i];
-      store(delta + g * kLanes, total);
+  // The softmax of a tile's packed queries over n packed latents, without its weights.
+  VLMFAST_NOINLINE void statistics(int count, int n, Prefetcher& ahead, Softmax* softmax) const {
+    softmax->clear();
+    for (int first = 0; first < n; first += kBlock) {
+      const int m = minimum(kBlock, n - first);
+      float most[kTile], subtracted[kTile], rescale[kTile], more[kTile] = {};
+      for (int i = 0; i < kTile; i++) most[i] = -kInfinity;
+      multiply_panels<Words>(key_panels + (int64_t)first * words, query, words, count, m, scores,
+                             ahead);
+      row_maxima(scores, count, m, factor, most);
+      softmax->raise(most, subtracted, rescale);
+      reduce_rows(
+          count, more,
+          [&](int row) VLMFAST_INLINE_LAMBDA {
+            const Vec shift = broadcast(subtracted[row]);
+            Vec total = zero();
+            for_each_vector(row, m, [&](int at, int lanes) VLMFAST_INLINE_LAMBDA {
+              const Vec p =
+                  exp2<Words::kExpDegree>(fms(broadcast(factor), load(scores + at), shift));
+              total = total + first_or(p, lanes, 0.f);
+            });
+            return total;
+          },
+          [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
+      add_rows(softmax->sum, more);
     }
+  }
+
+  // grad_out . out - grad_logsumexp of each row, and its logsumexp as `top` + `log_sum`.
+  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile, int n,
+                                 float* delta, float* top, float* log_sum,
+                                 Prefetcher& ahead) const {
+    const Rows<T> grad = rows_of<T>(problem.grad_out, task.batch, head);
+    const Rows<T> out = rows_of<T>(problem.out, task.batch, head);
+    reduce_rows(
+        tile.count, delta,
+        [&](int i) VLMFAST_INLINE_LAMBDA {
+          const int token = tile.index[i];
+          Vec sum = zero();
+          for (int d = 0; d < problem.value_dim; d += kLanes) {
+            const int m = minimum(kLanes, problem.value_dim - d);
+            sum = fma(load_columns(grad, token, d, m), load_first(out.row(token) + d, m), sum);
+          }
+          return sum;
+        },
+        [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
     const int64_t row = ((int64_t)task.batch * problem.heads + head) * problem.tokens;
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
     bool precise = true;
-    for (int i = 0; i < kWidth; i++) {
-      if (i >= tokens.count) {
-        split(-kInfinity, top + i, log_sum + i);
-        delta[i] = 0.f;
-        continue;
-      }
-      const int token = tokens.index[i];
+    for (int i = 0; i < tile.count; i++) {
+      const int token = tile.index[i];
       const float logsumexp = problem.logsumexp[row + token];
       if (problem.several) {
         top[i] = rows.tops[held_row + token];
@@ -761,123 +795,98 @@ struct Backward {
         delta[i] -= problem.grad_logsumexp[row + token];
     }
     if (precise) return;
-    // The row's maximum and sum are computed afresh and kept apart.
-    const Softmax<kGroups> softmax = products(ahead).template statistics<kGroups>(n);
-    float tops[kWidth], sums[kWidth];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      store(tops + g * kLanes, softmax.most[g]);
-      store(sums + g * kLanes, select_eq(softmax.sum[g], zero(), broadcast(1.f), softmax.sum[g]));
-    }
-    log2_in_place(sums, kWidth);
-    for (int i = 0; i < tokens.count; i++)
-      if (top[i] != kInfinity) top[i] = tops[i], log_sum[i] = sums[i];
+    Softmax softmax;
+    statistics(tile.count, n, ahead, &softmax);
+    float logs[kTile];
+    log2_of_sums(softmax.sum, logs);
+    for (int i = 0; i < tile.count; i++)
+      if (top[i] != kInfinity) top[i] = softmax.top[i], log_sum[i] = logs[i];
   }
 
-  // P and dS of a block, from the products in `scores` and `grad_scores`. With fp32 words they
-  // replace them; with bf16 words `left` and `grad_left` get them as pairs along the queries, and
-  // `grad_scores` gets dS as pairs along the latents. Rows [n, padded) become zero.
-  template <int kGroups>
-  VLMFAST_INLINE void gradients(int n, int padded, float factor, const float* delta,
-                                const float* top, const float* log_sum) const {
-    constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
-    for (int j = 0; j < padded; j += kRows) {
-      Vec weight[kRows][kGroups], grad[kRows][kGroups];
-      VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = (j + i) * kWidth + g * kLanes;
-        weight[i][g] = grad[i][g] = zero();
-        if (j + i >= n) continue;
-        const Vec shifted = fms(broadcast(factor), load(scores + at), load(top + g * kLanes)) -
-                            load(log_sum + g * kLanes);
-        weight[i][g] = exp2<Words::kExpDegree>(shifted);
-        grad[i][g] = weight[i][g] * (load(grad_scores + at) - load(delta + g * kLanes));
-      }
-      store_gradients<kGroups>(j, weight, grad);
-    }
-  }
-
-  template <int kGroups>
-  VLMFAST_INLINE void store_gradients(int j, const Vec (&weight)[Words::kElements][kGroups],
-                                      const Vec (&grad)[Words::kElements][kGroups]) const {
-    constexpr int kWidth = kGroups * kLanes;
+  // P and dS of a block of n latents, from the products in `scores` and `grad_scores`. With fp32
+  // words they replace them; with bf16 words `left` and `grad_left` get them as pairs of queries,
+  // and `grad_words` gets dS as pairs of latents.
+  VLMFAST_INLINE void gradients(int count, int n, const float* delta, const float* top,
+                                const float* log_sum) const {
+    for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
+      const int width = panel_width(m), panel = first / kPanel;
+      for (int row = 0; row < count; row += kStep)
+        for (int g = 0; g < m; g += kStep * kLanes) {
+          Vec weight[kStep][kStep], grad[kStep][kStep];  // row, vector
+          VLMFAST_UNROLL for (int r = 0; r < kStep; r++)
+              VLMFAST_UNROLL for (int v = 0; v < kStep; v++) {
+            const int i = row + r, lanes = m - g - v * kLanes;
+            weight[r][v] = grad[r][v] = zero();
+            if (i >= count || lanes <= 0) continue;
+            const int at = panel * kPanelScores + i * width + g + v * kLanes;
+            const Vec shifted = fms(broadcast(factor), load(scores + at), broadcast(top[i])) -
+                                broadcast(log_sum[i]);
+            const Vec p = first_or(exp2<Words::kExpDegree>(shifted), lanes, 0.f);
+            weight[r][v] = p;
+            grad[r][v] = p * (load(grad_scores + at) - broadcast(delta[i]));
+          }
+          const int at = panel * kPanelScores + row * width + g;
+          if constexpr (kStep == 1) {
+            store(scores + at, weight[0][0]);
+            store(grad_scores + at, grad[0][0]);
+          }
 #if VLMFAST_LEVEL >= 3
-    if constexpr (Words::kElements == 2) {
-      VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
-        float *l = left + (j + i) * kWidth / 2, *gl = grad_left + (j + i) * kWidth / 2;
-        VLMFAST_UNROLL for (int g = 0; g + 1 < kGroups; g += 2) {
-          store(l + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(weight[i][g + 1], weight[i][g]));
-          store(gl + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
-        }
-        if constexpr (kGroups % 2 == 1) {
-          constexpr int g = kGroups - 1;
-          _mm256_storeu_si256((__m256i*)(l + g * kLanes / 2), narrow_bf16(weight[i][g]));
-          _mm256_storeu_si256((__m256i*)(gl + g * kLanes / 2), narrow_bf16(grad[i][g]));
-        }
-      }
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-          store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0][g], grad[1][g]));
-      return;
-    }
+          else {
+            const int pair = panel * kPanelScores / 2 + row / 2 * width + g;
+            VLMFAST_UNROLL for (int v = 0; v < kStep; v++) {
+              if (g + v * kLanes >= m) break;
+              store(left + pair + v * kLanes, interleave(weight[0][v], weight[1][v]));
+              store(grad_left + pair + v * kLanes, interleave(grad[0][v], grad[1][v]));
+            }
+            VLMFAST_UNROLL for (int r = 0; r < kStep; r++) store_words<Words>(
+                grad_words + panel * kPanelScores / 2 + ((row + r) * width + g) / 2, grad[r],
+                width - g);
+          }
 #endif
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      store(scores + j * kWidth + g * kLanes, weight[0][g]);
-      store(grad_scores + j * kWidth + g * kLanes, grad[0][g]);
-    }
+        }
+    });
   }
 
   // A tile against n packed latents. With `overwrite` it stores its share of grad_keys and
   // grad_values instead of adding it.
-  template <int kGroups>
-  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tokens, int n,
+  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tile, int n,
                            bool overwrite, Prefetcher& ahead) const {
-    constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
-    const Rows<T> query_in =
-        token_rows<T>(problem.query, task.batch, head, tokens, problem.head_dim, query_buffer);
-    const Rows<T> grad_in =
-        token_rows<T>(problem.grad_out, task.batch, head, tokens, problem.value_dim, grad_buffer);
-    pack_transposed<Words, kGroups>(query_in, tokens.count, problem.head_dim,
-                                    problem.scale * kLog2E, query);
-    pack_transposed<Words, kGroups>(grad_in, tokens.count, problem.value_dim, 1.f, grad_out);
+    const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head);
+    const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head);
+    pack_token_rows<Words>(query_in, tile, problem.head_dim, words, query);
+    pack_token_rows<Words>(grad_in, tile, problem.value_dim, value_words, grad_out);
     if (problem.wants_key_value) {
-      pack_row_pairs<Words>(query_in, tokens.count, kWidth, problem.head_dim, vectors * kLanes,
-                            query_rows);
-      pack_row_pairs<Words>(grad_in, tokens.count, kWidth, problem.value_dim,
-                            value_vectors * kLanes, grad_out_rows);
+      if (query_pairs != query)
+        pack_token_pairs<Words>(query_in, tile, problem.head_dim, stride, query_pairs);
+      if (grad_out_pairs != grad_out)
+        pack_token_pairs<Words>(grad_in, tile, problem.value_dim, value_stride, grad_out_pairs);
     }
-    float delta[kWidth], top[kWidth], log_sum[kWidth];
-    row_values<kGroups>(task, head, tokens, n, grad_in, delta, top, log_sum, ahead);
-    Vec factors[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
-    const Scores<Words> product = products(ahead);
+    float delta[kTile], top[kTile], log_sum[kTile];
+    row_values(task, head, tile, n, delta, top, log_sum, ahead);
+    const int depth = (tile.count + kStep - 1) / kStep;
     for (int first = 0; first < n; first += kBlock) {
-      const int m = minimum(kBlock, n - first), padded = round_up(m, kRowStep);
-      Vec unused[kGroups];
-      product.template block<kGroups>(first, m, unused);
-      multiply_rows<Words, kGroups>(grad_out, values + (int64_t)first * value_words, value_words, m,
-                                    grad_scores, nullptr, ahead);
-      gradients<kGroups>(m, padded, product.factor, delta, top, log_sum);
-      if (problem.wants_key_value) {
-        outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, m, overwrite,
-                                grad_values + (int64_t)first * value_vectors * kLanes,
-                                value_vectors);
-        outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, m, overwrite,
-                                grad_keys + (int64_t)first * vectors * kLanes, vectors);
-      }
-      if (problem.wants_query)
-        weighted_sum<Words, kGroups>(
-            grad_scores, key_pairs + (int64_t)first / Words::kElements * columns, columns,
-            padded / Words::kElements, columns, grad_query, first == 0 ? nullptr : factors);
+      const int m = minimum(kBlock, n - first);
+      multiply_panels<Words>(key_panels + (int64_t)first * words, query, words, tile.count, m,
+                             scores, ahead);
+      multiply_panels<Words>(value_panels + (int64_t)first * value_words, grad_out, value_words,
+                             tile.count, m, grad_scores, ahead);
+      gradients(tile.count, m, delta, top, log_sum);
+      for_each_panel(m, [&](int from, int k) VLMFAST_INLINE_LAMBDA {
+        const int panel = from / kPanel * kPanelScores / kStep, width = panel_width(k);
+        const int64_t latent = first + from;
+        if (problem.wants_key_value) {
+          outer_accumulate<Words, true>(left + panel, width, grad_out_pairs, depth, k, overwrite,
+                                        grad_values + latent * value_stride, value_stride / kLanes);
+          outer_accumulate<Words, true>(grad_left + panel, width, query_pairs, depth, k, overwrite,
+                                        grad_keys + latent * stride, stride / kLanes);
+        }
+        if (problem.wants_query)
+          outer_accumulate<Words>(grad_words + panel, width / kStep,
+                                  key_rows + latent / kStep * stride, (k + kStep - 1) / kStep,
+                                  tile.count, latent == 0, grad_query, stride / kLanes);
+      });
     }
-    if (!problem.wants_query) return;
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(problem.scale);
-    if (problem.several) {
-      store_transposed<kGroups>(grad_query, factors, tile_grad_query, problem.head_dim,
-                                tokens.count, problem.head_dim);
-      add_grad_query(task, head, tokens);
-    } else {
-      store_token_rows<kGroups>(grad_query, factors, problem.grad_query, task.batch, head, tokens,
-                                problem.head_dim, query_buffer);
-    }
+    if (problem.wants_query) store_grad_query(task, head, tile);
   }
 
   VLMFAST_INLINE float* partial_grad_query(const CrossAttentionTask& task, int head) const {
@@ -885,54 +894,54 @@ struct Backward {
            ((int64_t)task.batch * problem.heads + head) * problem.tokens * problem.head_dim;
   }
 
-  VLMFAST_INLINE void add_grad_query(const CrossAttentionTask& task, int head,
-                                     Tokens tokens) const {
-    float* target = partial_grad_query(task, head);
-    for (int i = 0; i < tokens.count; i++) {
-      float* row = target + (int64_t)tokens.index[i] * problem.head_dim;
-      const float* source = tile_grad_query + (int64_t)i * problem.head_dim;
+  VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head,
+                                       Tokens tile) const {
+    const Vec scale = broadcast(problem.scale);
+    for (int i = 0; i < tile.count; i++)
       for (int d = 0; d < problem.head_dim; d += kLanes) {
-        const int n = minimum(kLanes, problem.head_dim - d);
-        store_first(row + d, load_first(row + d, n) + load_first(source + d, n), n);
+        const int n = minimum(kLanes, problem.head_dim - d), token = tile.index[i];
+        const Vec grad = load(grad_query + (int64_t)i * stride + d) * scale;
+        if (problem.several) {
+          float* target = partial_grad_query(task, head) + (int64_t)token * problem.head_dim + d;
+          store_first(target, load_first(target, n) + grad, n);
+        } else {
+          store_first(problem.grad_query.at<T>(task.batch, head, token) + d, grad, n);
+        }
       }
-    }
   }
 
   VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
-    const int padded = round_up(n, kRowStep);
     const Rows<T> key = latents_of<T>(problem.key, task.batch, task.head, image);
-    pack_rows<Words>(key, n, padded, problem.head_dim, words, keys);
-    pack_rows<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n, padded,
-                     problem.value_dim, value_words, values);
-    if (kPairs) pack_row_pairs<Words>(key, n, padded, problem.head_dim, columns, key_pairs);
+    pack_panels<Words>(key, n, problem.head_dim, words, key_panels);
+    pack_panels<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
+                       problem.value_dim, value_words, value_panels);
+    if (problem.wants_query)
+      pack_row_pairs<Words>(key, n, round_up(n, kRowStep), problem.head_dim, stride, key_rows);
   }
 
   VLMFAST_INLINE void clear_grad_latents() const {
     const int64_t padded = round_up(problem.latents, kRowStep);
-    for (int64_t i = 0; i < padded * vectors * kLanes; i += kLanes) store(grad_keys + i, zero());
-    for (int64_t i = 0; i < padded * value_vectors * kLanes; i += kLanes)
-      store(grad_values + i, zero());
+    for (int64_t i = 0; i < padded * stride; i += kLanes) store(grad_keys + i, zero());
+    for (int64_t i = 0; i < padded * value_stride; i += kLanes) store(grad_values + i, zero());
   }
 
   VLMFAST_INLINE void store_grad_latents(const CrossAttentionTask& task, int image) const {
     const Strided key = problem.grad_key.image(image, sizeof(T)),
                   value = problem.grad_value.image(image, sizeof(T));
-    const float* uniform =
-        problem.uniform_gradient == nullptr
-            ? nullptr
-            : problem.uniform_gradient +
-                  ((int64_t)task.batch * (problem.heads / problem.group) + task.head) *
-                      problem.value_dim;
+    const int64_t key_head = (int64_t)task.batch * (problem.heads / problem.group) + task.head;
+    const float* uniform = problem.uniform_gradient == nullptr
+                               ? nullptr
+                               : problem.uniform_gradient + key_head * problem.value_dim;
+    const Vec scale = broadcast(problem.scale);
     for (int j = 0; j < problem.latents; j++) {
       T* target = key.at<T>(task.batch, task.head, j);
       for (int d = 0; d < problem.head_dim; d += kLanes)
-        store_first(target + d,
-                    load(grad_keys + (int64_t)j * vectors * kLanes + d) * broadcast(problem.scale),
+        store_first(target + d, load(grad_keys + (int64_t)j * stride + d) * scale,
                     minimum(kLanes, problem.head_dim - d));
       target = value.at<T>(task.batch, task.head, j);
       for (int d = 0; d < problem.value_dim; d += kLanes) {
         const int n = minimum(kLanes, problem.value_dim - d);
-        Vec sum = load(grad_values + (int64_t)j * value_vectors * kLanes + d);
+        Vec sum = load(grad_values + (int64_t)j * value_stride + d);
         if (uniform != nullptr) sum = sum + load_first(uniform + d, n);
         store_first(target + d, sum, n);
       }
@@ -944,17 +953,17 @@ struct Backward {
     Prefetcher result;
     if (!problem.prefetch || problem.several || next.image_begin >= next.image_end) return result;
     const int image = next.image_begin;
-    result.add(latents_of<T>(problem.key, next.batch, next.head, image), problem.latents,
-               problem.head_dim);
-    result.add(latents_of<T>(problem.value, next.batch, next.head, image), problem.latents,
-               problem.value_dim);
+    const auto add_latents = [&](const StridedImages& tensor, int dim) {
+      result.add(latents_of<T>(tensor, next.batch, next.head, image), problem.latents, dim);
+    };
     const Tokens tokens{problem.order + next.batch * problem.order_size + next.begin,
                         next.end - next.begin};
     const auto add_tokens = [&](const Strided& tensor, int dim) {
-      Rows<T> rows = rows_of<T>(tensor, next.batch, next.head * problem.group);
-      rows.data = rows.row(tokens.index[0]);
-      result.add(rows, tokens.count, dim);
+      const Rows<T> all = rows_of<T>(tensor, next.batch, next.head * problem.group);
+      result.add(rows_from(all, tokens.index[0]), tokens.count, dim);
     };
+    add_latents(problem.key, problem.head_dim);
+    add_latents(problem.value, problem.value_dim);
     if (tokens.count > 0 && tokens.adjacent()) {
       add_tokens(problem.query, problem.head_dim);
       add_tokens(problem.grad_out, problem.value_dim);
@@ -962,22 +971,20 @@ struct Backward {
       if (problem.wants_query) add_tokens(problem.grad_query, problem.head_dim);
     }
     if (problem.wants_key_value) {
-      result.add(latents_of<T>(problem.grad_key, next.batch, next.head, image), problem.latents,
-                 problem.head_dim);
-      result.add(latents_of<T>(problem.grad_value, next.batch, next.head, image), problem.latents,
-                 problem.value_dim);
+      add_latents(problem.grad_key, problem.head_dim);
+      add_latents(problem.grad_value, problem.value_dim);
     }
     result.spread_over(steps);
     return result;
   }
 
-  // Calls body(query head, tile of the tokens, groups).
+  // Calls body(query head, tile of the tokens).
   template <class Body>
   VLMFAST_INLINE void for_each_head_tile(const CrossAttentionTask& task, Tokens tokens,
                                          Body body) const {
     for (int h = 0; h < problem.group; h++)
-      for_each_tile(tokens, [&](Tokens part, auto groups) VLMFAST_INLINE_LAMBDA {
-        body(task.head * problem.group + h, part, groups);
+      for_each_tile(tokens, [&](Tokens tile) VLMFAST_INLINE_LAMBDA {
+        body(task.head * problem.group + h, tile);
       });
   }
 
@@ -989,11 +996,12 @@ struct Backward {
         clear_grad_latents();
         overwrite = false;
       }
-      Prefetcher ahead = prefetcher(
-          next, 2 * (int64_t)tokens.count * problem.group * n / (kRowStep * kMaxTile) + 1);
+      const int64_t panels = (n - 1) / kPanel + 1;
+      Prefetcher ahead =
+          prefetcher(next, (int64_t)tokens.count * problem.group / kRowStep * panels * 2);
       pack(task, image, n);
-      for_each_head_tile(task, tokens, [&](int head, Tokens part, auto groups) {
-        tile<decltype(groups)::value>(task, head, part, n, overwrite, ahead);
+      for_each_head_tile(task, tokens, [&](int head, Tokens part) {
+        tile(task, head, part, n, overwrite, ahead);
         overwrite = false;
       });
     });
@@ -1016,24 +1024,22 @@ struct Backward {
     for (int image = 0; image < problem.images; image++)
       for_each_list(problem, task.batch, image, [&](Tokens tokens, int n) {
         pack(task, image, n);
-        for_each_head_tile(task, tokens, [&](int head, Tokens part, auto groups) {
-          constexpr int kGroups = decltype(groups)::value;
+        for_each_head_tile(task, tokens, [&](int head, Tokens part) {
           Prefetcher none;
-          float kept[kGroups * kLanes], added[kGroups * kLanes];
-          const Rows<T> in =
-              token_rows<T>(problem.query, task.batch, head, part, problem.head_dim, query_buffer);
-          pack_transposed<Words, kGroups>(in, part.count, problem.head_dim, problem.scale * kLog2E,
-                                          query);
-          rows.join(products(none).template statistics<kGroups>(n), part,
-                    (int64_t)(head - task.head * problem.group) * problem.tokens, kept, added);
+          Softmax softmax;
+          float kept[kTile], added[kTile];
+          pack_token_rows<Words>(rows_of<T>(problem.query, task.batch, head), part,
+                                 problem.head_dim, words, query);
+          statistics(part.count, n, none, &softmax);
+          rows.join(softmax, part, (int64_t)(head - task.head * problem.group) * problem.tokens,
+                    kept, added);
         });
       });
     for (int64_t i = 0; i < held; i++) {
-      if (rows.sums[i] == 0.f) {
+      if (rows.sums[i] == 0.f)
         split(-kInfinity, rows.tops + i, rows.sums + i);
-        continue;
-      }
-      log2_in_place(rows.sums + i, 1);
+      else
+        log2_in_place(rows.sums + i, 1);
     }
   }
 
@@ -1161,7 +1167,7 @@ void sum_splits(const CrossAttentionBackward& problem, int splits, int batch, in
 }  // namespace
 
 extern const CrossAttentionKernel cross_attention_kernel = {
-    forward_scratch, forward,          fill_rows,  backward_scratch, backward,
-    clear_grad_rows, sum_uniform_rows, sum_splits, kMaxTile};
+    forward_scratch,  forward,    fill_rows, backward_scratch, backward, clear_grad_rows,
+    sum_uniform_rows, sum_splits, kTile};
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT
