@@ -20,6 +20,7 @@ constexpr int kChunks = 2;
 constexpr int kTile = kChunks * kLanes;  // queries whose scores are held at once
 constexpr int kPanelScores = kTile * kPanel, kScores = kTile * kBlock;
 static_assert(kBlock % kPanel == 0 && kTile % kRowStep == 0);
+constexpr int kTilesAhead = 2;  // how early the rows of a tile are fetched
 // Up to so many queries of an image run one by one: packing it would take longer.
 constexpr int kFewRows = kLanes / 4;
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
@@ -83,11 +84,14 @@ struct Tokens {
   }
 };
 
-// Calls body(tile of the tokens).
+// Calls body(tile of the tokens, tile to fetch meanwhile); the latter may be empty.
 template <class Body>
 VLMFAST_INLINE void for_each_tile(Tokens tokens, Body body) {
-  for (int first = 0; first < tokens.count; first += kTile)
-    body(tokens.part(first, minimum(kTile, tokens.count - first)));
+  for (int first = 0; first < tokens.count; first += kTile) {
+    const int later = minimum(first + kTilesAhead * kTile, tokens.count);
+    body(tokens.part(first, minimum(kTile, tokens.count - first)),
+         tokens.part(later, minimum(kTile, tokens.count - later)));
+  }
 }
 
 // How many latents of an image exist.
@@ -137,6 +141,20 @@ template <class T>
 VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
   return {rows.row(first), rows.row_stride, rows.column_stride};
 }
+
+// Asks for the rows of a later tile, one between other work on a row of this one.
+template <class T>
+struct RowFetcher {
+  Rows<T> all;
+  Tokens tokens;
+  int columns;
+
+  VLMFAST_INLINE void row(int i) const {
+    if (i >= tokens.count) return;
+    const T* first = all.row(tokens.index[i]);
+    for (int d = 0; d < columns; d += 64 / (int)sizeof(T)) __builtin_prefetch(first + d, 0, 2);
+  }
+};
 
 // The rows of two tokens, or of one, as a matrix.
 template <class T>
@@ -358,12 +376,14 @@ struct Forward {
 
   // Replaces n scores of each row by exp2(factor * score - subtracted), as pairs where words are,
   // and adds them up.
-  VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums) const {
+  VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums,
+                              const RowFetcher<T>& later) const {
     constexpr int kStep = Words::kElements;
     float more[kTile] = {};
     reduce_rows(
         count, more,
         [&](int row) VLMFAST_INLINE_LAMBDA {
+          later.row(row);
           const Vec shift = broadcast(subtracted[row]);
           Vec total = zero();
           for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
@@ -390,10 +410,10 @@ struct Forward {
 
   // The queries of a tile against n packed latents: `out` becomes the weighted sums, still to be
   // divided.
-  VLMFAST_INLINE void attend(const CrossAttentionTask& task, int head, Tokens tile, int n,
-                             Prefetcher& ahead, Softmax* softmax) const {
-    pack_token_rows<Words>(rows_of<T>(problem.query, task.batch, head), tile, problem.head_dim,
-                           words, query);
+  VLMFAST_INLINE void attend(const CrossAttentionTask& task, int head, Tokens tile, Tokens later,
+                             int n, Prefetcher& ahead, Softmax* softmax) const {
+    const Rows<T> queries = rows_of<T>(problem.query, task.batch, head);
+    pack_token_rows<Words>(queries, tile, problem.head_dim, words, query);
     softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
@@ -403,7 +423,8 @@ struct Forward {
                              ahead);
       row_maxima(scores, tile.count, m, factor, most);
       softmax->raise(most, subtracted, rescale);
-      weights(tile.count, m, subtracted, softmax->sum);
+      weights(tile.count, m, subtracted, softmax->sum,
+              {queries, later.part(0, first == 0 ? later.count : 0), problem.head_dim});
       if (first > 0)
         for (int i = 0; i < tile.count; i++)
           for (int d = 0; d < value_stride; d += kLanes) {
@@ -484,11 +505,13 @@ struct Forward {
 
   // Results of a tile from its weighted sums. Rows that see nothing have a sum of 0 and give 0.
   VLMFAST_INLINE void store_tile(const Softmax& softmax, int batch, int head, Tokens tile,
-                                 const float* sums) const {
+                                 Tokens later, const float* sums) const {
     float logs[kTile];
     log2_of_sums(softmax.sum, logs);
     float* target = logsumexp(batch, head);
+    const RowFetcher<T> fetcher{rows_of<T>(problem.out, batch, head), later, problem.value_dim};
     for (int i = 0; i < tile.count; i++) {
+      fetcher.row(i);
       target[tile.index[i]] = natural_logsumexp(softmax.top[i], logs[i]);
       store_row(batch, head, tile.index[i], sums + (int64_t)i * value_stride,
                 softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i]);
@@ -524,8 +547,8 @@ struct Forward {
                           round_up(n, kRowStep), problem.value_dim, value_stride, values);
   }
 
-  // All query heads' tokens against n latents of an image; take(head, tile, softmax) takes the
-  // weighted sums from `out`.
+  // All query heads' tokens against n latents of an image; take(head, tile, later tile, softmax)
+  // takes the weighted sums from `out`.
   template <class Take>
   VLMFAST_INLINE void attend_image(const CrossAttentionTask& task, int image, Tokens tokens, int n,
                                    Prefetcher& ahead, Take take) const {
@@ -540,12 +563,13 @@ struct Forward {
                      latents_of<T>(problem.key, task.batch, task.head, image),
                      latents_of<T>(problem.value, task.batch, task.head, image), n, ahead,
                      &softmax);
-          take(head, tokens.part(i, 1), softmax);
+          take(head, tokens.part(i, 1), tokens.part(i, 0), softmax);
         }
       } else {
-        for_each_tile(tokens, [&](Tokens tile) VLMFAST_INLINE_LAMBDA {
-          attend(task, head, tile, n, ahead, &softmax);
-          take(head, tile, softmax);
+        for_each_tile(tokens, [&](Tokens tile, Tokens later) VLMFAST_INLINE_LAMBDA {
+          if (!problem.prefetch) later.count = 0;
+          attend(task, head, tile, later, n, ahead, &softmax);
+          take(head, tile, later, softmax);
         });
       }
     }
@@ -567,10 +591,11 @@ struct Forward {
                         next.end - next.begin};
     if (tokens.count > 0 && tokens.adjacent()) {
       const int head = next.head * problem.group;
-      result.add(rows_from(rows_of<T>(problem.query, next.batch, head), tokens.index[0]),
-                 tokens.count, problem.head_dim);
-      result.add(rows_from(rows_of<T>(problem.out, next.batch, head), tokens.index[0]),
-                 tokens.count, problem.value_dim);
+      const int count = minimum(tokens.count, kTilesAhead * kTile);
+      result.add(rows_from(rows_of<T>(problem.query, next.batch, head), tokens.index[0]), count,
+                 problem.head_dim);
+      result.add(rows_from(rows_of<T>(problem.out, next.batch, head), tokens.index[0]), count,
+                 problem.value_dim);
     }
     result.spread_over(steps);
     return result;
@@ -591,9 +616,10 @@ struct Forward {
     Prefetcher ahead = prefetcher(task, next,
                                   is_few(tokens) ? all_rows * ((n + kLanes - 1) / kLanes)
                                                  : all_rows / kRowStep * ((n - 1) / kPanel + 1));
-    attend_image(task, image, tokens, n, ahead,
-                 [&](int head, Tokens tile, const Softmax& softmax)
-                     VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, out); });
+    attend_image(
+        task, image, tokens, n, ahead,
+        [&](int head, Tokens tile, Tokens later, const Softmax& softmax)
+            VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, later, out); });
   }
 
   VLMFAST_INLINE void run_several(const CrossAttentionTask& task) const {
@@ -610,7 +636,7 @@ struct Forward {
         Prefetcher none;
         if (tokens.count > 0)
           attend_image(task, image, tokens, n, none,
-                       [&](int head, Tokens tile, const Softmax& softmax)
+                       [&](int head, Tokens tile, Tokens, const Softmax& softmax)
                            VLMFAST_INLINE_LAMBDA { join(softmax, tile, first_row(head)); });
       });
     for (int h = 0; h < problem.group; h++)
@@ -622,7 +648,7 @@ struct Forward {
         softmax.clear();
         softmax.top[0] = rows.tops[row];
         softmax.sum[0] = rows.sums[row];
-        store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1},
+        store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1}, {&token, 0},
                    row_out + row * value_stride);
       }
   }
@@ -760,15 +786,19 @@ struct Backward {
   }
 
   // grad_out . out - grad_logsumexp of each row, and its logsumexp as `top` + `log_sum`.
-  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile, int n,
-                                 float* delta, float* top, float* log_sum,
+  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile,
+                                 Tokens later, int n, float* delta, float* top, float* log_sum,
                                  Prefetcher& ahead) const {
     const Rows<T> grad = rows_of<T>(problem.grad_out, task.batch, head);
     const Rows<T> out = rows_of<T>(problem.out, task.batch, head);
+    const RowFetcher<T> later_out{out, later, problem.value_dim},
+        later_grad{grad, later, problem.value_dim};
     reduce_rows(
         tile.count, delta,
         [&](int i) VLMFAST_INLINE_LAMBDA {
           const int token = tile.index[i];
+          later_out.row(i);
+          later_grad.row(i);
           Vec sum = zero();
           for (int d = 0; d < problem.value_dim; d += kLanes) {
             const int m = minimum(kLanes, problem.value_dim - d);
@@ -849,8 +879,8 @@ struct Backward {
 
   // A tile against n packed latents. With `overwrite` it stores its share of grad_keys and
   // grad_values instead of adding it.
-  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tile, int n,
-                           bool overwrite, Prefetcher& ahead) const {
+  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tile, Tokens later,
+                           int n, bool overwrite, Prefetcher& ahead) const {
     const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head);
     const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head);
     pack_token_rows<Words>(query_in, tile, problem.head_dim, words, query);
@@ -862,7 +892,7 @@ struct Backward {
         pack_token_pairs<Words>(grad_in, tile, problem.value_dim, value_stride, grad_out_pairs);
     }
     float delta[kTile], top[kTile], log_sum[kTile];
-    row_values(task, head, tile, n, delta, top, log_sum, ahead);
+    row_values(task, head, tile, later, n, delta, top, log_sum, ahead);
     const int depth = (tile.count + kStep - 1) / kStep;
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
@@ -886,7 +916,7 @@ struct Backward {
                                   tile.count, latent == 0, grad_query, stride / kLanes);
       });
     }
-    if (problem.wants_query) store_grad_query(task, head, tile);
+    if (problem.wants_query) store_grad_query(task, head, tile, later);
   }
 
   VLMFAST_INLINE float* partial_grad_query(const CrossAttentionTask& task, int head) const {
@@ -894,10 +924,16 @@ struct Backward {
            ((int64_t)task.batch * problem.heads + head) * problem.tokens * problem.head_dim;
   }
 
-  VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head,
-                                       Tokens tile) const {
+  VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head, Tokens tile,
+                                       Tokens later) const {
     const Vec scale = broadcast(problem.scale);
-    for (int i = 0; i < tile.count; i++)
+    const RowFetcher<T> later_query{rows_of<T>(problem.query, task.batch, head), later,
+                                    problem.head_dim};
+    const RowFetcher<T> later_grad{rows_of<T>(problem.grad_query, task.batch, head), later,
+                                   problem.head_dim};
+    for (int i = 0; i < tile.count; i++) {
+      later_query.row(i);
+      later_grad.row(i);
       for (int d = 0; d < problem.head_dim; d += kLanes) {
         const int n = minimum(kLanes, problem.head_dim - d), token = tile.index[i];
         const Vec grad = load(grad_query + (int64_t)i * stride + d) * scale;
@@ -908,6 +944,7 @@ struct Backward {
           store_first(problem.grad_query.at<T>(task.batch, head, token) + d, grad, n);
         }
       }
+    }
   }
 
   VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
@@ -960,7 +997,7 @@ struct Backward {
                         next.end - next.begin};
     const auto add_tokens = [&](const Strided& tensor, int dim) {
       const Rows<T> all = rows_of<T>(tensor, next.batch, next.head * problem.group);
-      result.add(rows_from(all, tokens.index[0]), tokens.count, dim);
+      result.add(rows_from(all, tokens.index[0]), minimum(tokens.count, kTilesAhead * kTile), dim);
     };
     add_latents(problem.key, problem.head_dim);
     add_latents(problem.value, problem.value_dim);
@@ -978,13 +1015,14 @@ struct Backward {
     return result;
   }
 
-  // Calls body(query head, tile of the tokens).
+  // Calls body(query head, tile of the tokens, tile to fetch meanwhile).
   template <class Body>
   VLMFAST_INLINE void for_each_head_tile(const CrossAttentionTask& task, Tokens tokens,
                                          Body body) const {
     for (int h = 0; h < problem.group; h++)
-      for_each_tile(tokens, [&](Tokens tile) VLMFAST_INLINE_LAMBDA {
-        body(task.head * problem.group + h, tile);
+      for_each_tile(tokens, [&](Tokens tile, Tokens later) VLMFAST_INLINE_LAMBDA {
+        if (!problem.prefetch) later.count = 0;
+        body(task.head * problem.group + h, tile, later);
       });
   }
 
@@ -1000,8 +1038,8 @@ struct Backward {
       Prefetcher ahead =
           prefetcher(next, (int64_t)tokens.count * problem.group / kRowStep * panels * 2);
       pack(task, image, n);
-      for_each_head_tile(task, tokens, [&](int head, Tokens part) {
-        tile(task, head, part, n, overwrite, ahead);
+      for_each_head_tile(task, tokens, [&](int head, Tokens part, Tokens later) {
+        tile(task, head, part, later, n, overwrite, ahead);
         overwrite = false;
       });
     });
@@ -1024,7 +1062,7 @@ struct Backward {
     for (int image = 0; image < problem.images; image++)
       for_each_list(problem, task.batch, image, [&](Tokens tokens, int n) {
         pack(task, image, n);
-        for_each_head_tile(task, tokens, [&](int head, Tokens part) {
+        for_each_head_tile(task, tokens, [&](int head, Tokens part, Tokens) {
           Prefetcher none;
           Softmax softmax;
           float kept[kTile], added[kTile];
