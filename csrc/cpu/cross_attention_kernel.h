@@ -809,7 +809,8 @@ struct Backward {
         [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
     const int64_t row = ((int64_t)task.batch * problem.heads + head) * problem.tokens;
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
-    bool precise = true;
+    // Nor do a few rows average the rounding of their logsumexp away.
+    bool precise = problem.several || tile.count > kFewRows;
     for (int i = 0; i < tile.count; i++) {
       const int token = tile.index[i];
       const float logsumexp = problem.logsumexp[row + token];
@@ -1055,7 +1056,7 @@ struct Backward {
     const float* logsumexp =
         problem.logsumexp +
         ((int64_t)task.batch * problem.heads + task.head * problem.group) * problem.tokens;
-    bool precise = true;
+    bool precise = problem.tokens > kFewRows;
     for (int64_t i = 0; i < held; i++) precise &= split(logsumexp[i], rows.tops + i, rows.sums + i);
     if (precise) return;
     rows.clear(held);
