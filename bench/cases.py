@@ -37,6 +37,32 @@ class AttentionCase:
         return " ".join([*words, "causal"] if self.is_causal else words)
 
 
+@dataclass(frozen=True)
+class ImageAttentionCase:
+    """Text of a Flamingo-like model that attends to its images, which stand at equal distances.
+
+    Query is a (B, T, H, D) projection; key and value are slices of a packed (B, I, L, 2, H, D) one.
+    """
+
+    name: str
+    source: str
+    batch: int
+    heads: int
+    tokens: int
+    images: int
+    latents: int
+    head_dim: int
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "B4 H8 T512 I33 L64 d64"."""
+        return (
+            f"B{self.batch} H{self.heads} T{self.tokens} I{self.images} L{self.latents} "
+            f"d{self.head_dim}"
+        )
+
+
 FLASH_ATTENTION = (
     AttentionCase("vit-b16", "ViT-B/16, 224 px", 8, 12, 197, 197, 64),
     AttentionCase("vit-l14-336", "CLIP ViT-L/14, 336 px", 1, 16, 577, 577, 64),
@@ -49,4 +75,10 @@ FLASH_ATTENTION = (
     AttentionCase("resampler", "Flamingo's Perceiver resampler", 1, 8, 64, 2112, 64),
 )
 
-CASES = {"flash_attention": FLASH_ATTENTION}
+CROSS_ATTENTION = tuple(
+    ImageAttentionCase(f"t{tokens}-i{images}", "Flamingo", 4, 8, tokens, images, 64, 64)
+    for tokens in (512, 2048)
+    for images in (1, 4, 8, 33)
+)
+
+CASES = {"flash_attention": FLASH_ATTENTION, "cross_attention": CROSS_ATTENTION}

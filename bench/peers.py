@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlmfast.functional as VF
-from bench.cases import AttentionCase
+from bench.cases import AttentionCase, ImageAttentionCase
 
 OURS = "vlmfast"
 
@@ -78,5 +78,55 @@ FLASH_ATTENTION = Contestant(OURS, _never, _ours)
 SDPA = Contestant("torch SDPA", _never, _sdpa)
 EAGER = Contestant("eager", _eager_refusal, eager_attention)
 
-CONTESTANTS = {"flash_attention": (FLASH_ATTENTION, SDPA, EAGER)}
+
+def image_plan(case: ImageAttentionCase, batch: int | None = None) -> VF.CrossAttentionPlan:
+    """Of a text with its images at equal distances, the first at its start."""
+    media = torch.zeros(batch or case.batch, case.tokens, dtype=torch.bool)
+    media[:, [image * case.tokens // case.images for image in range(case.images)]] = True
+    return VF.cross_attention_plan(VF.image_index(media), case.images)
+
+
+def _image_mask(case: ImageAttentionCase) -> Tensor:
+    """(1, 1, T, I * L) bool: which latents each token sees."""
+    phi = image_plan(case, batch=1).image_index
+    images = torch.arange(1, case.images + 1).repeat_interleave(case.latents)
+    return (phi[..., None] == images)[:, None]
+
+
+def _our_image_attention(case: ImageAttentionCase) -> Attention:
+    plan = image_plan(case)
+    return lambda query, key, value: VF.image_cross_attention(query, key, value, plan)
+
+
+def _sdpa_image_attention(case: ImageAttentionCase) -> Attention:
+    mask = _image_mask(case)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = key.flatten(2, 3), value.flatten(2, 3)
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    return attention
+
+
+def eager_image_attention(case: ImageAttentionCase) -> Attention:
+    """flamingo-pytorch's formula: every score, those of other images at the lowest float."""
+    scale, hidden = 1 / math.sqrt(case.head_dim), ~_image_mask(case)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query * scale) @ key.flatten(2, 3).transpose(-2, -1)
+        scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
+        scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+        return scores.softmax(dim=-1) @ value.flatten(2, 3)
+
+    return attention
+
+
+CROSS_ATTENTION = Contestant(OURS, _never, _our_image_attention)
+IMAGE_SDPA = Contestant("torch SDPA, bool mask", _never, _sdpa_image_attention)
+IMAGE_EAGER = Contestant("flamingo-pytorch", _never, eager_image_attention)
+
+CONTESTANTS = {
+    "flash_attention": (FLASH_ATTENTION, SDPA, EAGER),
+    "cross_attention": (CROSS_ATTENTION, IMAGE_SDPA, IMAGE_EAGER),
+}
 """By family; the first one is ours."""

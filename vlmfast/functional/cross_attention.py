@@ -128,6 +128,7 @@ def cross_attention_plan(
     if not several and common.may_read_values(image_index):
         _check_values(image_index, num_images, overflow)
 
+    image_index = image_index.contiguous()
     if several:
         empty = ~image_index.any(-1)
         kind = torch.where(empty, _EMPTY_ROWS[empty_rows], 1).int()

@@ -25,11 +25,6 @@ def _attend(
     Whatever a token does not attend to is replaced by 0 before it is multiplied, and by the same
     token the gradient stays apart: 0 times NaN would be NaN.
     """
-    batch, heads, tokens, _ = query.shape
-    images, latents = key.shape[2:4]
-    if images * latents == 0:
-        nothing = query.new_full((batch, heads, tokens), -torch.inf)
-        return query.new_zeros(batch, heads, tokens, value.shape[-1]), nothing
     key = key.masked_fill(~valid[:, None, ..., None], 0.0)
     value = value.masked_fill(~valid[:, None, ..., None], 0.0)
     seen = sees.transpose(1, 2)[:, None, :, :, None]  # (B, 1, I, T, 1)
@@ -38,8 +33,12 @@ def _attend(
     logits = scale * (query.unsqueeze(2).where(seen, 0.0) @ key.transpose(-2, -1))
     logits = logits.masked_fill(~attended, -torch.inf)
     # The maximum only shifts exponents, so it carries no gradient; a row of -inf is shifted by 0.
-    row_max = logits.detach().amax((2, 4), keepdim=True)
-    row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    batch, heads, images, tokens, latents = logits.shape
+    if images * latents:
+        row_max = logits.detach().amax((2, 4), keepdim=True)
+        row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    else:
+        row_max = logits.new_zeros(batch, heads, 1, tokens, 1)
     weights = torch.exp(logits - row_max)
     total = weights.sum((2, 4), keepdim=True)
     empty = total == 0

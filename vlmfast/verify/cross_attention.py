@@ -138,13 +138,17 @@ def image_case(
             index = numbers.sort(-1).values
         else:
             index = phi(generator)
-        image_lengths = None if lengths is None else torch.tensor(lengths).expand(batch, -1)
-        plan = cross_attention_plan(index, images, image_lengths=image_lengths, **options)
+        image_lengths = None
+        if lengths is not None:
+            image_lengths = torch.tensor(lengths, device=device).expand(batch, -1)
+        plan = cross_attention_plan(
+            index.to(device), images, image_lengths=image_lengths, **options
+        )
         return {
             "query": normal(*query_shape),
             "key": normal(batch, *key_shape, dim),
             "value": normal(batch, *key_shape, value_dim or dim),
-            "plan": CrossAttentionPlan(*(None if x is None else x.to(device) for x in plan)),
+            "plan": plan,
             **scale,
         }
 
