@@ -59,6 +59,32 @@ class AttentionCase:
         return " ".join([*words, "causal"] if self.is_causal else words)
 
 
+@dataclass(frozen=True)
+class ImageAttentionCase:
+    """Text of a Flamingo-like model that attends to its images, which stand at equal distances.
+
+    Query is a (B, T, H, D) projection; key and value are slices of a packed (B, I, L, 2, H, D) one.
+    """
+
+    name: str
+    source: str
+    batch: int
+    heads: int
+    tokens: int
+    images: int
+    latents: int
+    head_dim: int
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "B4 H8 T512 I33 L64 d64"."""
+        return (
+            f"B{self.batch} H{self.heads} T{self.tokens} I{self.images} L{self.latents} "
+            f"d{self.head_dim}"
+        )
+
+
 FLASH_ATTENTION = (
     AttentionCase("vit-b16", "ViT-B/16, 224 px", 8, 12, 197, 197, 64),
     AttentionCase("vit-l14-336", "CLIP ViT-L/14, 336 px", 1, 16, 577, 577, 64),
@@ -71,12 +97,22 @@ FLASH_ATTENTION = (
     AttentionCase("resampler", "Flamingo's Perceiver resampler", 1, 8, 64, 2112, 64),
 )
 
+CROSS_ATTENTION = tuple(
+    ImageAttentionCase(f"t{tokens}-i{images}", "Flamingo", 4, 8, tokens, images, 64, 64)
+    for tokens in (512, 2048)
+    for images in (1, 4, 8, 33)
+)
+
 # Every family by name: its cases, ...
-CASES: dict[str, Sequence[Case]] = {"flash_attention": FLASH_ATTENTION}
+CASES: dict[str, Sequence[Case]] = {
+    "flash_attention": FLASH_ATTENTION,
+    "cross_attention": CROSS_ATTENTION,
+}
 
 # ... those that `make bench` has time for, ...
 SELECTION = {
-    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler")
+    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler"),
+    "cross_attention": ("t512-i4", "t2048-i1", "t2048-i8", "t2048-i33"),
 }
 
 # ... and what its cost is drawn against.
@@ -87,5 +123,12 @@ SWEEPS = {
             (length, AttentionCase(f"tokens-{length}", "a sweep", 1, 2, length, length, 64))
             for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
         ),
-    )
+    ),
+    "cross_attention": Sweep(
+        "images",
+        tuple(
+            (images, ImageAttentionCase(f"images-{images}", "a sweep", 1, 8, 1024, images, 64, 64))
+            for images in (1, 2, 4, 8, 16, 32, 64)
+        ),
+    ),
 }

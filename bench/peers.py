@@ -1,5 +1,6 @@
 """Who races, by family: our own call and what it replaces. Each says what it cannot run and why."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vlmfast.functional as VF
-from bench.cases import AttentionCase
+from bench.cases import AttentionCase, ImageAttentionCase
 
 OURS = "vlmfast"
 
@@ -60,15 +61,16 @@ def _sdpa(case: AttentionCase) -> Attention:
 def eager_attention(case: AttentionCase) -> Attention:
     """softmax(scale q k^T + mask) v with the scores in memory, each step torch's own."""
     scale = 1 / math.sqrt(case.head_dim)
-    hidden: dict[torch.device, Tensor] = {}
+
+    @functools.cache
+    def hidden(device: torch.device) -> Tensor:
+        sizes = (case.query_length, case.key_length)
+        return torch.ones(sizes, dtype=torch.bool, device=device).triu(1)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = (query * scale) @ key.transpose(-2, -1)
         if case.is_causal:
-            if query.device not in hidden:
-                ones = query.new_ones(case.query_length, case.key_length, dtype=torch.bool)
-                hidden[query.device] = ones.triu(1)
-            scores = scores.masked_fill(hidden[query.device], -math.inf)
+            scores = scores.masked_fill(hidden(query.device), -math.inf)
         return scores.softmax(dim=-1) @ value
 
     return attention
@@ -106,18 +108,19 @@ def _compiled(case: AttentionCase) -> Attention:
 
 def _flex(case: AttentionCase) -> Attention:
     compiled = torch.compile(flex_attention, fullgraph=True)
-    masks: dict[torch.device, BlockMask] = {}
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
+    @functools.cache
+    def mask(device: torch.device) -> BlockMask:
+        sizes = (None, None, case.query_length, case.key_length)
+        return create_block_mask(visible, *sizes, device=device)
+
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not case.is_causal:
             return compiled(query, key, value)
-        if query.device not in masks:
-            sizes = (None, None, case.query_length, case.key_length)
-            masks[query.device] = create_block_mask(visible, *sizes, device=query.device)
-        return compiled(query, key, value, block_mask=masks[query.device])
+        return compiled(query, key, value, block_mask=mask(query.device))
 
     return attention
 
@@ -144,6 +147,56 @@ FLASH_ATTENTION = Contestant(OURS, _never, _ours)
 SDPA = Contestant("torch SDPA", _never, _sdpa)
 EAGER = Contestant("eager", _eager_refusal, eager_attention)
 
+
+def image_plan(
+    case: ImageAttentionCase, batch: int | None = None, device: torch.device | str = "cpu"
+) -> VF.CrossAttentionPlan:
+    """Of a text with its images at equal distances, the first at its start."""
+    media = torch.zeros(batch or case.batch, case.tokens, dtype=torch.bool, device=device)
+    media[:, [image * case.tokens // case.images for image in range(case.images)]] = True
+    return VF.cross_attention_plan(VF.image_index(media), case.images)
+
+
+def _image_mask(case: ImageAttentionCase, device: torch.device) -> Tensor:
+    """(1, 1, T, I * L) bool: which latents each token sees."""
+    phi = image_plan(case, 1, device).image_index
+    images = torch.arange(1, case.images + 1, device=device).repeat_interleave(case.latents)
+    return (phi[..., None] == images)[:, None]
+
+
+def _our_image_attention(case: ImageAttentionCase) -> Attention:
+    plan = functools.cache(lambda device: image_plan(case, device=device))
+    return lambda q, k, v: VF.image_cross_attention(q, k, v, plan(q.device))
+
+
+def _sdpa_image_attention(case: ImageAttentionCase) -> Attention:
+    mask = functools.cache(functools.partial(_image_mask, case))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = key.flatten(2, 3), value.flatten(2, 3)
+        return F.scaled_dot_product_attention(query, key, value, mask(query.device))
+
+    return attention
+
+
+def eager_image_attention(case: ImageAttentionCase) -> Attention:
+    """flamingo-pytorch's formula: every score, those of other images at the lowest float."""
+    scale = 1 / math.sqrt(case.head_dim)
+    hidden = functools.cache(lambda device: ~_image_mask(case, device))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query * scale) @ key.flatten(2, 3).transpose(-2, -1)
+        scores = scores.masked_fill(hidden(query.device), -torch.finfo(scores.dtype).max)
+        scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+        return scores.softmax(dim=-1) @ value.flatten(2, 3)
+
+    return attention
+
+
+CROSS_ATTENTION = Contestant(OURS, _never, _our_image_attention)
+IMAGE_SDPA = Contestant("torch SDPA, bool mask", _never, _sdpa_image_attention)
+IMAGE_EAGER = Contestant("flamingo-pytorch", _never, eager_image_attention)
+
 _GPU = ("cuda",)
 
 CONTESTANTS: dict[str, Sequence[Contestant]] = {
@@ -157,6 +210,7 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
         Contestant("torch.compile", _eager_refusal, _compiled, _GPU),
         Contestant("FlexAttention", _never, _flex, _GPU),
         Contestant("xformers", _xformers_refusal, _xformers, _GPU),
-    )
+    ),
+    "cross_attention": (CROSS_ATTENTION, IMAGE_SDPA, IMAGE_EAGER),
 }
 """By family; the first one is ours. What must be compiled first races on GPUs alone."""

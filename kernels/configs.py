@@ -292,6 +292,71 @@ _WINDOW_BACKWARD_BIAS = _table(
 _BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
 _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
 
+_CROSS_FORWARD_90 = _rows(
+    (64, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 64, 8, 2), (256, UNLIMITED, 64, 32, 8, 1)
+)
+_CROSS_FORWARD = _table(
+    sm_90=_CROSS_FORWARD_90,
+    sm_100=_CROSS_FORWARD_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 64, 64, 4, 2),
+        (128, UNLIMITED, 64, 32, 4, 2),
+        (256, UNLIMITED, 32, 32, 8, 1),
+    ),
+    tf32=_rows(
+        (64, UNLIMITED, 64, 32, 8, 1),
+        (128, UNLIMITED, 32, 32, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+)
+
+_CROSS_KEY_VALUE_90 = _rows(
+    (80, UNLIMITED, 64, 64, 8, 1),
+    (128, UNLIMITED, 32, 64, 8, 1),
+    (256, UNLIMITED, 32, 32, 8, 1),
+)
+_CROSS_KEY_VALUE = _table(
+    sm_90=_CROSS_KEY_VALUE_90,
+    sm_100=_CROSS_KEY_VALUE_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 32, 64, 4, 1),
+        (128, UNLIMITED, 32, 64, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    tf32=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+)
+
+# The whole image is one block of latents.
+_CROSS_WHOLE = _table(
+    sm_90=_rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    sm_100=_rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    mma_sync=_rows((64, 64, 32, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    tf32=(),
+    ieee=(),
+)
+
+_CROSS_QUERY_90 = _rows(
+    (64, UNLIMITED, 64, 64, 4, 1),
+    (128, UNLIMITED, 64, 32, 8, 1),
+    (256, UNLIMITED, 32, 32, 8, 1),
+)
+_CROSS_QUERY = _table(
+    sm_90=_CROSS_QUERY_90,
+    sm_100=_CROSS_QUERY_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 64, 32, 4, 1),
+        (128, UNLIMITED, 64, 32, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    tf32=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+)
+
+_CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))
+_CROSS_EVERY_ROW = _table(*(_CROSS_ROWS for _ in range(5)))
+
 TABLE: dict[str, Table] = {
     "flash_attention_fwd": _FORWARD,
     "flash_attention_bwd_statistics": _BACKWARD_STATISTICS,
@@ -305,6 +370,12 @@ TABLE: dict[str, Table] = {
     "window_attention_bwd_query": _WINDOW_BACKWARD_QUERY,
     "window_attention_bwd_bias": _WINDOW_BACKWARD_BIAS,
     "window_attention_bwd_key_value": _WINDOW_BACKWARD_KEY_VALUE,
+    "cross_attention_fwd": _CROSS_FORWARD,
+    "cross_attention_fill": _CROSS_EVERY_ROW,
+    "cross_attention_bwd_key_value": _CROSS_KEY_VALUE,
+    "cross_attention_bwd_whole": _CROSS_WHOLE,
+    "cross_attention_bwd_query": _CROSS_QUERY,
+    "cross_attention_bwd_uniform": _CROSS_EVERY_ROW,
 }
 
 INTERPRETED_ARCHITECTURE = 90  # whose rows CPU tensors take under TRITON_INTERPRET=1

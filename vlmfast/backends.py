@@ -214,7 +214,7 @@ def _installed(module: str) -> bool:
 _TRITON_INSTALLED = _installed("triton")
 _TRITON_FAMILIES = frozenset(
     family
-    for family in ("flash_attention", "window_attention")
+    for family in ("flash_attention", "window_attention", "cross_attention")
     if _installed(f"vlmfast.kernels.{family}")
 )
 
@@ -268,12 +268,6 @@ def _flash_attention_triton(
     return reasons
 
 
-def _flash_attention_cuda(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> list[str]:
-    return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
-
-
 def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
     reasons = _kernel_dtype(query.dtype, None)
     names = ("relative_position_bias", "logit_scale", "pad_value")
@@ -311,7 +305,21 @@ def _window_attention_triton(
     return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
 
 
-def _window_attention_cuda(*inputs: Any) -> list[str]:
+def _cross_attention_cpu(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return _flash_attention_cpu(query, key, value, None)
+
+
+def _cross_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    reasons = _triton("cross_attention", query.device)
+    reasons += _kernel_dtype(query.dtype, None)
+    if query.shape[3] > 256 or value.shape[4] > 256:
+        reasons.append(
+            f"takes head dims up to 256, got {query.shape[3]} (query) and {value.shape[4]} (value)"
+        )
+    return reasons
+
+
+def _no_cuda_kernel(*inputs: Any) -> list[str]:
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
@@ -323,13 +331,19 @@ _PREDICATES: dict[str, dict[str, Callable[..., list[str]]]] = {
     "flash_attention": {
         "cpu": _flash_attention_cpu,
         "triton": _flash_attention_triton,
-        "cuda": _flash_attention_cuda,
+        "cuda": _no_cuda_kernel,
         "reference": _always,
     },
     "window_attention": {
         "cpu": _window_attention_cpu,
         "triton": _window_attention_triton,
-        "cuda": _window_attention_cuda,
+        "cuda": _no_cuda_kernel,
+        "reference": _always,
+    },
+    "cross_attention": {
+        "cpu": _cross_attention_cpu,
+        "triton": _cross_attention_triton,
+        "cuda": _no_cuda_kernel,
         "reference": _always,
     },
 }
@@ -353,6 +367,9 @@ def _sample_inputs(family: str, device: str) -> tuple[Any, ...]:
         return tensor, tensor, tensor, None
     if family == "window_attention":
         return torch.empty(1, 7, 7, 96, device=device), None, None, None, 32, (7, 7)
+    if family == "cross_attention":
+        images = torch.empty(1, 1, 1, 1, 64, device=device)
+        return torch.empty(1, 1, 1, 64, device=device), images, images
     raise ValueError(f"family: expected one of {', '.join(_PREDICATES)}, got {family!r}")
 
 

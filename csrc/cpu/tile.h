@@ -414,14 +414,14 @@ VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, in
                                                out + d * kGroups * kLanes, rescale);
 }
 
-template <class Words, int kVectors>
+template <class Words, int kVectors, bool kLeftByColumns>
 VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
                                   const float* __restrict right, int right_stride, int depth,
                                   int n_rows, bool overwrite, float* __restrict out,
                                   int out_stride) {
   constexpr int kRows = 4;
   for (int j = 0; j < n_rows; j += kRows) {
-    const float* l = left + j * left_stride;
+    const float* l = left + (kLeftByColumns ? j : j * left_stride);
     float* o = out + (int64_t)j * out_stride;
     Vec sum[kRows][kVectors];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
@@ -431,7 +431,8 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
       VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
           load(right + i * right_stride + v * kLanes);
       VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-        const Vec weight = broadcast(l[r * left_stride + i]);
+        const Vec weight =
+            broadcast(kLeftByColumns ? l[i * left_stride + r] : l[r * left_stride + i]);
         VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) sum[r][v] =
             Words::multiply_add(weight, x[v], sum[r][v]);
       }
@@ -445,8 +446,9 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
 }
 
 // out[row][vectors * kLanes] += (or, with `overwrite`, =) the sum over i of left[row][i] *
-// right[i][:]: here the lanes run over features. Rows [0, n_rows) rounded up to 4 are touched.
-template <class Words>
+// right[i][:]: here the lanes run over features. Rows [0, n_rows) rounded up to 4 are touched. With
+// kLeftByColumns the weights are left[i][row].
+template <class Words, bool kLeftByColumns = false>
 VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const float* right,
                                        int depth, int n_rows, bool overwrite, float* out,
                                        int vectors) {
@@ -459,23 +461,29 @@ VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const
     float* o = out + first;
     switch (n) {
       case 1:
-        outer_columns<Words, 1>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 1, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 2:
-        outer_columns<Words, 2>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 2, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
 #if VLMFAST_LEVEL >= 2
       case 3:
-        outer_columns<Words, 3>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 3, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 4:
-        outer_columns<Words, 4>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 4, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 5:
-        outer_columns<Words, 5>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 5, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 6:
-        outer_columns<Words, 6>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 6, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
 #endif
     }

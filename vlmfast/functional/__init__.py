@@ -1,5 +1,11 @@
 """Functions computed by fused kernels; where a library has the same function, with its call."""
 
+from vlmfast.functional.cross_attention import (
+    CrossAttentionPlan,
+    cross_attention_plan,
+    image_cross_attention,
+    image_index,
+)
 from vlmfast.functional.flash_attention import (
     memory_efficient_attention,
     scaled_dot_product_attention,
@@ -8,6 +14,10 @@ from vlmfast.functional.flash_attention import (
 from vlmfast.functional.window_attention import shifted_window_attention
 
 __all__ = [
+    "CrossAttentionPlan",
+    "cross_attention_plan",
+    "image_cross_attention",
+    "image_index",
     "memory_efficient_attention",
     "scaled_dot_product_attention",
     "shifted_window_attention",
