@@ -109,9 +109,9 @@ def work(case: ImageAttentionCase, dtype: torch.dtype, mode: str) -> Work:
     """What one call cannot do without.
 
     With P = B * H * T * L pairs of a token and a latent of its image, forward is two products,
-    4 P D; backward is five; each takes P exponentials. Forward reads query, key and value and writes the output, and the
-    float32 logsumexp if there is a backward to come; backward reads all these and the output's
-    gradient, and writes three gradients.
+    4 P D; backward is five; each takes P exponentials. Forward reads query, key and value and
+    writes the output, and the float32 logsumexp if there is a backward to come; backward reads all
+    these and the output's gradient, and writes three gradients.
     """
     products = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}[mode]
     pairs = case.batch * case.heads * case.tokens * case.latents
