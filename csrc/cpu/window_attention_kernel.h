@@ -955,7 +955,7 @@ void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
     const Tiling tiling(tokens);
     const Vec factor = broadcast(kLog2E);
     const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
-    const auto load_keys = [&](int query, int key) {
+    const auto load_keys = [&](int query, int key) VLMFAST_INLINE_LAMBDA {
       const T* p = base + query * bias.query_stride + key * bias.key_stride;
       const int n = minimum(kLanes, tokens - key);
       return factor * (bias.key_stride == 1 ? load_first(p, n)
@@ -964,11 +964,11 @@ void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
     for (int v = 0; v < tiling.vectors; v++)
       for (int key = 0; key < tokens; key += kLanes) {
         Vec r[kLanes];
-        for (int i = 0; i < kLanes; i++)
-          r[i] = v * kLanes + i < tokens ? load_keys(v * kLanes + i, key) : zero();
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            v * kLanes + i < tokens ? load_keys(v * kLanes + i, key) : zero();
         transpose(r);
-        for (int i = 0; i < minimum(kLanes, tokens - key); i++)
-          store(packed + (int64_t)(key + i) * tiling.bias_stride() + v * kLanes, r[i]);
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < tokens - key)
+            store(packed + (int64_t)(key + i) * tiling.bias_stride() + v * kLanes, r[i]);
       }
     if (tiling.has_last)
       for (int key = 0; key < tokens; key += kLanes)
@@ -993,8 +993,8 @@ void sum_bias(const float* partial, int splits, int heads, int tokens, int head,
       const int n = minimum(kLanes, tokens - key);
       for (int v = 0; v < tiling.vectors; v++) {
         Vec r[kLanes];
-        for (int i = 0; i < kLanes; i++)
-          r[i] = i < n ? total((int64_t)(key + i) * tiling.bias_stride() + v * kLanes) : zero();
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            i < n ? total((int64_t)(key + i) * tiling.bias_stride() + v * kLanes) : zero();
         transpose(r);
         for (int i = 0; i < minimum(kLanes, tiling.tiled_queries() - v * kLanes); i++)
           store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
