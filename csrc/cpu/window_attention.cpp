@@ -19,8 +19,8 @@ namespace vlmfast::cpu {
 namespace {
 
 // What the packed biases of the heads that one task runs, and the partial sums of their gradients,
-// may take of the second-level cache.
-constexpr int64_t kBiasBytes = 256 << 10;
+// may take of the first-level cache.
+constexpr int64_t kBiasBytes = 40 << 10;
 // What partial sums of gradients may take beyond the gradients themselves.
 constexpr int64_t kMostPartialBytes = 128 << 20;
 
@@ -187,9 +187,11 @@ std::vector<WindowAttentionTask> make_tasks(int64_t windows, int heads, int64_t 
                                             int64_t most_splits) {
   constexpr int kTasksPerThread = 8;
   const int64_t wanted = kTasksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::min(windows, most_splits));
-  int64_t parts = std::min<int64_t>(heads, (heads * bias_bytes + kBiasBytes - 1) / kBiasBytes);
-  parts = std::min<int64_t>(heads, std::max(parts, (wanted + splits - 1) / splits));
+  const int64_t cached = (heads * bias_bytes + kBiasBytes - 1) / kBiasBytes;
+  const int64_t few_windows = (wanted + windows - 1) / windows;
+  const int64_t parts = std::min<int64_t>(heads, std::max(cached, few_windows));
+  const int64_t splits =
+      std::clamp<int64_t>((wanted + parts - 1) / parts, 1, std::min(windows, most_splits));
   std::vector<WindowAttentionTask> tasks;
   for (int64_t p = 0; p < parts; p++)
     for (int64_t s = 0; s < splits; s++)
@@ -221,7 +223,6 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key
   const Prepared prepared(in, kernel, &problem);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  problem.prefetch = exceeds_cache({&prepared.query, &out});
   const auto tasks =
       make_tasks(in.windows(), problem.heads,
                  kernel.bias_size(static_cast<int>(in.tokens())) * sizeof(float), in.windows());
@@ -287,7 +288,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
     problem.grad_key = key ? strided(grad_key) : part(grad_query, channels);
     problem.grad_value = value ? strided(grad_value) : part(grad_query, 2 * channels);
   }
-  problem.prefetch = exceeds_cache({&prepared.query, &grad_out, &grad_query});
 
   const int64_t bias_size = kernel.bias_size(static_cast<int>(tokens));
   const int64_t bias_bytes = bias_size * static_cast<int64_t>(sizeof(float));
