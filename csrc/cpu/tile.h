@@ -288,16 +288,18 @@ template <int kGroups>
 constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups == 1 ? 8 : 4);
 
 // Calls body(row, sum) for every kRows rows of keys; sum[r][g] = keys[row + r] . query, in
-// registers. Rows [0, n_rows) rounded up to kRows are read.
-template <class Words, int kGroups, int kRows, class Body>
+// registers. Rows [0, n_rows) rounded up to kRows are read. `between()` is called every kWordStep
+// words.
+template <class Words, int kGroups, int kRows, class Between, class Body>
 VLMFAST_INLINE void for_each_product(const float* __restrict query, const float* __restrict keys,
-                                     int words, int n_rows, Body body) {
+                                     int words, int n_rows, Between between, Body body) {
   for (int j = 0; j < n_rows; j += kRows) {
     const float* key = keys + (int64_t)j * words;
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
     for (int w = 0; w < words; w += kWordStep) {
+      between();
       VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
         Vec q[kGroups];
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
@@ -321,7 +323,7 @@ VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* 
                                     Vec* running_max, Prefetcher& prefetcher) {
   constexpr int kRows = kTileRows<kGroups>;
   for_each_product<Words, kGroups, kRows>(
-      query, keys, words, n_rows,
+      query, keys, words, n_rows, []() VLMFAST_INLINE_LAMBDA {},
       [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
         if (j % kRowStep == 0) prefetcher.step();
         float* target = scores + j * kGroups * kLanes;

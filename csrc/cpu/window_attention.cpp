@@ -221,7 +221,6 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key
   const Prepared prepared(in, kernel, &problem);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  problem.prefetch = exceeds_cache({&prepared.query, &out});
   const auto tasks =
       make_tasks(in.windows(), problem.heads,
                  kernel.bias_size(static_cast<int>(in.tokens())) * sizeof(float), in.windows());
@@ -287,7 +286,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
     problem.grad_key = key ? strided(grad_key) : part(grad_query, channels);
     problem.grad_value = value ? strided(grad_value) : part(grad_query, 2 * channels);
   }
-  problem.prefetch = exceeds_cache({&prepared.query, &grad_out, &grad_query});
 
   const int64_t bias_size = kernel.bias_size(static_cast<int>(tokens));
   const int64_t bias_bytes = bias_size * static_cast<int64_t>(sizeof(float));

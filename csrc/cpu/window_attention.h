@@ -19,7 +19,6 @@ struct WindowAttentionProblem {
   float mask;                          // in log2 units
   const float* bias;                   // each head as pack_bias leaves it, in log2 units
   int64_t bias_head_stride;            // 0: one for all heads
-  bool prefetch;                       // the tensors do not lie in a cache already
   double dropout_p = 0;
   uint64_t dropout_seed = 0;
 };

@@ -117,7 +117,8 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
 }
 
-// Asks for the rows of the next window, a few lines at a time between other work.
+// Asks for the rows of the next window, a few lines at a time between other work: they lie too far
+// apart for the hardware to foresee them, also where a cache holds them.
 class WindowPrefetcher {
  public:
   template <class T>
@@ -125,11 +126,14 @@ class WindowPrefetcher {
     ranges_[count_++] = {(const char* const*)rows, column * (int64_t)sizeof(T)};
     bytes_ = columns * (int64_t)sizeof(T);
   }
-  // Spreads the lines over `steps` calls of `step`.
-  VLMFAST_INLINE void spread_over(int tokens, int steps) {
-    tokens_ = tokens;
-    const int64_t lines = (int64_t)count_ * tokens * ((bytes_ + 63) / 64);
-    per_step_ = (int)(lines / maximum(steps, 1)) + 1;
+  // Spreads the lines over the logits of `heads` heads: more at once than the core can ask for
+  // would stall it.
+  VLMFAST_INLINE void spread_over(const Tiling& tiling, int heads, int words) {
+    tokens_ = tiling.tokens;
+    const int64_t lines = (int64_t)count_ * tokens_ * ((bytes_ + 63) / 64);
+    const int64_t steps =
+        (int64_t)heads * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
+    per_step_ = (int)(lines / (steps > 0 ? steps : 1)) + 1;
   }
   VLMFAST_INLINE void step() {
     for (int i = 0; i < per_step_ && at_ < count_; i++) {
@@ -291,25 +295,35 @@ struct Logits {
   template <int kGroups, int kRows, bool kPlain>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
                              Vec* most, WindowPrefetcher& ahead) const {
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     const int stride = tiling.bias_stride(), n = tiling.tokens;
+    Vec top[kGroups];  // in registers, which `most` cannot be
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
+    const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
+      Vec f = factor[g];
+      if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j]);
+      Vec x = fma(sum, f, load(bias + (int64_t)j * stride + (first + g) * kLanes));
+      if (!kPlain && regions != nullptr)
+        x = x + masked(load(regions + (first + g) * kLanes), regions[j]);
+      store(logits + (j * kGroups + g) * kLanes, x);
+      top[g] = max(top[g], x);
+    };
     for_each_product<Words, kGroups, kRows>(
-        query, keys, words, n, [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
-          ahead.step();
-          VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-            if (j + r >= n) break;
-            const float* added = bias + (int64_t)(j + r) * stride + first * kLanes;
-            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-              Vec f = factor[g];
-              if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j + r]);
-              Vec x = fma(sum[r][g], f, load(added + g * kLanes));
-              if (!kPlain && regions != nullptr)
-                x = x + masked(load(regions + (first + g) * kLanes), regions[j + r]);
-              store(logits + ((j + r) * kGroups + g) * kLanes, x);
-              most[g] = max(most[g], x);
-            }
+        query, keys, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
+        [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
+          if (j + kRows <= n) {
+            VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+                VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) finish(j + r, g, sum[r][g]);
+            return;
           }
+          float* target = logits + j * kGroups * kLanes;
+          VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                  store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+          for (int r = 0; r < n - j; r++)
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                finish(j + r, g, load(target + (r * kGroups + g) * kLanes));
         });
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g];
   }
 
   VLMFAST_INLINE Vec masked(Vec regions_of_lanes, float region) const {
@@ -516,14 +530,11 @@ struct Forward {
       const bool is_last = index + 1 == task.window_end;
       const WindowAttentionTask& upcoming = is_last ? next : task;
       locate_window(is_last ? next.window_begin : index + 1, following);
+      const int column = upcoming.head_begin * problem.head_dim;
+      const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead;
-      if (problem.prefetch) {
-        const int column = upcoming.head_begin * problem.head_dim;
-        const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-        for (T** rows : following->rows) ahead.add(rows, column, columns);
-        ahead.spread_over(tiling.tokens, (task.head_end - task.head_begin) * tiling.tiles *
-                                             (tiling.tokens / kRowStep));
-      }
+      for (T** rows : following->rows) ahead.add(rows, column, columns);
+      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, index, head, ahead);
       Window<T, kTensors>* free = window;
@@ -909,14 +920,11 @@ struct Backward {
       const bool is_last = index + 1 == task.window_end;
       const WindowAttentionTask& upcoming = is_last ? next : task;
       locate_window(is_last ? next.window_begin : index + 1, following);
+      const int column = upcoming.head_begin * problem.head_dim;
+      const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead;
-      if (problem.prefetch) {
-        const int column = upcoming.head_begin * problem.head_dim;
-        const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-        for (T** rows : following->rows) ahead.add(rows, column, columns);
-        ahead.spread_over(tiling.tokens, (task.head_end - task.head_begin) * tiling.tiles *
-                                             (tiling.tokens / kRowStep));
-      }
+      for (T** rows : following->rows) ahead.add(rows, column, columns);
+      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, task, index, head, ahead);
       Window<T, kTensors>* free = window;
