@@ -362,6 +362,10 @@ def by_another_network(layer):
     layer.cpb_mlp = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, HEADS, bias=False))
 
 
+def by_another_activation(layer):
+    layer.cpb_mlp[1] = nn.Identity()
+
+
 def by_dtype(layer):
     layer.to(torch.bfloat16)
 
@@ -378,6 +382,7 @@ def by_dtype(layer):
         by_optimiser,
         by_coordinates,
         by_another_network,
+        by_another_activation,
         by_dtype,
     ],
 )

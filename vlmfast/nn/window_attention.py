@@ -298,6 +298,7 @@ def continuous_bias_table(network: nn.Module, coordinates: Tensor) -> Tensor:
 class _Kept:
     """A table, and what it was computed from: copies, so that any change of the values shows."""
 
+    layers: list[type[nn.Module]]
     sources: list[Tensor]
     autocast_dtype: torch.dtype | None
     table: Tensor
@@ -319,19 +320,19 @@ def kept_table(network: nn.Module, coordinates: Tensor, compute: Callable[[], Te
     if not _may_be_kept(network, sources):
         return compute()
     autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    layers = [type(layer) for layer in network.modules()]
     kept = _kept_tables.get(network)
     if (
         kept is not None
         and kept.autocast_dtype == autocast_dtype
+        and kept.layers == layers
         and len(kept.sources) == len(sources)
         and all(map(_equal, kept.sources, sources))
     ):
         return kept.table
-    # An inference tensor could not be saved for a backward pass later.
-    with torch.inference_mode(False), torch.no_grad():
-        copies = [source.clone() for source in sources]
-        table = compute()
-    _kept_tables[network] = _Kept(copies, autocast_dtype, table)
+    table = compute()
+    copies = [source.detach().clone() for source in sources]
+    _kept_tables[network] = _Kept(layers, copies, autocast_dtype, table)
     return table
 
 
