@@ -12,8 +12,8 @@ where it fits, and so do the sums over windows: the gradients of bias, logit sca
 written once by each program, and the few partial sums added in order. There are no atomics, hence
 one result on one machine.
 
-The tokens of a window are cut into pieces of power-of-two widths, 144 = 128 + 16. Scores are kept
-in base 2: products, bias and mask carry a factor log2(e).
+The tokens of a window are cut into pieces of power-of-two widths, 144 = 64 + 64 + 16. Scores are
+kept in base 2: products, bias and mask carry a factor log2(e).
 """
 
 import math
@@ -214,16 +214,14 @@ def store_tokens(
 def load_padding(
     pad_value, part: tl.constexpr, head, num_heads, D: tl.constexpr, PIECES: tl.constexpr
 ):
-    """What a head's padded tokens carry as query, key or value: a tuple of (1, width) tiles."""
+    """What a head's padded tokens carry as key or value, (1, width) tiles; () for zeros."""
     pieces = ()
-    for i in tl.static_range(len(PIECES)):
-        if pad_value is None:
-            piece = tl.zeros([1, tl.constexpr(PIECES[i][1])], tl.float32)
-        else:
+    if pad_value is not None:
+        for i in tl.static_range(len(PIECES)):
             columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
             offsets = (part * num_heads + head) * D + columns
-            piece = tl.load(pad_value + offsets, mask=columns < D, other=0.0)[None, :]
-        pieces = pieces + (piece,)
+            piece = tl.load(pad_value + offsets, mask=columns < D, other=0.0)
+            pieces = pieces + (piece[None, :],)
     return pieces
 
 
@@ -394,7 +392,7 @@ def load_keys_values(
     values = load_tokens(
         value, value_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK
     )
-    if key_padding is not None:
+    if PADDING != NO_PADDING and len(key_padding) > 0:
         keys = fill_padding(keys, place[3], key_padding)
         values = fill_padding(values, place[3], value_padding)
     inverse = tl.full(columns.shape, 1.0, tl.float32)
