@@ -12,8 +12,8 @@ where it fits, and so do the sums over windows: the gradients of bias, logit sca
 written once by each program, and the few partial sums added in order. There are no atomics, hence
 one result on one machine.
 
-The tokens of a window are cut into pieces of power-of-two widths, 144 = 128 + 16. Scores are kept
-in base 2: products, bias and mask carry a factor log2(e).
+The tokens of a window are cut into pieces of power-of-two widths, 144 = 64 + 64 + 16. Scores are
+kept in base 2: products, bias and mask carry a factor log2(e).
 """
 
 import math
@@ -59,14 +59,12 @@ WRAP_UNPADDED = tl.constexpr(2)
 
 KEY_PART, VALUE_PART = tl.constexpr(1), tl.constexpr(2)  # of pad_value; the first is the query's
 
-# Windows of at most so many tokens have all their queries in one program of the forward: with
-# more, the bias of a block of queries fills its registers.
-QUERIES_TOGETHER = 144
-
 WHOLE_KERNEL = "window_attention_bwd_whole"
 
-# Registers of a thread up to which the backward keeps the bias in them.
+# Registers of a thread up to which kernels keep the bias in them; that of keys and values holds
+# more besides.
 MOST_BIAS_REGISTERS = 128
+MOST_BIAS_REGISTERS_FOR_KEYS = 64
 
 # Warps that a multiprocessor is given, as programs; more than are resident, so that it has others
 # to go on with when some programs end early.
@@ -216,16 +214,14 @@ def store_tokens(
 def load_padding(
     pad_value, part: tl.constexpr, head, num_heads, D: tl.constexpr, PIECES: tl.constexpr
 ):
-    """What a head's padded tokens carry as query, key or value: a tuple of (1, width) tiles."""
+    """What a head's padded tokens carry as key or value, (1, width) tiles; () for zeros."""
     pieces = ()
-    for i in tl.static_range(len(PIECES)):
-        if pad_value is None:
-            piece = tl.zeros([1, tl.constexpr(PIECES[i][1])], tl.float32)
-        else:
+    if pad_value is not None:
+        for i in tl.static_range(len(PIECES)):
             columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
             offsets = (part * num_heads + head) * D + columns
-            piece = tl.load(pad_value + offsets, mask=columns < D, other=0.0)[None, :]
-        pieces = pieces + (piece,)
+            piece = tl.load(pad_value + offsets, mask=columns < D, other=0.0)
+            pieces = pieces + (piece[None, :],)
     return pieces
 
 
@@ -379,41 +375,31 @@ def load_keys_values(
     value_padding,
     window,
     head,
-    first_column,
+    columns,
     geometry,
     D: tl.constexpr,
     PIECES: tl.constexpr,
     WINDOW: tl.constexpr,
-    KEY_PIECES: tl.constexpr,
     CHECK: tl.constexpr,
     SHIFTED: tl.constexpr,
     PADDING: tl.constexpr,
     COSINE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """A window's keys, normalised for COSINE, their inverse norms, the values and their places."""
-    key_tiles = ()
-    inverses = ()
-    value_tiles = ()
-    places = ()
-    for n in tl.static_range(len(KEY_PIECES)):
-        columns = piece_tokens(first_column, KEY_PIECES, n)
-        place = locate_tokens(columns, window, geometry, WINDOW, SHIFTED, PADDING)
-        keys = load_tokens(key, key_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK)
-        values = load_tokens(
-            value, value_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK
-        )
-        if key_padding is not None:
-            keys = fill_padding(keys, place[3], key_padding)
-            values = fill_padding(values, place[3], value_padding)
-        if COSINE:
-            inverse = inverse_norms(keys)
-            keys = normalize_tiles(keys, inverse)
-            inverses = inverses + (inverse,)
-        key_tiles = key_tiles + (keys,)
-        value_tiles = value_tiles + (values,)
-        places = places + (place,)
-    return key_tiles, inverses, value_tiles, places
+    """Keys, values, what the keys were multiplied by (normalised for COSINE), and their place."""
+    place = locate_tokens(columns, window, geometry, WINDOW, SHIFTED, PADDING)
+    keys = load_tokens(key, key_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK)
+    values = load_tokens(
+        value, value_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK
+    )
+    if PADDING != NO_PADDING and len(key_padding) > 0:
+        keys = fill_padding(keys, place[3], key_padding)
+        values = fill_padding(values, place[3], value_padding)
+    inverse = tl.full(columns.shape, 1.0, tl.float32)
+    if COSINE:
+        inverse = inverse_norms(keys)
+        keys = normalize_tiles(keys, inverse)
+    return keys, values, inverse, place
 
 
 @triton.jit
@@ -513,7 +499,6 @@ def window_attention_fwd_kernel(
     PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_PIECES: tl.constexpr,
     KEY_PIECES: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
@@ -526,6 +511,7 @@ def window_attention_fwd_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
+    ROW_PIECES: tl.constexpr = ((0, ROWS),)
     geometry = (
         (height, width),
         (grid_height, grid_width),
@@ -533,98 +519,97 @@ def window_attention_fwd_kernel(
         num_windows,
     )
     head = tl.program_id(0) % num_heads
-    first_row = tl.program_id(0) // num_heads % num_groups * ROWS
+    group = tl.program_id(0) // num_heads % num_groups
     split = tl.program_id(0) // num_heads // num_groups
 
+    rows = group * ROWS + tl.arange(0, ROWS)
+
     factor = product_factor(scale, logit_scale, head) * LOG2E
-    biases = load_biases(bias, head, first_row, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
+    biases = load_biases(bias, head, group * ROWS, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
 
     for window in range(split, num_windows, num_splits):
-        key_tiles, _, value_tiles, _ = load_keys_values(
-            key,
-            key_strides,
-            value,
-            value_strides,
-            key_padding,
-            value_padding,
-            window,
-            head,
-            0,
-            geometry,
-            D,
-            PIECES,
-            WINDOW,
-            KEY_PIECES,
-            CHECK_KEYS,
-            SHIFTED,
-            PADDING,
-            COSINE,
-            UNIT,
+        place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
+        query_tiles = load_tokens(
+            query, query_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
         )
-        for m in tl.static_range(len(ROW_PIECES)):
-            rows = piece_tokens(first_row, ROW_PIECES, m)
-            place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
-            query_tiles = load_tokens(
-                query, query_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
+        if COSINE:
+            query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
+        acc = zero_tiles(ROWS, PIECES)
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        for n in tl.static_range(len(KEY_PIECES)):
+            columns = piece_tokens(0, KEY_PIECES, n)
+            key_tiles, value_tiles, _, _ = load_keys_values(
+                key,
+                key_strides,
+                value,
+                value_strides,
+                key_padding,
+                value_padding,
+                window,
+                head,
+                columns,
+                geometry,
+                D,
+                PIECES,
+                WINDOW,
+                CHECK_KEYS,
+                SHIFTED,
+                PADDING,
+                COSINE,
+                UNIT,
             )
-            if COSINE:
-                query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
-            acc = zero_tiles(rows.shape[0], PIECES)
-            row_max = tl.full([rows.shape[0]], float("-inf"), tl.float32)
-            row_sum = tl.zeros([rows.shape[0]], tl.float32)
-            for n in tl.static_range(len(KEY_PIECES)):
-                columns = piece_tokens(0, KEY_PIECES, n)
-                bias_tile = bias_of_tile(
-                    biases,
-                    m,
-                    n,
-                    bias,
-                    head,
+            bias_tile = bias_of_tile(
+                biases,
+                0,
+                n,
+                bias,
+                head,
+                rows,
+                columns,
+                window,
+                geometry,
+                TOKENS,
+                KEEP_BIAS,
+            )
+            scores = window_scores(
+                query_tiles,
+                key_tiles,
+                bias_tile,
+                factor,
+                rows,
+                columns,
+                window,
+                geometry,
+                mask_value,
+                WINDOW,
+                SHIFTED,
+                PRECISION,
+            )
+            weights, decay, row_max, row_sum = online_softmax_step(
+                scores, row_max, row_sum, 1.0, True
+            )
+            if DROPOUT:
+                keep = dropout_keep(
+                    dropout_seed,
+                    threshold,
+                    window * num_heads + head,
                     rows,
-                    columns,
-                    window,
-                    geometry,
-                    TOKENS,
-                    KEEP_BIAS,
+                    KEY_PIECES[n][0],
+                    KEY_PIECES[n][1],
+                    True,
                 )
-                scores = window_scores(
-                    query_tiles,
-                    key_tiles[n],
-                    bias_tile,
-                    factor,
-                    rows,
-                    columns,
-                    window,
-                    geometry,
-                    mask_value,
-                    WINDOW,
-                    SHIFTED,
-                    PRECISION,
-                )
-                weights, decay, row_max, row_sum = online_softmax_step(
-                    scores, row_max, row_sum, 1.0, True
-                )
-                if DROPOUT:
-                    keep = dropout_keep(
-                        dropout_seed,
-                        threshold,
-                        window * num_heads + head,
-                        rows,
-                        KEY_PIECES[n][0],
-                        KEY_PIECES[n][1],
-                        True,
-                    )
-                    weights = tl.where(keep, weights, 0.0)
-                if n > 0:
-                    acc = scale_tiles(acc, decay[:, None])
-                acc = add_products(acc, weights, value_tiles[n], PRECISION)
-            acc = scale_tiles(acc, ((keep_scale if DROPOUT else 1.0) / row_sum)[:, None])
-            store_tokens(out, out_strides, window, head, place, geometry, acc, D, PIECES, UNIT)
-            statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
-            natural = (row_max + tl.math.log2(row_sum)) * LN2
-            tl.store(logsumexp + statistics, natural, mask=rows < TOKENS)
+                weights = tl.where(keep, weights, 0.0)
+            if n > 0:
+                acc = scale_tiles(acc, decay[:, None])
+            acc = add_products(acc, weights, value_tiles, PRECISION)
+        acc = scale_tiles(acc, ((keep_scale if DROPOUT else 1.0) / row_sum)[:, None])
+        store_tokens(out, out_strides, window, head, place, geometry, acc, D, PIECES, UNIT)
+        statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
+        natural = (row_max + tl.math.log2(row_sum)) * LN2
+        tl.store(logsumexp + statistics, natural, mask=rows < TOKENS)
 
 
 @triton.jit
@@ -729,27 +714,35 @@ def window_attention_bwd_kernel(
 
     for window in range(split, num_windows, num_splits):
         statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS
-        key_tiles, key_inverses, value_tiles, key_places = load_keys_values(
-            key,
-            key_strides,
-            value,
-            value_strides,
-            key_padding,
-            value_padding,
-            window,
-            head,
-            first_column,
-            geometry,
-            D,
-            PIECES,
-            WINDOW,
-            KEY_PIECES,
-            CHECK_KEYS,
-            SHIFTED,
-            PADDING,
-            COSINE,
-            UNIT,
-        )
+        key_tiles = ()
+        value_tiles = ()
+        key_inverses = ()
+        key_places = ()
+        for n in tl.static_range(len(KEY_PIECES)):
+            keys, values, key_inverse, place = load_keys_values(
+                key,
+                key_strides,
+                value,
+                value_strides,
+                key_padding,
+                value_padding,
+                window,
+                head,
+                piece_tokens(first_column, KEY_PIECES, n),
+                geometry,
+                D,
+                PIECES,
+                WINDOW,
+                CHECK_KEYS,
+                SHIFTED,
+                PADDING,
+                COSINE,
+                UNIT,
+            )
+            key_tiles = key_tiles + (keys,)
+            value_tiles = value_tiles + (values,)
+            key_inverses = key_inverses + (key_inverse,)
+            key_places = key_places + (place,)
         grad_key_tiles = ()
         grad_value_tiles = ()
         for n in tl.static_range(len(KEY_PIECES)):
@@ -990,7 +983,6 @@ def window_attention_bwd_query_kernel(
     PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_PIECES: tl.constexpr,
     KEY_PIECES: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
@@ -1006,6 +998,7 @@ def window_attention_bwd_query_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
+    ROW_PIECES: tl.constexpr = ((0, ROWS),)
     geometry = (
         (height, width),
         (grid_height, grid_width),
@@ -1027,27 +1020,6 @@ def window_attention_bwd_query_kernel(
 
     for window in range(split, num_windows, num_splits):
         statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
-        key_tiles, _, value_tiles, _ = load_keys_values(
-            key,
-            key_strides,
-            value,
-            value_strides,
-            key_padding,
-            value_padding,
-            window,
-            head,
-            0,
-            geometry,
-            D,
-            PIECES,
-            WINDOW,
-            KEY_PIECES,
-            CHECK_KEYS,
-            SHIFTED,
-            PADDING,
-            COSINE,
-            UNIT,
-        )
         place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
         query_tiles = load_tokens(
             query, query_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
@@ -1067,6 +1039,26 @@ def window_attention_bwd_query_kernel(
             row_sum = tl.zeros([ROWS], tl.float32)
             for n in tl.static_range(len(KEY_PIECES)):
                 columns = piece_tokens(0, KEY_PIECES, n)
+                key_tiles, _, _, _ = load_keys_values(
+                    key,
+                    key_strides,
+                    value,
+                    value_strides,
+                    key_padding,
+                    value_padding,
+                    window,
+                    head,
+                    columns,
+                    geometry,
+                    D,
+                    PIECES,
+                    WINDOW,
+                    CHECK_KEYS,
+                    SHIFTED,
+                    PADDING,
+                    COSINE,
+                    UNIT,
+                )
                 bias_tile = bias_of_tile(
                     biases,
                     0,
@@ -1082,7 +1074,7 @@ def window_attention_bwd_query_kernel(
                 )
                 scores = window_scores(
                     query_tiles,
-                    key_tiles[n],
+                    key_tiles,
                     bias_tile,
                     factor,
                     rows,
@@ -1105,6 +1097,26 @@ def window_attention_bwd_query_kernel(
         grad_query_tiles = zero_tiles(ROWS, PIECES)
         for n in tl.static_range(len(KEY_PIECES)):
             columns = piece_tokens(0, KEY_PIECES, n)
+            key_tiles, value_tiles, _, _ = load_keys_values(
+                key,
+                key_strides,
+                value,
+                value_strides,
+                key_padding,
+                value_padding,
+                window,
+                head,
+                columns,
+                geometry,
+                D,
+                PIECES,
+                WINDOW,
+                CHECK_KEYS,
+                SHIFTED,
+                PADDING,
+                COSINE,
+                UNIT,
+            )
             bias_tile = bias_of_tile(
                 biases,
                 0,
@@ -1120,7 +1132,7 @@ def window_attention_bwd_query_kernel(
             )
             scores = window_scores(
                 query_tiles,
-                key_tiles[n],
+                key_tiles,
                 bias_tile,
                 factor,
                 rows,
@@ -1135,7 +1147,7 @@ def window_attention_bwd_query_kernel(
             weights = tl.math.exp2(scores - shift[:, None])
             if row_scale is not None:
                 weights = weights * inverse_sum[:, None]
-            grad_weights = inner_products(grad_out_tiles, value_tiles[n], PRECISION)
+            grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
             if DROPOUT:
                 keep = dropout_keep(
                     dropout_seed,
@@ -1148,7 +1160,7 @@ def window_attention_bwd_query_kernel(
                 )
                 grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[:, None])
-            grad_query_tiles = add_products(grad_query_tiles, grad_scores, key_tiles[n], PRECISION)
+            grad_query_tiles = add_products(grad_query_tiles, grad_scores, key_tiles, PRECISION)
         if COSINE:
             grad_query_tiles, products = normalization_gradient(
                 grad_query_tiles, query_tiles, inverse
@@ -1224,7 +1236,6 @@ def window_attention_bwd_bias_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     KEY_GROUPS: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
-    KEY_PIECES: tl.constexpr = ((0, KEYS),)
     geometry = (
         (height, width),
         (grid_height, grid_width),
@@ -1247,7 +1258,7 @@ def window_attention_bwd_bias_kernel(
 
     for window in range(split, num_windows, num_splits):
         statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
-        key_tiles, _, value_tiles, _ = load_keys_values(
+        key_tiles, value_tiles, _, _ = load_keys_values(
             key,
             key_strides,
             value,
@@ -1256,12 +1267,11 @@ def window_attention_bwd_bias_kernel(
             value_padding,
             window,
             head,
-            first_column,
+            columns,
             geometry,
             D,
             PIECES,
             WINDOW,
-            KEY_PIECES,
             CHECK_KEYS,
             SHIFTED,
             PADDING,
@@ -1279,7 +1289,7 @@ def window_attention_bwd_bias_kernel(
             query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
         scores = window_scores(
             query_tiles,
-            key_tiles[0],
+            key_tiles,
             bias_tile,
             factor,
             rows,
@@ -1296,7 +1306,7 @@ def window_attention_bwd_bias_kernel(
         if row_scale is not None:
             row_factor = tl.load(row_scale + statistics, mask=exists, other=0.0)
             weights = weights * row_factor[:, None]
-        grad_weights = inner_products(grad_out_tiles, value_tiles[0], PRECISION)
+        grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
         if DROPOUT:
             keep = dropout_keep(
                 dropout_seed,
@@ -1437,9 +1447,9 @@ class Problem(NamedTuple):
             "CHECK_KEYS": padded or self.tokens % keys != 0,
         }
 
-    def tile_constants(self, launch: Launch, rows: int, keys: int) -> dict:
+    def tile_constants(self, launch: Launch, rows: int, keys: int, most_registers: int) -> dict:
         """`checks`, and whether a program has the registers to keep its part of the bias."""
-        keep_bias = rows * keys <= MOST_BIAS_REGISTERS * 32 * launch.num_warps
+        keep_bias = rows * keys <= most_registers * 32 * launch.num_warps
         return {**self.checks(rows, keys), "KEEP_BIAS": keep_bias}
 
     def splits(self, launch: Launch, groups: int) -> int:
@@ -1449,7 +1459,8 @@ class Problem(NamedTuple):
         return max(1, min(self.num_windows, triton.cdiv(programs, self.num_heads * groups)))
 
     def shape_class(self, kernel: str) -> configs.ShapeClass:
-        plain = self.logit_scale is None and self.dropout_p == 0.0
+        padded = self.padding != NO_PADDING.value
+        plain = self.logit_scale is None and self.dropout_p == 0.0 and not padded
         columns = covered_columns(self.pieces)
         return configs.ShapeClass(kernel, self.precision, columns, self.tokens, plain)
 
@@ -1527,9 +1538,8 @@ def forward(
     unit = stride_unit(*problem[:3], out)
 
     def run(launch: Launch) -> None:
-        row_pieces = token_pieces(min(problem.tokens, launch.block_m), 16 * launch.num_warps)
+        rows = min(launch.block_m, max(16, triton.next_power_of_2(problem.tokens)))
         key_pieces = token_pieces(problem.tokens, launch.block_n)
-        rows = covered_columns(row_pieces)
         groups = triton.cdiv(problem.tokens, rows)
         splits = problem.splits(launch, groups)
         run_kernel(
@@ -1541,9 +1551,10 @@ def forward(
             logsumexp,
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.tile_constants(launch, rows, covered_columns(key_pieces)),
+            **problem.tile_constants(
+                launch, rows, covered_columns(key_pieces), MOST_BIAS_REGISTERS
+            ),
             ROWS=rows,
-            ROW_PIECES=row_pieces,
             KEY_PIECES=key_pieces,
             launch=launch,
         )
@@ -1703,9 +1714,10 @@ def query_gradient(
             *statistics,
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.tile_constants(launch, launch.block_m, covered_columns(key_pieces)),
+            **problem.tile_constants(
+                launch, launch.block_m, covered_columns(key_pieces), MOST_BIAS_REGISTERS
+            ),
             ROWS=launch.block_m,
-            ROW_PIECES=((0, launch.block_m),),
             KEY_PIECES=key_pieces,
             launch=launch,
         )
@@ -1784,7 +1796,7 @@ def key_value_gradients(
             *(statistics or (None, None, None)),
             *problem.numbers(groups, splits),
             **problem.constants(unit),
-            **problem.tile_constants(launch, rows, keys),
+            **problem.tile_constants(launch, rows, keys, MOST_BIAS_REGISTERS_FOR_KEYS),
             KEYS=keys,
             ROW_PIECES=row_pieces,
             KEY_PIECES=key_pieces,

@@ -87,7 +87,9 @@ def by_torch(inputs: Inputs) -> Tensors:
     dropout_p = inputs["numbers"][8]
     if dropout_p > 0.0:
         batch, windows, heads, tokens, _ = weights.shape
-        keep = dropout_keep_mask(batch * windows, heads, tokens, tokens, dropout_p, SEED)
+        keep = dropout_keep_mask(
+            batch * windows, heads, tokens, tokens, dropout_p, inputs["numbers"][9]
+        )
         weights = weights * keep.unflatten(0, (batch, windows)) / (1.0 - dropout_p)
     out = weights.to(parts["value"].dtype) @ parts["value"]
     out = reference._reverse(out, *parts["size"], *parts["window"])
@@ -103,7 +105,7 @@ def terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     weights, products = weights_by_torch(inputs, parts)
     query, key, value, grad_out = (parts[name] for name in (*TENSORS[:3], "grad_out"))
     scores = weights * (grad_out @ value.transpose(-2, -1))
-    scale = torch.full((query.shape[2],), float(inputs["numbers"][6]), dtype=query.dtype)
+    scale = query.new_full((query.shape[2],), inputs["numbers"][6])
     query_norm, key_norm = torch.ones_like(query[..., :1]), torch.ones_like(key[..., :1])
     if inputs.get("logit_scale") is not None:
         scale = inputs["logit_scale"]
@@ -161,7 +163,7 @@ def case(
 
     def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> Inputs:
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator).to(device)
 
         qkv = normal(*size, 3 * channels).to(dtype)
         inputs: Inputs = {"query": qkv}
@@ -174,7 +176,7 @@ def case(
         if pad_value:
             inputs["pad_value"] = normal(3 * channels).to(added or dtype)
         scale = 0.0 if cosine else dim**-0.5
-        seed = SEED if dropout_p > 0.0 else None
+        seed = SEED.to(device) if dropout_p > 0.0 else None
         inputs["numbers"] = (
             *(heads, *window, *shift, wrap_padded, scale, mask_value, dropout_p, seed),
         )
