@@ -121,9 +121,10 @@ def work(case: WindowCase, dtype: torch.dtype, mode: str) -> Work:
     """What one call cannot do without.
 
     With P = windows * heads * M^2 pairs of tokens, forward is two products, 4 P D; backward is five
-    (the logits again, dP, dV, dQ, dK), 10 P D; each takes P exponentials. With E elements in the output, forward reads 3 E and
-    the bias and writes E; backward reads 3 E, the bias and the output's gradient, and writes 3 E
-    and the bias's gradient: it needs neither the output nor any statistics.
+    (the logits again, dP, dV, dQ, dK), 10 P D; each takes P exponentials. With E elements in the
+    output, forward reads 3 E and the bias and writes E; backward reads 3 E, the bias and the
+    output's gradient, and writes 3 E and the bias's gradient: it needs neither the output nor any
+    statistics.
     """
     tokens = case.window**2
     products = {"fwd": 2, "bwd": 5, "fwd+bwd": 7}[mode]
