@@ -1,8 +1,30 @@
 """What is measured: shapes of real models, as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 INFERENCE_DTYPES = ("float32", "bfloat16")
+
+
+class Case(Protocol):
+    """What every family's case has: a name, the model it is from, and its shape in words."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def dtypes(self) -> Sequence[str]: ...
+
+
+class Sweep(NamedTuple):
+    """Cases that differ in one size, to see how time and memory grow with it."""
+
+    size: str
+    cases: tuple[tuple[int, Case], ...]
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,25 @@ WINDOW_ATTENTION = (
     *_stage("swinv2-b-w16-s1", "Swin V2-B, 256 px, stage 1", 1, 64, 4, 16, True),
 )
 
-CASES: dict[str, tuple[AttentionCase, ...] | tuple[WindowCase, ...]] = {
+# Every family by name: its cases, ...
+CASES: dict[str, Sequence[Case]] = {
     "flash_attention": FLASH_ATTENTION,
     "window_attention": WINDOW_ATTENTION,
+}
+
+# ... those that `make bench` has time for, ...
+SELECTION = {
+    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler"),
+    "window_attention": ("swin-t-s1-shifted", "swin-t-s3-shifted", "swin-b-384-s1-shifted"),
+}
+
+# ... and what its cost is drawn against.
+SWEEPS = {
+    "flash_attention": Sweep(
+        "tokens",
+        tuple(
+            (length, AttentionCase(f"tokens-{length}", "a sweep", 1, 2, length, length, 64))
+            for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        ),
+    )
 }

@@ -1,83 +1,136 @@
 """One case: every contestant is checked, those that are right are raced."""
 
+import importlib
 from collections.abc import Iterator, Sequence
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import CASES, AttentionCase, WindowCase
-from bench.measure import Call, judge, race
-from bench.peers import OURS, Contestant
+from bench.cases import CASES, Case
+from bench.measure import (
+    Call,
+    Rotation,
+    captured,
+    clock_rate,
+    cuda_seconds,
+    input_sets,
+    judge,
+    race,
+)
+from bench.peers import CONTESTANTS, OURS, Contestant
 from bench.report import Row
 
-Case = AttentionCase | WindowCase
+
+class Contest(NamedTuple):
+    """What contestants are raced on: a case in one dtype and one of the modes fwd, bwd, fwd+bwd."""
+
+    family: str
+    case: Case
+    dtype: str
+    mode: str
+    device: str = "cpu"
+
+    @property
+    def contestants(self) -> Sequence[Contestant]:
+        return [x for x in CONTESTANTS[self.family] if self.device in x.devices]
+
+    @property
+    def page(self) -> Any:
+        """The module of the family: inputs, calls and formulas."""
+        return importlib.import_module(f"bench.{self.family}")
+
+    def __str__(self) -> str:
+        return f"{self.case.name} {self.dtype} {self.mode}"
 
 
 def contests(
-    family: str, dtypes: Sequence[str] | None, modes: Sequence[str], name_part: str
-) -> Iterator[tuple[Case, str, str]]:
-    """(case, dtype, mode) of every contest asked for; dtypes None means those of each case."""
+    family: str,
+    dtypes: Sequence[str] | None,
+    modes: Sequence[str],
+    name_part: str = "",
+    device: str = "cpu",
+) -> Iterator[Contest]:
+    """Every contest asked for; dtypes None means those of each case."""
     for case in CASES[family]:
         if name_part in case.name:
             for dtype in dtypes or case.dtypes:
                 for mode in modes:
-                    yield case, dtype, mode
+                    yield Contest(family, case, dtype, mode, device)
 
 
 def checked_calls(
-    family: ModuleType,
-    case: Case,
-    dtype_name: str,
-    mode: str,
-    contestants: Sequence[Contestant],
+    contest: Contest, contestants: Sequence[Contestant] | None = None
 ) -> tuple[Row, dict[str, Call]]:
     """The calls that may be timed: each has just computed the right thing from these very inputs.
+
+    Args:
+        contest: what is computed.
+        contestants: by whom; None for all of the family.
 
     Returns:
         The row, without times yet: errors, and the reasons of those left out.
         The calls by contestant.
     """
-    dtype = getattr(torch, dtype_name)
-    inputs = family.make_inputs(case, dtype, mode)
+    family, case, mode = contest.page, contest.case, contest.mode
+    dtype = getattr(torch, contest.dtype)
+    inputs = family.make_inputs(case, dtype, mode, device=contest.device)
     row = Row(
+        family=contest.family,
         case=case.name,
         shape=case.shape,
         source=case.source,
-        dtype=dtype_name,
+        dtype=contest.dtype,
         mode=mode,
+        device=contest.device,
         backend=family.chosen_backend(case, inputs),
         work=family.work(case, dtype, mode),
     )
     truths = family.reference(case, inputs, mode)
     yardsticks = family.yardsticks(case, dtype, mode)
-    calls = {}
-    for contestant in contestants:
+    spare = [
+        family.make_inputs(case, dtype, mode, seed, contest.device)
+        for seed in range(1, input_sets(row.work, contest.device))
+    ]
+    calls: dict[str, Call] = {}
+    for contestant in contest.contestants if contestants is None else contestants:
         name = contestant.name
         refusal = contestant.refusal(case, dtype)
         if refusal is None:
-            call = family.make_call(contestant.prepare(case), inputs, mode)
-            verdict = row.verdicts[name] = judge(call(), truths, yardsticks)
+            function = contestant.prepare(case)
+            call = family.make_call(function, inputs, mode)
+            try:
+                results = call()
+            except RuntimeError as error:
+                if name == OURS:
+                    raise
+                row.refusals[name] = str(error).partition("\n")[0]
+                continue
+            verdict = row.verdicts[name] = judge(results, truths, yardsticks)
             if verdict.passed:
-                calls[name] = call
+                others = [family.make_call(function, x, mode) for x in spare]
+                calls[name] = Rotation([call, *others]) if others else call
                 continue
             refusal = f"WRONG, error {verdict.error:.1e} above its budget {verdict.budget:.1e}"
         row.refusals[name] = refusal
     return row, calls
 
 
-def run(
-    family: ModuleType,
-    case: Case,
-    dtype: str,
-    mode: str,
-    contestants: Sequence[Contestant],
-    seconds: float,
-) -> Row:
-    """Checks and races one case; without a right answer of our own there is no race."""
-    row, calls = checked_calls(family, case, dtype, mode, contestants)
-    if OURS in calls:
-        again = f"{OURS} again"
-        row.timings.update(race({**calls, again: calls[OURS]}, seconds))
-        # Raced against itself, a call shows how much of a ratio is chance.
-        row.noise = abs(row.timings.pop(again).median / row.timings[OURS].median - 1)
+def run(contest: Contest, seconds: float, contestants: Sequence[Contestant] | None = None) -> Row:
+    """Checks and races one case; without a right answer of our own there is no race.
+
+    On a GPU the calls are raced as CUDA graphs, and what launching them takes is measured apart.
+    """
+    row, calls = checked_calls(contest, contestants)
+    if OURS not in calls:
+        return row
+    clock = None
+    if contest.device == "cuda":
+        launches = race(calls, seconds / 4)
+        row.launch = {name: timing.median for name, timing in launches.items()}
+        calls, clock = {name: captured(call) for name, call in calls.items()}, cuda_seconds
+    again = f"{OURS} again"
+    row.timings.update(race({**calls, again: calls[OURS]}, seconds, clock))
+    row.clock_mhz = clock_rate() if contest.device == "cpu" else None
+    # Raced against itself, a call shows how much of a ratio is chance.
+    row.noise = abs(row.timings.pop(again).median / row.timings[OURS].median - 1)
     return row

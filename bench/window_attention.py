@@ -33,12 +33,14 @@ class Inputs:
         return tuple(x for x in given if x is not None)
 
 
-def make_inputs(case: WindowCase, dtype: torch.dtype, mode: str, seed: int = 0) -> Inputs:
+def make_inputs(
+    case: WindowCase, dtype: torch.dtype, mode: str, seed: int = 0, device: str = "cpu"
+) -> Inputs:
     """Inputs as a model's projection leaves them, all in one dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     size, tokens = (case.batch, case.size, case.size), case.window**2
     qkv, bias = normal(*size, 3 * case.channels), normal(case.heads, tokens, tokens)
