@@ -5,15 +5,17 @@ from types import ModuleType
 
 import torch
 
-from bench.cases import CASES, AttentionCase
+from bench.cases import CASES, AttentionCase, WindowCase
 from bench.measure import Call, judge, race
 from bench.peers import OURS, Contestant
 from bench.report import Row
 
+Case = AttentionCase | WindowCase
+
 
 def contests(
     family: str, dtypes: Sequence[str] | None, modes: Sequence[str], name_part: str
-) -> Iterator[tuple[AttentionCase, str, str]]:
+) -> Iterator[tuple[Case, str, str]]:
     """(case, dtype, mode) of every contest asked for; dtypes None means those of each case."""
     for case in CASES[family]:
         if name_part in case.name:
@@ -24,7 +26,7 @@ def contests(
 
 def checked_calls(
     family: ModuleType,
-    case: AttentionCase,
+    case: Case,
     dtype_name: str,
     mode: str,
     contestants: Sequence[Contestant],
@@ -65,7 +67,7 @@ def checked_calls(
 
 def run(
     family: ModuleType,
-    case: AttentionCase,
+    case: Case,
     dtype: str,
     mode: str,
     contestants: Sequence[Contestant],

@@ -296,7 +296,6 @@ def _window_attention_cpu(
         reasons.append(f"takes CPU tensors, got {query.device.type}")
     if EXTENSION_ERROR is not None:
         reasons.append(EXTENSION_ERROR)
-    reasons.append("this family has no CPU kernel yet")
     return reasons
 
 

@@ -103,7 +103,7 @@ def shifted_window_attention(
     scale = common.softmax_scale(scale, head_dim)
     if not isinstance(mask_value, (int, float)):
         reject_type("mask_value", "a number", type(mask_value).__name__)
-    if not math.isfinite(mask_value):
+    if not -math.inf < mask_value < math.inf:
         reject("mask_value", "a finite number", mask_value)
     if wrap not in ("padded", "unpadded"):
         reject("wrap", "'padded' or 'unpadded'", repr(wrap))
@@ -123,7 +123,7 @@ def shifted_window_attention(
     seed = common.draw_seed(query.device) if dropout_p > 0.0 else None
     args = (
         *(query, key, value, bias, logit_scale, pad_value),
-        *(num_heads, *window, *shift, wrap == "padded", scale, float(mask_value), dropout_p, seed),
+        *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p, seed),
     )
     if chosen != "reference":
         out, _ = call(ops.FORWARD[chosen], *args)
