@@ -4,22 +4,21 @@ Every launch runs under the guard: memory beyond the arguments, races between pr
 lanes and the order of programs all show.
 """
 
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tools.budget import assert_keeps_budget
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference import window_attention as reference
-from vlmfast.reference.common import dropout_keep_mask
-from vlmfast.verify.common import Case, Inputs, Tensors
+from vlmfast.verify.common import Case
+from vlmfast.verify.window_attention import window_case
 
 pytestmark = pytest.mark.interpreter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TENSORS = ("query", "key", "value", "bias", "logit_scale", "pad_value")
-SEED = torch.tensor([123456789012345])
 
 
 @pytest.fixture(autouse=True)
@@ -30,111 +29,6 @@ def watch():
         yield
 
 
-def arguments(inputs: Inputs) -> list:
-    return [inputs.get(name) for name in TENSORS] + list(inputs["numbers"])
-
-
-def in_windows(inputs: Inputs, grad_out: Tensor | None = None) -> dict:
-    """query, key, value and grad_out as (B, windows, heads, M, D), and what belongs to them."""
-    heads, height, width, *shift, wrap_padded = inputs["numbers"][:6]
-    query, key, value = (inputs.get(name) for name in TENSORS[:3])
-    if key is None:
-        query, key, value = query.chunk(3, -1)
-    pads = (None,) * 3
-    if inputs.get("pad_value") is not None:
-        pads = inputs["pad_value"].to(query.dtype).chunk(3)
-    size = [-(-n // w) * w for n, w in zip(query.shape[1:3], (height, width), strict=True)]
-    back = (-shift[0], -shift[1])
-
-    def cut(tokens: Tensor, pad: Tensor | None) -> Tensor:
-        if not wrap_padded:
-            tokens = tokens.roll(back, (1, 2))
-        tokens = reference._pad(tokens, *size, pad)
-        if wrap_padded:
-            tokens = tokens.roll(back, (1, 2))
-        return reference._partition(tokens, height, width, heads)
-
-    parts = dict(zip(TENSORS, map(cut, (query, key, value), pads), strict=False))
-    parts["is_map"] = cut(torch.ones_like(query), None)[:, :, :, :, :1]
-    if grad_out is not None:
-        parts["grad_out"] = cut(grad_out, None)
-    regions = reference._regions(*size, tuple(shift), query.device)
-    regions = reference._partition(regions[None, :, :, None], height, width, 1)[0, :, :, :, 0]
-    parts["other"] = regions[..., :, None] != regions[..., None, :]
-    parts["size"], parts["window"], parts["shift"] = size, (height, width), tuple(shift)
-    return parts
-
-
-def weights_by_torch(inputs: Inputs, parts: dict) -> tuple[Tensor, Tensor]:
-    """Weights before dropout, and the products or cosines they come from, in the inputs' dtype."""
-    scale, mask_value = inputs["numbers"][6:8]
-    query, key = parts["query"], parts["key"]
-    if inputs.get("logit_scale") is None:
-        products = query @ key.transpose(-2, -1)
-        logits = products * scale
-    else:
-        products = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
-        logits = products * inputs["logit_scale"][:, None, None]
-    if inputs.get("bias") is not None:
-        logits = logits + inputs["bias"]
-    logits = logits + mask_value * parts["other"].to(logits.dtype)
-    return logits.softmax(-1), products
-
-
-def by_torch(inputs: Inputs) -> Tensors:
-    parts = in_windows(inputs)
-    weights, _ = weights_by_torch(inputs, parts)
-    dropout_p = inputs["numbers"][8]
-    if dropout_p > 0.0:
-        batch, windows, heads, tokens, _ = weights.shape
-        keep = dropout_keep_mask(
-            batch * windows, heads, tokens, tokens, dropout_p, inputs["numbers"][9]
-        )
-        weights = weights * keep.unflatten(0, (batch, windows)) / (1.0 - dropout_p)
-    out = weights.to(parts["value"].dtype) @ parts["value"]
-    out = reference._reverse(out, *parts["size"], *parts["window"])
-    height, width = inputs["query"].shape[1:3]
-    if inputs["numbers"][5]:
-        return {"out": out.roll(parts["shift"], (1, 2))[:, :height, :width]}
-    return {"out": out[:, :height, :width].roll(parts["shift"], (1, 2))}
-
-
-def terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
-    """Norms of the terms that are summed; those of the softmax's backward are P dP."""
-    parts = in_windows(inputs, grads["out"])
-    weights, products = weights_by_torch(inputs, parts)
-    query, key, value, grad_out = (parts[name] for name in (*TENSORS[:3], "grad_out"))
-    scores = weights * (grad_out @ value.transpose(-2, -1))
-    scale = query.new_full((query.shape[2],), inputs["numbers"][6])
-    query_norm, key_norm = torch.ones_like(query[..., :1]), torch.ones_like(key[..., :1])
-    if inputs.get("logit_scale") is not None:
-        scale = inputs["logit_scale"]
-        query_norm, key_norm = (x.norm(dim=-1, keepdim=True) for x in (query, key))
-        query, key = query / query_norm, key / key_norm
-    scores, weights = scores.square(), weights.square()
-    scale = scale[:, None, None].square()
-    of_query = scale * (scores @ key.square()) / query_norm.square()
-    of_key = scale * (scores.transpose(-2, -1) @ query.square()) / key_norm.square()
-    of_value = weights.transpose(-2, -1) @ grad_out.square()
-    on_map, off_map = parts["is_map"], 1.0 - parts["is_map"]
-
-    def norm(*squares: Tensor) -> float:
-        return sum(x.sum() for x in squares).sqrt().item()
-
-    packed = inputs.get("key") is None
-    separate = [norm(x * on_map) for x in (of_query, of_key, of_value)]
-    together = norm(*(x * on_map for x in (of_query, of_key, of_value)))
-    return {
-        "out": norm(weights @ value.square()),
-        "grad_query": together if packed else separate[0],
-        "grad_key": separate[1],
-        "grad_value": separate[2],
-        "grad_bias": norm(scores),
-        "grad_logit_scale": norm(scores * products.square()),
-        "grad_pad_value": norm(of_key * off_map, of_value * off_map),
-    }
-
-
 def case(
     name: str,
     size: tuple[int, int, int],
@@ -142,56 +36,10 @@ def case(
     shift: tuple[int, int] = (0, 0),
     heads: int = 2,
     dim: int = 32,
-    packed: bool = True,
-    bias: float | None = 1.0,
-    cosine: bool = False,
-    pad_value: bool = False,
-    wrap_padded: bool = True,
-    mask_value: float = -100.0,
-    dropout_p: float = 0.0,
-    added: torch.dtype | None = torch.float32,
+    **options: Any,
 ) -> Case:
-    """A call of the operator, and its peers.
-
-    Args:
-        size: (B, H, W).
-        packed: query, key and value are one tensor.
-        bias: its standard deviation.
-        added: dtype of bias, logit_scale and pad_value; that of the map for None.
-    """
-    tokens, channels = window[0] * window[1], heads * dim
-
-    def make(generator: torch.Generator, dtype: torch.dtype, device: str) -> Inputs:
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
-
-        qkv = normal(*size, 3 * channels).to(dtype)
-        inputs: Inputs = {"query": qkv}
-        if not packed:
-            inputs = dict(zip(TENSORS[:3], qkv.chunk(3, -1), strict=True))
-        if bias is not None:
-            inputs["bias"] = (bias * normal(heads, tokens, tokens)).to(added or dtype)
-        if cosine:
-            inputs["logit_scale"] = (10 + normal(heads)).to(added or dtype)
-        if pad_value:
-            inputs["pad_value"] = normal(3 * channels).to(added or dtype)
-        scale = 0.0 if cosine else dim**-0.5
-        seed = SEED.to(device) if dropout_p > 0.0 else None
-        inputs["numbers"] = (
-            *(heads, *window, *shift, wrap_padded, scale, mask_value, dropout_p, seed),
-        )
-        return inputs
-
-    names = tuple(make(torch.Generator(), torch.float32, "cpu"))[:-1]
-    return Case(
-        name,
-        make,
-        names,
-        lambda inputs, backend: {"out": ops.FORWARD[backend](*arguments(inputs))[0]},
-        by_torch,
-        lambda inputs: {"out": reference.window_attention(*arguments(inputs))[0]},
-        terms,
-    )
+    """`window_case` with what most cases here have in common: few heads and no pad_value."""
+    return window_case(name, size, heads, dim, window, shift, **{"pad_value": False, **options})
 
 
 CASES = [
@@ -209,7 +57,7 @@ def test_every_dtype_keeps_its_budget(case, dtype):
 
 HALF_CASES = [
     case("two windows a program", (3, 14, 14), (7, 7), (3, 3)),
-    case("no bias", (1, 7, 14), (7, 7), (0, 3), bias=None),
+    case("no bias", (1, 7, 14), (7, 7), (0, 3), bias_std=None),
     case("shift before padding", (1, 9, 10), (7, 7), (3, 2), pad_value=True, wrap_padded=False),
     case("padding of zeros", (1, 9, 10), (7, 7), (3, 3)),
     case("rectangular, apart", (2, 7, 11), (3, 5), (1, 2), packed=False, pad_value=True),
@@ -223,7 +71,7 @@ HALF_CASES = [
     case("w24", (1, 24, 24), (24, 24), (12, 12), heads=1),
     case("dropout", (1, 7, 14), (7, 7), (3, 3), dropout_p=0.3),
     case("w12, dropout", (1, 12, 12), (12, 12), heads=1, dropout_p=0.3),
-    case("bias and padding in half precision", (1, 9, 7), (7, 7), pad_value=True, added=None),
+    case("bias and padding in half precision", (1, 9, 7), (7, 7), pad_value=True, bias_dtype=None),
     case("small mask value", (1, 8, 8), (8, 8), (4, 4), mask_value=-1.5),
     *(case(f"head dim {dim}", (1, 8, 5), (8, 5), (4, 2), dim=dim) for dim in (8, 24, 80, 128)),
 ]
@@ -235,8 +83,8 @@ def test_half_precision(case):
 
 
 FLOAT_CASES = [
-    case("large bias", (1, 8, 8), (8, 8), (4, 4), bias=20.0),
-    case("large bias, by blocks", (1, 12, 12), (12, 12), (6, 6), heads=1, bias=20.0),
+    case("large bias", (1, 8, 8), (8, 8), (4, 4), bias_std=20.0),
+    case("large bias, by blocks", (1, 12, 12), (12, 12), (6, 6), heads=1, bias_std=20.0),
     case("cosine, by blocks", (1, 9, 9), (9, 9), (4, 4), heads=1, cosine=True),
 ]
 

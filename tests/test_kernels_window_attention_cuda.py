@@ -4,8 +4,7 @@ import pytest
 import torch
 from test_kernels_window_attention import CASES, DTYPES, FLOAT_CASES, HALF_CASES, case
 
-from vlmfast.ops import window_attention as ops
-from vlmfast.verify.common import measure
+from vlmfast.verify.common import measure, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -42,13 +41,9 @@ def test_float32(case):
 @pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case.name)
 def test_repeats_bitwise(case):
     inputs = case.make(torch.Generator().manual_seed(0), torch.bfloat16, "cuda")
-    tensors = [inputs.get(name) for name in ("query", "key", "value")]
-    tensors += [inputs.get(name) for name in ("bias", "logit_scale", "pad_value")]
-    numbers = inputs["numbers"]
-    out, logsumexp = ops.FORWARD["triton"](*tensors, *numbers)
-    grad_out = torch.randn_like(out)
+    grad_outputs = {"out": torch.randn_like(case.reference(inputs)["out"])}
     first, second = (
-        ops.BACKWARD["triton"](grad_out, *tensors, out, logsumexp, *numbers, *(True,) * 4)
+        run(lambda x: case.kernel(x, "triton"), inputs, case.differentiable, grad_outputs)
         for _ in range(2)
     )
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -302,6 +302,8 @@ def _window_attention_triton(
     window_size: tuple[int, int],
 ) -> list[str]:
     reasons = _triton("window_attention", query.device)
+    if head_dim > 128:
+        reasons.append(f"takes head dims up to 128, got {head_dim}")
     return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
 
 
