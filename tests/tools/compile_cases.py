@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmfast.kernels import configs, flash_attention
+from vlmfast.kernels import configs, cross_attention, flash_attention
 
 
 class CompileCase(NamedTuple):
@@ -156,3 +156,67 @@ for _name, _tf32 in (("float32", False), ("tf32", True)):
         **_float,
     )
 _case("float32, causal, 577 x 64", 577, 577, 64, causal=1, dtype=torch.float32, archs=_EXTREMES)
+
+
+def cross_attention_case(
+    name: str,
+    tokens: int,
+    images: int,
+    latents: int,
+    dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 4,
+    heads: tuple[int, int] = (8, 8),
+    several: bool = False,
+    lengths: bool = False,
+    tf32: bool = False,
+    archs: tuple[int, ...] = configs.ARCHITECTURES,
+) -> None:
+    """Adds a forward and backward call."""
+    shape = (batch, tokens, images, latents, dim)
+    launch = partial(_call_cross_attention, shape, heads, dtype, several, lengths, tf32)
+    CASES[f"Phi: {name}"] = CompileCase(launch, archs)
+
+
+def _call_cross_attention(shape, heads, dtype, several, lengths, tf32) -> None:
+    batch, tokens, images, latents, dim = shape
+
+    def empty(*size: int, kind: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    query = empty(batch, tokens, heads[0], dim, kind=dtype).transpose(1, 2)
+    packed = empty(batch, images, latents, 2, heads[1], dim, kind=dtype)
+    key, value = packed.permute(3, 0, 4, 1, 2, 5).unbind(0)
+    plan = (
+        empty(batch, tokens),
+        empty(batch, tokens, images, kind=torch.bool) if several else None,
+        empty(batch, tokens * images if several else tokens),
+        empty(batch, images, 3),
+        empty(batch, images) if lengths else None,
+    )
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        out, lse = cross_attention.forward(query, key, value, *plan, dim**-0.5)
+        saved = (query, key, value, out, lse, *plan, dim**-0.5)
+        cross_attention.backward(out, lse, *saved, True, True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+_image_case = cross_attention_case
+_image_case("Flamingo, 33 images of 64 x 64", 2048, 33, 64, 64)
+_image_case("one image of 64 x 64", 512, 1, 64, 64, dtype=torch.float16, archs=_EXTREMES)
+_image_case("decoding", 1, 33, 64, 64, archs=_EXTREMES)
+_image_case("64 x 80", 512, 6, 64, 80)
+_image_case("64 x 96", 512, 6, 64, 96, archs=_WIDE)
+_image_case("64 x 128, grouped", 512, 6, 64, 128, heads=(32, 8))
+_image_case("64 x 256", 512, 6, 64, 256)
+_image_case("Mllama, 1601 x 128", 512, 4, 1601, 128, heads=(32, 8), several=True)
+_image_case("1601 x 80", 512, 4, 1601, 80)
+_image_case("all previous, 64 x 64", 512, 6, 64, 64, several=True)
+_image_case("several with lengths, 64 x 64", 512, 6, 64, 64, several=True, lengths=True)
+_image_case("lengths, 257 x 64", 512, 6, 257, 64, lengths=True, archs=_EXTREMES)
+for _name, _tf32 in (("float32", False), ("tf32", True)):
+    for _dim in (64, 128, 256):
+        _image_case(f"{_name}, 64 x {_dim}", 512, 6, 64, _dim, dtype=torch.float32, tf32=_tf32)
