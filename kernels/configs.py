@@ -233,7 +233,11 @@ _CROSS_FORWARD = _table(
         (128, UNLIMITED, 32, 32, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+    ieee=_rows(
+        (64, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 16, 32, 8, 1),
+        (256, UNLIMITED, 16, 16, 8, 1),
+    ),
 )
 
 _CROSS_KEY_VALUE_90 = _rows(
@@ -249,7 +253,7 @@ _CROSS_KEY_VALUE = _table(
         (128, UNLIMITED, 32, 64, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    tf32=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    tf32=_rows((64, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
     ieee=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
 )
 
@@ -275,8 +279,8 @@ _CROSS_QUERY = _table(
         (128, UNLIMITED, 64, 32, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    tf32=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
-    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    tf32=_rows((64, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 4, 1)),
 )
 
 _CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))
