@@ -235,7 +235,7 @@ _CROSS_FORWARD = _table(
     ),
     ieee=_rows(
         (64, UNLIMITED, 32, 32, 8, 1),
-        (128, UNLIMITED, 16, 32, 8, 1),
+        (128, UNLIMITED, 32, 32, 4, 1),
         (256, UNLIMITED, 16, 16, 8, 1),
     ),
 )
@@ -280,7 +280,7 @@ _CROSS_QUERY = _table(
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
     tf32=_rows((64, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
-    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 4, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
 )
 
 _CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))
