@@ -309,7 +309,11 @@ _CROSS_FORWARD = _table(
         (128, UNLIMITED, 32, 32, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+    ieee=_rows(
+        (64, UNLIMITED, 32, 32, 8, 1),
+        (128, UNLIMITED, 32, 32, 4, 1),
+        (256, UNLIMITED, 16, 16, 8, 1),
+    ),
 )
 
 _CROSS_KEY_VALUE_90 = _rows(
@@ -325,7 +329,7 @@ _CROSS_KEY_VALUE = _table(
         (128, UNLIMITED, 32, 64, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    tf32=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    tf32=_rows((64, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
     ieee=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
 )
 
@@ -351,8 +355,8 @@ _CROSS_QUERY = _table(
         (128, UNLIMITED, 64, 32, 8, 1),
         (256, UNLIMITED, 16, 32, 8, 1),
     ),
-    tf32=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
-    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    tf32=_rows((64, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
 )
 
 _CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))

@@ -377,13 +377,14 @@ struct Forward {
   // Replaces n scores of each row by exp2(factor * score - subtracted), as pairs where words are,
   // and adds them up.
   VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums,
-                              const RowFetcher<T>& later) const {
+                              const RowFetcher<T>& later, Prefetcher& ahead) const {
     constexpr int kStep = Words::kElements;
     float more[kTile] = {};
     reduce_rows(
         count, more,
         [&](int row) VLMFAST_INLINE_LAMBDA {
           later.row(row);
+          ahead.step();
           const Vec shift = broadcast(subtracted[row]);
           Vec total = zero();
           for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
@@ -424,7 +425,7 @@ struct Forward {
       row_maxima(scores, tile.count, m, factor, most);
       softmax->raise(most, subtracted, rescale);
       weights(tile.count, m, subtracted, softmax->sum,
-              {queries, later.part(0, first == 0 ? later.count : 0), problem.head_dim});
+              {queries, later.part(0, first == 0 ? later.count : 0), problem.head_dim}, ahead);
       if (first > 0)
         for (int i = 0; i < tile.count; i++)
           for (int d = 0; d < value_stride; d += kLanes) {
@@ -505,13 +506,14 @@ struct Forward {
 
   // Results of a tile from its weighted sums. Rows that see nothing have a sum of 0 and give 0.
   VLMFAST_INLINE void store_tile(const Softmax& softmax, int batch, int head, Tokens tile,
-                                 Tokens later, const float* sums) const {
+                                 Tokens later, const float* sums, Prefetcher& ahead) const {
     float logs[kTile];
     log2_of_sums(softmax.sum, logs);
     float* target = logsumexp(batch, head);
     const RowFetcher<T> fetcher{rows_of<T>(problem.out, batch, head), later, problem.value_dim};
     for (int i = 0; i < tile.count; i++) {
       fetcher.row(i);
+      ahead.step();
       target[tile.index[i]] = natural_logsumexp(softmax.top[i], logs[i]);
       store_row(batch, head, tile.index[i], sums + (int64_t)i * value_stride,
                 softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i]);
@@ -612,14 +614,15 @@ struct Forward {
           store_empty(task.batch, task.head * problem.group + h, tokens.index[i]);
       return;
     }
+    // One step for each row weighed and one for each stored, beside those of the products.
     const int64_t all_rows = (int64_t)tokens.count * problem.group;
-    Prefetcher ahead = prefetcher(task, next,
-                                  is_few(tokens) ? all_rows * ((n + kLanes - 1) / kLanes)
-                                                 : all_rows / kRowStep * ((n - 1) / kPanel + 1));
-    attend_image(
-        task, image, tokens, n, ahead,
-        [&](int head, Tokens tile, Tokens later, const Softmax& softmax)
-            VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, later, out); });
+    const int64_t per_row = is_few(tokens) ? 1 + (n + kLanes - 1) / kLanes : 2;
+    Prefetcher ahead = prefetcher(task, next, all_rows * per_row);
+    attend_image(task, image, tokens, n, ahead,
+                 [&](int head, Tokens tile, Tokens later, const Softmax& softmax)
+                     VLMFAST_INLINE_LAMBDA {
+                       store_tile(softmax, task.batch, head, tile, later, out, ahead);
+                     });
   }
 
   VLMFAST_INLINE void run_several(const CrossAttentionTask& task) const {
@@ -644,12 +647,13 @@ struct Forward {
         if (problem.image_index[(int64_t)task.batch * problem.tokens + token] == kUniformRow)
           continue;
         const int64_t row = (int64_t)h * range + token - task.begin;
+        Prefetcher none;
         Softmax softmax;
         softmax.clear();
         softmax.top[0] = rows.tops[row];
         softmax.sum[0] = rows.sums[row];
         store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1}, {&token, 0},
-                   row_out + row * value_stride);
+                   row_out + row * value_stride, none);
       }
   }
 
@@ -746,14 +750,15 @@ struct Backward {
     scratch_size = arena.used;
   }
 
-  // A logsumexp in log2 units as top + log_sum. Rows that see nothing get weights of
-  // exp2(-inf) = 0. False where rounding has taken too much of it.
-  static VLMFAST_INLINE bool split(float logsumexp, float* top, float* log_sum) {
+  // exp(-logsumexp) as share * exp2(-top). Rows that see nothing get weights of exp2(-inf) = 0.
+  // False where rounding has taken too much of the logsumexp.
+  static VLMFAST_INLINE bool split(float logsumexp, float* top, float* share) {
     *top = kInfinity;
-    *log_sum = 0.f;
+    *share = 1.f;
     if (logsumexp == -kInfinity) return true;
     *top = logsumexp * kLog2E;
-    *log_sum = __builtin_fmaf(logsumexp, kLog2E, -*top) + logsumexp * kLog2ELow;
+    const float rest = __builtin_fmaf(logsumexp, kLog2E, -*top) + logsumexp * kLog2ELow;
+    *share = 1.f - rest * (float)kLn2;
     return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
   }
 
@@ -785,9 +790,9 @@ struct Backward {
     }
   }
 
-  // grad_out . out - grad_logsumexp of each row, and its logsumexp as `top` + `log_sum`.
+  // grad_out . out - grad_logsumexp of each row, and its logsumexp as `split` has it.
   VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile,
-                                 Tokens later, int n, float* delta, float* top, float* log_sum,
+                                 Tokens later, int n, float* delta, float* top, float* share,
                                  Prefetcher& ahead) const {
     const Rows<T> grad = rows_of<T>(problem.grad_out, task.batch, head);
     const Rows<T> out = rows_of<T>(problem.out, task.batch, head);
@@ -816,9 +821,9 @@ struct Backward {
       const float logsumexp = problem.logsumexp[row + token];
       if (problem.several) {
         top[i] = rows.tops[held_row + token];
-        log_sum[i] = rows.sums[held_row + token];
+        share[i] = rows.sums[held_row + token];
       } else {
-        precise &= split(logsumexp, top + i, log_sum + i);
+        precise &= split(logsumexp, top + i, share + i);
       }
       if (logsumexp == -kInfinity)
         delta[i] = 0.f;
@@ -828,20 +833,19 @@ struct Backward {
     if (precise) return;
     Softmax softmax;
     statistics(tile.count, n, ahead, &softmax);
-    float logs[kTile];
-    log2_of_sums(softmax.sum, logs);
     for (int i = 0; i < tile.count; i++)
-      if (top[i] != kInfinity) top[i] = softmax.top[i], log_sum[i] = logs[i];
+      if (top[i] != kInfinity) top[i] = softmax.top[i], share[i] = 1.f / softmax.sum[i];
   }
 
   // P and dS of a block of n latents, from the products in `scores` and `grad_scores`. With fp32
   // words they replace them; with bf16 words `left` and `grad_left` get them as pairs of queries,
   // and `grad_words` gets dS as pairs of latents.
   VLMFAST_INLINE void gradients(int count, int n, const float* delta, const float* top,
-                                const float* log_sum) const {
+                                const float* share, Prefetcher& ahead) const {
     for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
       const int width = panel_width(m), panel = first / kPanel;
-      for (int row = 0; row < count; row += kStep)
+      for (int row = 0; row < count; row += kStep) {
+        ahead.step();
         for (int g = 0; g < m; g += kStep * kLanes) {
           Vec weight[kStep][kStep], grad[kStep][kStep];  // row, vector
           VLMFAST_UNROLL for (int r = 0; r < kStep; r++)
@@ -850,9 +854,9 @@ struct Backward {
             weight[r][v] = grad[r][v] = zero();
             if (i >= count || lanes <= 0) continue;
             const int at = panel * kPanelScores + i * width + g + v * kLanes;
-            const Vec shifted = fms(broadcast(factor), load(scores + at), broadcast(top[i])) -
-                                broadcast(log_sum[i]);
-            const Vec p = first_or(exp2<Words::kExpDegree>(shifted), lanes, 0.f);
+            const Vec power = exp2<Words::kExpDegree>(
+                fms(broadcast(factor), load(scores + at), broadcast(top[i])));
+            const Vec p = first_or(power * broadcast(share[i]), lanes, 0.f);
             weight[r][v] = p;
             grad[r][v] = p * (load(grad_scores + at) - broadcast(delta[i]));
           }
@@ -875,6 +879,7 @@ struct Backward {
           }
 #endif
         }
+      }
     });
   }
 
@@ -892,8 +897,8 @@ struct Backward {
       if (grad_out_pairs != grad_out)
         pack_token_pairs<Words>(grad_in, tile, problem.value_dim, value_stride, grad_out_pairs);
     }
-    float delta[kTile], top[kTile], log_sum[kTile];
-    row_values(task, head, tile, later, n, delta, top, log_sum, ahead);
+    float delta[kTile], top[kTile], share[kTile];
+    row_values(task, head, tile, later, n, delta, top, share, ahead);
     const int depth = (tile.count + kStep - 1) / kStep;
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
@@ -901,7 +906,7 @@ struct Backward {
                              scores, ahead);
       multiply_panels<Words>(value_panels + (int64_t)first * value_words, grad_out, value_words,
                              tile.count, m, grad_scores, ahead);
-      gradients(tile.count, m, delta, top, log_sum);
+      gradients(tile.count, m, delta, top, share, ahead);
       for_each_panel(m, [&](int from, int k) VLMFAST_INLINE_LAMBDA {
         const int panel = from / kPanel * kPanelScores / kStep, width = panel_width(k);
         const int64_t latent = first + from;
@@ -917,7 +922,7 @@ struct Backward {
                                   tile.count, latent == 0, grad_query, stride / kLanes);
       });
     }
-    if (problem.wants_query) store_grad_query(task, head, tile, later);
+    if (problem.wants_query) store_grad_query(task, head, tile, later, ahead);
   }
 
   VLMFAST_INLINE float* partial_grad_query(const CrossAttentionTask& task, int head) const {
@@ -926,7 +931,7 @@ struct Backward {
   }
 
   VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head, Tokens tile,
-                                       Tokens later) const {
+                                       Tokens later, Prefetcher& ahead) const {
     const Vec scale = broadcast(problem.scale);
     const RowFetcher<T> later_query{rows_of<T>(problem.query, task.batch, head), later,
                                     problem.head_dim};
@@ -934,6 +939,7 @@ struct Backward {
                                    problem.head_dim};
     for (int i = 0; i < tile.count; i++) {
       later_query.row(i);
+      ahead.step();
       later_grad.row(i);
       for (int d = 0; d < problem.head_dim; d += kLanes) {
         const int n = minimum(kLanes, problem.head_dim - d), token = tile.index[i];
@@ -1035,9 +1041,7 @@ struct Backward {
         clear_grad_latents();
         overwrite = false;
       }
-      const int64_t panels = (n - 1) / kPanel + 1;
-      Prefetcher ahead =
-          prefetcher(next, (int64_t)tokens.count * problem.group / kRowStep * panels * 2);
+      Prefetcher ahead = prefetcher(next, (int64_t)tokens.count * problem.group);
       pack(task, image, n);
       for_each_head_tile(task, tokens, [&](int head, Tokens part, Tokens later) {
         tile(task, head, part, later, n, overwrite, ahead);
@@ -1049,8 +1053,8 @@ struct Backward {
     store_grad_latents(task, image);
   }
 
-  // Every row's logsumexp as tops + sums, before any image's share of the gradients: from what
-  // forward left, or, where rounding has taken too much of that, from all images afresh.
+  // Every row's logsumexp, split into tops and sums, before any image's share of the gradients:
+  // from what forward left, or, where rounding has taken too much of that, from all images afresh.
   VLMFAST_INLINE void prepare_rows(const CrossAttentionTask& task) const {
     const int64_t held = (int64_t)problem.group * problem.tokens;
     const float* logsumexp =
@@ -1078,7 +1082,7 @@ struct Backward {
       if (rows.sums[i] == 0.f)
         split(-kInfinity, rows.tops + i, rows.sums + i);
       else
-        log2_in_place(rows.sums + i, 1);
+        rows.sums[i] = 1.f / rows.sums[i];
     }
   }
 
