@@ -1,5 +1,17 @@
 """Drop-in modules on fused kernels: same constructor arguments, state-dict keys and numbers."""
 
+from vlmfast.nn.cross_attention import (
+    GatedCrossAttentionBlock,
+    MaskedCrossAttention,
+    PerceiverAttention,
+    PerceiverResampler,
+)
 from vlmfast.nn.flash_attention import MultiheadAttention
 
-__all__ = ["MultiheadAttention"]
+__all__ = [
+    "GatedCrossAttentionBlock",
+    "MaskedCrossAttention",
+    "MultiheadAttention",
+    "PerceiverAttention",
+    "PerceiverResampler",
+]
