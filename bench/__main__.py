@@ -13,6 +13,7 @@ from bench.contest import contests, run
 from bench.measure import measure_ceilings, settle_allocator
 from bench.peers import CONTESTANTS, OURS
 from bench.report import markdown, write_json
+from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
@@ -37,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, (case, dtype, mode) in enumerate(chosen, start=1):
         print(f"{number}/{len(chosen)} {case.name} {dtype} {mode}", file=sys.stderr)
         with vlmfast.use_backend(options.backend) if options.backend else nullcontext():
-            rows.append(run(family, case, dtype, mode, contestants, options.seconds))
+            try:
+                rows.append(run(family, case, dtype, mode, contestants, options.seconds))
+            except NotImplementedError as error:  # the forced backend's reasons
+                print(error, file=sys.stderr)
+                return 2
 
     print(markdown(rows, [peer.name for peer in contestants if peer.name != OURS], ceilings))
     if options.json:
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bwd: backward alone; both: forward, and forward with backward (default: %(default)s)",
     )
     parser.add_argument("--filter", default="", help="only cases with this in their name")
-    parser.add_argument("--backend", help="force one of vlmfast's backends")
+    parser.add_argument("--backend", choices=BACKENDS, help="force one of vlmfast's backends")
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="for each race (default: %(default)s)"
     )

@@ -232,3 +232,14 @@ def test_pytest_benchmark_runs_the_same_calls() -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 passed" in result.stdout  # three contestants, forward and with backward
+
+
+def test_command_line_says_why_a_forced_backend_cannot_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
+    arguments += ["--ceiling-size", "64"]
+    assert command_line.main([*arguments, "--backend", "cuda"]) == 2
+    assert "no CUDA C++ kernel of this family exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command_line.main([*arguments, "--backend", "gpu"])
