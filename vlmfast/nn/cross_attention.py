@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -154,7 +154,7 @@ class MaskedCrossAttention(nn.Module):
         projection = self.to_kv
         if torch.compiler.is_compiling():
             return project()
-        if type(projection) is nn.Linear and not has_hooks(projection):
+        if _is_plain(projection) and not has_hooks(projection):
             sources = (media, *projection.parameters())
             if _may_be_kept(*sources):
                 keeper: Keeper[KeyValue] = _kept_media.setdefault(self, Keeper())
@@ -596,9 +596,17 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
+def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
+    cls = type(projection)
+    return cls is nn.Linear or (
+        issubclass(cls, nn.Linear) and cls.__module__.startswith("vlmfast.")
+    )
+
+
 def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
     """Whether a projection can take `tensor`; one that is no plain linear layer says so itself."""
-    if type(projection) is not nn.Linear:
+    if not _is_plain(projection):
         return
     if tensor.shape[-1] != projection.in_features:
         reject(argument, f"a last dimension of size {projection.in_features}", tuple(tensor.shape))
