@@ -30,7 +30,7 @@ class AttentionCall:
 def spy_on_attention(monkeypatch) -> list[AttentionCall]:
     """The list to which every call of the attention functions is added from now on."""
     calls: list[AttentionCall] = []
-    for name in ("scaled_dot_product_attention", "varlen_attention"):
+    for name in ("scaled_dot_product_attention", "varlen_attention", "image_cross_attention"):
         original = getattr(VF, name)
 
         def spy(query, *args, _name=name, _original=original, **kwargs):
