@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import flamingo_pytorch.flamingo_pytorch as original
 import pytest
@@ -13,7 +14,7 @@ import vlmfast
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
 from tools import open_flamingo, open_flamingo_v1
-from tools.models import assert_as_right_as, measure, spy_on_attention
+from tools.models import assert_as_right_as, measure, open_gates, spy_on_attention
 from vlmfast.verify.common import relative_error
 
 BATCH, TOKENS, IMAGES, LATENTS, WIDTH, VISUAL = 3, 11, 2, 5, 32, 24
@@ -27,11 +28,11 @@ LOCATIONS[2, [2, 3, 7]] = True
 
 
 def make_pair(name, library=original, **arguments):
-    """The original and ours with the same weights, gates that are open, norms that are not 1."""
+    """The original and ours with the same weights: norms are not 1, gates are open."""
     torch.manual_seed(0)
     theirs = getattr(library, name)(**arguments)
-    for path, parameter in theirs.named_parameters():
-        if "gate" in path or parameter.dim() == 1:
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
             nn.init.normal_(parameter, mean=0.7, std=0.2)
     ours = getattr(vnn, name)(**arguments)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -60,6 +61,8 @@ def assert_equal_in_float64(ours, theirs, make_inputs):
 
 def assert_right(ours, theirs, make_inputs):
     assert_equal_in_float64(ours, theirs, make_inputs)
+    for module in (ours, theirs):
+        open_gates(module, WIDTH)
     assert_as_right_as(ours, theirs, make_inputs)
 
 
@@ -95,6 +98,7 @@ def test_open_flamingo(name, immediate, cached):
 def test_attend_previous(name, previous):
     theirs = getattr(open_flamingo_v1, name)(**SIZES, dim_visual=VISUAL)
     ours = getattr(vnn, name)(**SIZES, dim_visual=VISUAL)
+    open_gates(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     others = {"media_locations": LOCATIONS, "attend_previous": previous}
     assert_right(ours, theirs, lambda s: text_and_media(s, images=3, width=VISUAL, **others))
@@ -103,6 +107,8 @@ def test_attend_previous(name, previous):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes(dtype):
     ours, theirs = (m.to(dtype) for m in make_pair("GatedCrossAttentionBlock", **SIZES))
+    for module in (ours, theirs):
+        open_gates(module, WIDTH)
     assert_as_right_as(ours, theirs, lambda s: text_and_media(s, media_locations=LOCATIONS))
     ours, theirs = (m.to(dtype) for m in make_pair("PerceiverAttention", **SIZES))
     assert_as_right_as(ours, theirs, features_and_latents)
@@ -483,7 +489,8 @@ def test_hooks_on_the_projection_run_every_time(decoding):
 
 def test_traces_hold_the_projection(decoding):
     layer, arguments, _ = decoding
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         traced = torch.jit.trace(layer, tuple(arguments[:2]), check_trace=False)
         other = torch.randn_like(arguments[1])
         torch.testing.assert_close(traced(arguments[0], other), layer(arguments[0], other))

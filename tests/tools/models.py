@@ -42,6 +42,28 @@ def spy_on_attention(monkeypatch) -> list[AttentionCall]:
     return calls
 
 
+_GATES = (
+    *("attn_gate", "ff_gate"),  # Flamingo
+    *("alpha_cross_attn", "alpha_dense"),  # IDEFICS
+    *("cross_attn_attn_gate", "cross_attn_mlp_gate"),  # Mllama
+)
+
+
+def open_gates(model: nn.Module, width: int | None = None) -> None:
+    """Opens the gates of cross-attention layers, which are closed at the start.
+
+    With `width`, a gate of one number becomes a vector. The gradient of one number is a single sum,
+    and now and then its terms all but cancel: then its relative error says nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, gate in list(module.named_parameters(recurse=False)):
+            if name in _GATES:
+                shape = gate.shape if width is None or gate.numel() > 1 else (width,)
+                value = 0.7 + 0.2 * torch.randn(shape, generator=generator)
+                setattr(module, name, nn.Parameter(value.to(gate.dtype)))
+
+
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs as fresh tensors: those floating in `dtype`, with gradients to be computed."""
 
