@@ -627,6 +627,48 @@ def test_idefics_decoding():
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("resampler", [False, True])
+def test_idefics_projects_its_media_once_while_it_generates(monkeypatch, resampler):
+    model = make_idefics(resampler=resampler, qk_layer_norms=True).eval()
+    patched = copy.deepcopy(model)
+    vlmfast.patch(patched)
+    inputs = words_and_images(0)
+    words, mask = inputs.pop("input_ids"), inputs.pop("image_attention_mask")
+    projected = []
+    forward = torch.nn.Linear.forward
+
+    def spy(module, input):
+        projected.append(module)
+        return forward(module, input)
+
+    def generate(model):
+        name = "perceiver_embeddings" if resampler else "image_encoder_embeddings"
+        cache, media, steps = None, inputs, []
+        for piece in (slice(0, 6), slice(6, 7), slice(7, 8)):
+            out = model(
+                words[:, piece],
+                image_attention_mask=mask[:, piece],
+                past_key_values=cache,
+                use_cache=True,
+                **media,
+            )
+            cache, media = out.past_key_values, {name: out.image_hidden_states}
+            steps.append(out.last_hidden_state)
+        return torch.cat(steps, 1)
+
+    with torch.no_grad():
+        expected = generate(model)
+        monkeypatch.setattr(torch.nn.Linear, "forward", spy)
+        torch.testing.assert_close(generate(patched), expected)
+        attention = patched.gated_cross_attn_layers[0].cross_attn
+        assert projected.count(attention.k_proj) == projected.count(attention.v_proj) == 1
+        for weight in (attention.v_proj.weight, attention.k_layer_norm.weight):
+            weight.mul_(2)
+            assert not torch.allclose(generate(patched), expected)
+            weight.div_(2)
+            torch.testing.assert_close(generate(patched), expected)
+
+
 def make_mllama(implementation="sdpa", wide_gates=True, **arguments):
     text = {**SIZES, "vocab_size": 50, "num_key_value_heads": 2, "cross_attention_layers": [1, 2]}
     text |= {"num_hidden_layers": 4, "pad_token_id": 0, **arguments}

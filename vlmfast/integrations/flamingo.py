@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vlmfast.nn as vnn
 from vlmfast.integrations.rules import Rule, class_name
+from vlmfast.nn.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
 
@@ -105,8 +106,7 @@ def _replace_by(
 
 
 def _restore(original: type[nn.Module], module: nn.Module) -> None:
-    if isinstance(module, vnn.MaskedCrossAttention):
-        module.forget_media()
+    forget_media(module)
     module.__class__ = original
 
 

@@ -5,6 +5,9 @@ mask by the name in the model's. Both names are registered here, as "vlmfast". A
 a copy of its config that carries the name; the model keeps its own, so that masks come out exactly
 as they did before, and layers left alone, and other models made from the same config, see no
 change.
+
+The layers that attend to images get a class of their own as well. It sees from the mask of images,
+which their model hands on, what a token attends to.
 """
 
 from __future__ import annotations
@@ -44,7 +47,13 @@ from vlmfast.integrations.rules import (
     leave_alone,
     swap_class,
 )
-from vlmfast.nn.cross_attention import KeyValue, attend_to_two, kept_plan
+from vlmfast.nn.cross_attention import (
+    KeyValue,
+    attend_to_two,
+    forget_media,
+    kept_key_value,
+    kept_plan,
+)
 
 __all__ = [
     "NAME",
@@ -145,6 +154,7 @@ class _RestoreConfig:
     def __call__(self, module: nn.Module) -> None:
         module.config = self.original
         if self.cls is not None:
+            forget_media(module)
             module.__class__ = self.cls
 
 
@@ -193,18 +203,32 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
                 **kwargs,
             )
         query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        # (B, I * L, heads * head_dim) -> (B, heads, I, L, head_dim), as views
-        key, value = (
-            projection(key_value_states)
-            .unflatten(1, (sees.shape[-1], -1))
-            .unflatten(-1, (self.num_heads, -1))
-            .permute(0, 3, 1, 2, 4)
-            for projection in (self.k_proj, self.v_proj)
-        )
         if self.qk_layer_norms:
-            query, key = self.q_layer_norm(query), self.k_layer_norm(key)
+            query = self.q_layer_norm(query)
+        key, value = self._key_value(key_value_states)
+        # (B, heads, I * L, head_dim) -> (B, heads, I, L, head_dim)
+        key, value = (x.unflatten(2, (sees.shape[-1], -1)) for x in (key, value))
         out = _attend_to_images(self, query, key, value, sees, empty_rows="zero")
         return self.o_proj(out), None
+
+    def train(self, mode: bool = True) -> IdeficsAttention:
+        forget_media(self)
+        return super().train(mode)
+
+    def _key_value(self, media: Tensor) -> KeyValue:
+        """(B, heads, I * L, head_dim), kept while a model generates: it hands on the same media."""
+        modules: tuple[nn.Module, ...] = (self.k_proj, self.v_proj)
+        if self.qk_layer_norms:
+            modules = (*modules, self.k_layer_norm)
+
+        def project() -> KeyValue:
+            key, value = (
+                projection(media).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for projection in modules[:2]
+            )
+            return self.k_layer_norm(key) if self.qk_layer_norms else key, value
+
+        return kept_key_value(self, media, modules, project, (modeling_idefics.IdeficsRMSNorm,))
 
 
 class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
@@ -384,12 +408,6 @@ def _mask_of_tiles(sees: Tensor, latents: int, dtype: torch.dtype) -> Tensor:
     return mask.repeat_interleave(latents, dim=-1).unsqueeze(1)
 
 
-_IDEFICS_ARGUMENTS, _MLLAMA_ARGUMENTS = (
-    tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
-    for cls in (modeling_idefics.IdeficsModel, modeling_mllama.MllamaModel)
-)
-
-
 def _hand_on_image_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before IdeficsModel expands its mask: hands the layers the mask as it comes, (B, T, I)."""
     given = {**dict(zip(_IDEFICS_ARGUMENTS, args, strict=False)), **kwargs}
@@ -521,12 +539,26 @@ def _replace(module: nn.Module) -> Callable[[nn.Module], None]:
     return _RestoreConfig(original)
 
 
+def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a layer or model takes, self left out."""
+    return tuple(inspect.signature(_forward(cls)).parameters)[1:]
+
+
+_IDEFICS_ARGUMENTS = _arguments(modeling_idefics.IdeficsModel)
+_MLLAMA_ARGUMENTS = _arguments(modeling_mllama.MllamaModel)
+_BLIP_TEXT_FITS = _arguments(modeling_blip_text.BlipTextSelfAttention) == _arguments(
+    BlipTextSelfAttention
+)
+_OTHER_VERSION = "its arguments are not those that it has in transformers 5.23"
+
+
 def _swap_interface_layer(
     original: type[nn.Module],
     replacement: type[nn.Module],
     concerns: Callable[[Any], bool] = lambda module: True,
 ) -> Rule:
     """A rule for a layer that goes through the interface, and whose class is swapped as well."""
+    same_call = _arguments(original) == _arguments(replacement)
 
     def replace(module: nn.Module) -> Callable[[nn.Module], None]:
         restore: Any = _replace(module)
@@ -538,7 +570,7 @@ def _swap_interface_layer(
         family=CROSS_FAMILY,
         what=class_name(replacement),
         recognises=lambda module: type(module) is original and concerns(module),
-        refusal=_refusal,
+        refusal=lambda module: _refusal(module) if same_call else _OTHER_VERSION,
         replace=replace,
     )
 
@@ -549,6 +581,11 @@ def _pass_on_masks(original: type[nn.Module], hooks: dict[str, Callable[..., Any
     def refusal(module: nn.Module) -> str | None:
         if type(module) is not original:
             return "a subclass may compute something else"
+        if not all(
+            "kwargs" in _arguments(type(module.get_submodule(path)))
+            for path in hooks  # else a model passes on no more than it knows
+        ):
+            return _OTHER_VERSION
         return None
 
     return Rule(
@@ -580,7 +617,12 @@ RULES = (
         idefics_perceiver.IdeficsPerceiverAttention,
         IdeficsPerceiverAttention,
     ),
-    swap_class(FAMILY, modeling_blip_text.BlipTextSelfAttention, BlipTextSelfAttention),
+    swap_class(
+        FAMILY,
+        modeling_blip_text.BlipTextSelfAttention,
+        BlipTextSelfAttention,
+        refusal=lambda module: None if _BLIP_TEXT_FITS else _OTHER_VERSION,
+    ),
     Rule(
         family=FAMILY,
         what=f"attention function {NAME!r}",

@@ -29,6 +29,8 @@ __all__ = [
     "PerceiverResampler",
     "add_gated",
     "attend_to_two",
+    "forget_media",
+    "kept_key_value",
     "kept_plan",
 ]
 
@@ -137,7 +139,7 @@ class MaskedCrossAttention(nn.Module):
 
     def forget_media(self) -> None:
         """Drops the kept projections of the media, and with them their memory."""
-        _kept_media.pop(self, None)
+        forget_media(self)
 
     def train(self, mode: bool = True) -> MaskedCrossAttention:
         self.forget_media()
@@ -151,16 +153,7 @@ class MaskedCrossAttention(nn.Module):
             key, value = key_value.permute(3, 0, 4, 1, 2, 5).unbind(0)
             return key, value
 
-        projection = self.to_kv
-        if torch.compiler.is_compiling():
-            return project()
-        if _is_plain(projection) and not has_hooks(projection):
-            sources = (media, *projection.parameters())
-            if _may_be_kept(*sources):
-                keeper: Keeper[KeyValue] = _kept_media.setdefault(self, Keeper())
-                return keeper.get(sources, (_autocast_dtype(media), self.heads), project)
-        self.forget_media()
-        return project()
+        return kept_key_value(self, media, (self.to_kv,), project)
 
     def _plan(
         self,
@@ -484,6 +477,38 @@ def add_gated(residual: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     return residual + out * gate
 
 
+def kept_key_value(
+    layer: nn.Module,
+    media: Tensor,
+    modules: tuple[nn.Module, ...],
+    project: Callable[[], KeyValue],
+    plain: tuple[type[nn.Module], ...] = (),
+) -> KeyValue:
+    """`project()`, key and value of the media, or what it gave `layer` last time.
+
+    It must be a function of `media`, of `modules` and of what never changes in `layer`. Modules
+    that are neither linear layers nor of a class of `plain` may be more than their parameters say,
+    and so may those with hooks: nothing is kept of them.
+    """
+    if torch.compiler.is_compiling():
+        return project()
+    sources = (media, *(p for module in modules for p in module.parameters()))
+    if (
+        all(_is_linear(m) or type(m) in plain for m in modules)
+        and not any(map(has_hooks, modules))
+        and _may_be_kept(*sources)
+    ):
+        keeper: Keeper[KeyValue] = _kept_media.setdefault(layer, Keeper())
+        return keeper.get(sources, _autocast_dtype(media), project)
+    forget_media(layer)
+    return project()
+
+
+def forget_media(layer: nn.Module) -> None:
+    """Drops what `kept_key_value` has kept for a layer."""
+    _kept_media.pop(layer, None)
+
+
 def kept_plan(
     source: Tensor, context: Hashable, make: Callable[[], CrossAttentionPlan]
 ) -> CrossAttentionPlan:
@@ -596,7 +621,7 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
-def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
+def _is_linear(projection: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
     cls = type(projection)
     return cls is nn.Linear or (
@@ -606,7 +631,7 @@ def _is_plain(projection: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
     """Whether a projection can take `tensor`; one that is no plain linear layer says so itself."""
-    if not _is_plain(projection):
+    if not _is_linear(projection):
         return
     if tensor.shape[-1] != projection.in_features:
         reject(argument, f"a last dimension of size {projection.in_features}", tuple(tensor.shape))
