@@ -83,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
     targets = list(_targets(options))
+    if options.no_trace:
+        for target in targets:
+            for _ in range(options.steps):
+                target.run()
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     found = [_measure(target, options) for target in targets]
     print("\n".join(_report(found, options)))
@@ -105,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, help="of a timm model (default: 8)")
     parser.add_argument("--steps", type=int, default=5, help="profiled (default: 5)")
     parser.add_argument("--out", type=Path, default=Path("out/profile"), help="for the traces")
+    parser.add_argument(
+        "--no-trace",
+        action="store_true",
+        help="run the steps alone, as ncu wants it",
+    )
     parser.add_argument(
         "--counters", action="store_true", help="also count cycles and cache misses by Linux's perf"
     )
@@ -176,7 +186,7 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
     for family, members in contest.CASES.items():
         for case in members:
             if case.name == options.target:
-                found = contest.Contest(family, case, options.dtype, options.mode)
+                found = contest.Contest(family, case, options.dtype, options.mode, device)
                 row, calls = contest.checked_calls(found)
                 for name, call in calls.items():
                     if name == contest.OURS or options.patched:
@@ -249,7 +259,8 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         yield "the machine's ceilings are measured by bench/, which is not here"
     else:
         dtypes = list(dict.fromkeys(f.target.dtype for f in found))
-        ceilings = measure.measure_ceilings(dtypes, seconds=1.0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ceilings = measure.measure_ceilings(dtypes, seconds=1.0, device=device)
     body = []
     for f in found:
         rate = f.flops / f.seconds
@@ -281,7 +292,7 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
     if torch.cuda.is_available():
         command = f"python -m vlmfast profile {options.target!r} --steps 1"
         metrics = ",".join(NCU_METRICS)
-        yield f"ncu --csv --page raw --metrics {metrics} --log-file ncu.csv {command}"
+        yield f"ncu --csv --page raw --metrics {metrics} --log-file ncu.csv {command} --no-trace"
         yield "then: python -m vlmfast profile --ncu-report ncu.csv"
     yield "open a trace at https://ui.perfetto.dev"
 
