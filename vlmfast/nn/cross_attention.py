@@ -52,8 +52,8 @@ class MaskedCrossAttention(nn.Module):
     The projected media are kept and projected again only if the media or the weights are other
     tensors than last time, or have been written to. So a step of decoding attends to one image and
     projects nothing. They are not kept where a gradient to them is wanted, where a graph is traced,
-    or where `to_kv` is not a plain linear layer. What torch does not record, writes through `.data`
-    or NumPy, cannot be seen: call `forget_media` after them.
+    where `to_kv` is not a plain linear layer, or on a GPU in inference mode. What torch does not
+    record, writes through `.data` or NumPy, cannot be seen: call `forget_media` after them.
 
     Args:
         dim: width of the text.
@@ -525,7 +525,7 @@ class _Snapshot:
     """A tensor at one moment. Identity and version tell whether another is that one, unchanged.
 
     Every operation of torch that writes to a tensor counts up its version, which its views share.
-    Tensors made in inference mode have none: their values are compared with a copy.
+    Tensors made in inference mode have none: on a CPU, their values are compared with a copy.
     """
 
     def __init__(self, tensor: Tensor):
@@ -611,6 +611,10 @@ def _may_be_kept(*sources: Tensor) -> bool:
     if any(type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" for x in sources):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
+        return False
+    if sources[0].device.type == "cpu":
+        return True
+    if any(x.is_inference() for x in sources):  # to compare values would synchronise
         return False
     return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
