@@ -442,6 +442,19 @@ def test_kept_media_in_inference_mode(monkeypatch):
         assert projections == 1 and torch.equal(out, copy.deepcopy(ours)(**inputs))
 
 
+def test_layers_share_the_copy_of_media_made_in_inference_mode(monkeypatch):
+    layers = [make_pair("MaskedCrossAttention", **SIZES)[0] for _ in range(3)]
+    copied = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x: copied.append(x.shape) or clone(x))
+    with torch.inference_mode():
+        inputs = text_and_media(0, media_locations=LOCATIONS)
+        for _ in range(2):
+            for layer in layers:
+                layer(**inputs)
+    assert copied == [inputs["media"].shape]
+
+
 def test_what_inference_mode_kept_serves_training():
     ours, _ = make_pair("MaskedCrossAttention", **SIZES)
     ours.to_kv.requires_grad_(False)

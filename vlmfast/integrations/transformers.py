@@ -410,6 +410,8 @@ def _mask_of_tiles(sees: Tensor, latents: int, dtype: torch.dtype) -> Tensor:
 
 def _hand_on_image_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before IdeficsModel expands its mask: hands the layers the mask as it comes, (B, T, I)."""
+    if not any(isinstance(x.cross_attn, IdeficsAttention) for x in model.gated_cross_attn_layers):
+        return None
     given = {**dict(zip(_IDEFICS_ARGUMENTS, args, strict=False)), **kwargs}
     return args, {**kwargs, IMAGE_MASK: given.get("image_attention_mask")}
 
@@ -426,7 +428,9 @@ def _hand_on_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     tokens = given.get("input_ids")
     if tokens is None:
-        tokens = given["inputs_embeds"]
+        tokens = given.get("inputs_embeds")
+    if tokens is None:  # the model says so itself
+        return None
     count = tokens.shape[1]
     if mask.shape[1] != count:  # the mask of all tokens, of which a cache holds the first
         past = given.get("past_key_values")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import vlmfast.functional as VF
 from vlmfast.functional.common import (
@@ -543,6 +544,19 @@ class _Snapshot:
         return _owner(tensor) is self._owner and tensor._version == self._version
 
 
+# One copy of a tensor without a version serves all layers.
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _snapshot(tensor: Tensor) -> _Snapshot:
+    if not tensor.is_inference():
+        return _Snapshot(tensor)
+    copied = _copies.get(tensor)
+    if copied is None or not copied.shows(tensor):
+        copied = _copies[tensor] = _Snapshot(tensor)
+    return copied
+
+
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
@@ -576,7 +590,7 @@ class Keeper(Generic[Result]):
         # An inference tensor could not be saved for a backward pass later.
         with torch.inference_mode(False), torch.no_grad():
             result = compute()
-        self._last = [_Snapshot(source) for source in sources], context, result
+        self._last = [_snapshot(source) for source in sources], context, result
         return result
 
 
