@@ -8,12 +8,11 @@ import torch
 import vlmfast
 from tools.models import (
     assert_patched_model_right,
-    measure,
+    assert_same_in_float64,
     open_gates,
     spy_on_attention,
 )
 from vlmfast._torchvision_ops import import_torchvision
-from vlmfast.verify.common import relative_error
 
 import_torchvision()
 from transformers import (  # noqa: E402
@@ -119,11 +118,7 @@ def test_idefics_in_float64(gates):
     model = make_idefics(qk_layer_norms=True, resampler=True, **arguments).double()
     patched = copy.deepcopy(model)
     vlmfast.patch(patched)
-    inputs = words_and_images(0)
-    expected, result = (measure(m, inputs, last_hidden_state) for m in (model, patched))
-    assert expected.keys() == result.keys()
-    for name, truth in expected.items():
-        assert relative_error(result[name], truth) < 1e-11, name
+    assert_same_in_float64(patched, model, words_and_images(0), last_hidden_state)
 
 
 def test_idefics_runs_our_kernels_on_the_mask_as_it_comes(monkeypatch):
@@ -302,11 +297,7 @@ def test_mllama_in_float64():
     model = make_mllama(wide_gates=False).double()
     patched = copy.deepcopy(model)
     vlmfast.patch(patched)
-    inputs = words_and_tiles(0)
-    expected, result = (measure(m, inputs, last_hidden_state) for m in (model, patched))
-    assert expected.keys() == result.keys()
-    for name, truth in expected.items():
-        assert relative_error(result[name], truth) < 1e-11, name
+    assert_same_in_float64(patched, model, words_and_tiles(0), last_hidden_state)
 
 
 MLLAMA_LAYERS = [f"language_model.layers.{i}.cross_attn" for i in (1, 2)]

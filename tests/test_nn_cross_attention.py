@@ -14,8 +14,13 @@ import vlmfast
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
 from tools import open_flamingo, open_flamingo_v1
-from tools.models import assert_as_right_as, measure, open_gates, spy_on_attention
-from vlmfast.verify.common import relative_error
+from tools.models import (
+    assert_as_right_as,
+    assert_same_in_float64,
+    measure,
+    open_gates,
+    spy_on_attention,
+)
 
 BATCH, TOKENS, IMAGES, LATENTS, WIDTH, VISUAL = 3, 11, 2, 5, 32, 24
 SIZES = {"dim": WIDTH, "dim_head": 8, "heads": 4}
@@ -48,19 +53,8 @@ def text_and_media(seed, images=IMAGES, width=WIDTH, tokens=TOKENS, **others):
     }
 
 
-def assert_equal_in_float64(ours, theirs, make_inputs):
-    ours, theirs = copy.deepcopy(ours).double(), copy.deepcopy(theirs).double()
-    for seed in range(3):
-        results, expected = (
-            measure(m, make_inputs(seed), lambda m, inputs: m(**inputs)) for m in (ours, theirs)
-        )
-        assert results.keys() == expected.keys()
-        for name, truth in expected.items():
-            assert relative_error(results[name], truth) < 1e-12, name
-
-
 def assert_right(ours, theirs, make_inputs):
-    assert_equal_in_float64(ours, theirs, make_inputs)
+    assert_same_in_float64(ours, theirs, make_inputs(0))
     for module in (ours, theirs):
         open_gates(module, WIDTH)
     assert_as_right_as(ours, theirs, make_inputs)
@@ -68,11 +62,20 @@ def assert_right(ours, theirs, make_inputs):
 
 @pytest.mark.parametrize("name", ["MaskedCrossAttention", "GatedCrossAttentionBlock"])
 @pytest.mark.parametrize("immediate", [True, False], ids=["immediate", "all previous"])
-@pytest.mark.parametrize("locations", ["media", "none before", "absent"])
+@pytest.mark.parametrize("locations", [LOCATIONS, None], ids=["media", "absent"])
 def test_flamingo_pytorch(name, immediate, locations):
     ours, theirs = make_pair(name, **SIZES, only_attend_immediate_media=immediate)
-    mask = {"media": LOCATIONS, "none before": torch.zeros_like(LOCATIONS), "absent": None}
-    assert_right(ours, theirs, lambda s: text_and_media(s, media_locations=mask[locations]))
+    assert_right(ours, theirs, lambda s: text_and_media(s, media_locations=locations))
+
+
+@pytest.mark.parametrize("immediate", [True, False], ids=["immediate", "all previous"])
+def test_no_image_before(immediate):
+    ours, theirs = make_pair("MaskedCrossAttention", **SIZES, only_attend_immediate_media=immediate)
+    none = torch.zeros_like(LOCATIONS)
+    if immediate:
+        out = ours(**text_and_media(0, media_locations=none))
+        assert torch.equal(out, torch.zeros_like(out))
+    assert_as_right_as(ours, theirs, lambda s: text_and_media(s, media_locations=none))
 
 
 def test_locations_may_be_numbers():
@@ -116,30 +119,41 @@ def test_narrow_dtypes(dtype):
 
 def test_autocast():
     ours, theirs = make_pair("GatedCrossAttentionBlock", **SIZES)
-    inputs = text_and_media(0, media_locations=LOCATIONS)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, expected = ours(**inputs), theirs(**inputs)
-    assert out.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    for module in (ours, theirs):
+        open_gates(module, WIDTH)
+
+    def call(module, inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(**inputs)
+        assert out.dtype == inputs["x"].dtype
+        return out
+
+    assert_as_right_as(ours, theirs, lambda s: text_and_media(s, media_locations=LOCATIONS), call)
 
 
 def test_fresh_block_is_the_identity_and_its_gates_learn():
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        torch.manual_seed(0)
-        theirs = original.GatedCrossAttentionBlock(**SIZES).to(dtype)
-        ours = vnn.GatedCrossAttentionBlock(**SIZES).to(dtype)
-        ours.load_state_dict(theirs.state_dict())
+    theirs = original.GatedCrossAttentionBlock(**SIZES)
+    ours = vnn.GatedCrossAttentionBlock(**SIZES)
+    ours.load_state_dict(theirs.state_dict())
+
+    def call(module, inputs):  # with all that has a gradient: closed gates let none through
+        module.requires_grad_(False)
+        for gate in (module.attn_gate, module.ff_gate):
+            gate.requires_grad_()
+        inputs["media"].requires_grad_(False)
+        return module(**inputs)
+
+    inputs = text_and_media(0, media_locations=LOCATIONS)
+    assert_same_in_float64(ours, theirs, inputs, call)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours = ours.to(dtype).requires_grad_()
         inputs = text_and_media(0)
-        inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-        out = ours(**inputs, media_locations=LOCATIONS)
-        assert torch.equal(out, inputs["x"])
-        direction = torch.randn_like(out)
-        for block in (ours, theirs):
-            block(**inputs, media_locations=LOCATIONS).mul(direction).sum().backward()
-        for gate in ("attn_gate", "ff_gate"):
-            gradient, expected = (getattr(block, gate).grad for block in (ours, theirs))
-            assert gradient.abs() > 1e-3
-            torch.testing.assert_close(gradient, expected, rtol=5e-2, atol=5e-2)
+        x, media = (tensor.to(dtype) for tensor in inputs.values())
+        out = ours(x, media, LOCATIONS)
+        assert torch.equal(out, x)
+        out.sum().backward()
+        assert ours.attn_gate.grad != 0 and ours.ff_gate.grad != 0
+        ours.zero_grad()
 
 
 def features_and_latents(seed, features=9):
@@ -163,7 +177,7 @@ def test_perceiver_attention_of_sources_far_apart():
         for factor in (1e-3, 6.0):
             for m in (ours, theirs):
                 nn.init.constant_(getattr(m, norm).weight, factor)
-            assert_equal_in_float64(ours, theirs, features_and_latents)
+            assert_same_in_float64(ours, theirs, features_and_latents(0))
 
 
 def test_perceiver_attention_puts_nothing_together(monkeypatch):

@@ -152,6 +152,21 @@ def assert_as_right_as(
         assert error <= allowed, f"{name}: error {error:.3e}, budget {allowed:.3e}"
 
 
+def assert_same_in_float64(
+    ours: nn.Module,
+    theirs: nn.Module,
+    inputs: Inputs,
+    call: Call = lambda model, inputs: model(**inputs),
+) -> None:
+    """Outputs and all gradients are equal but for the rounding of float64."""
+    ours, theirs = (copy.deepcopy(model).double() for model in (ours, theirs))
+    result, expected = (measure(model, inputs, call) for model in (ours, theirs))
+    assert result.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].norm() > 0, f"{name} is zero and proves nothing"
+        torch.testing.assert_close(result[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors in a model's output: a tensor, or tuples, dicts and ModelOutputs of them."""
     if isinstance(value, Tensor):
