@@ -439,7 +439,9 @@ def test_unpatch_wants_a_module():
         vlmfast.unpatch(3)
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers", "torchvision", "open_clip"])
+@pytest.mark.parametrize(
+    "library", ["timm", "transformers", "torchvision", "open_clip", "flamingo_pytorch"]
+)
 def test_no_library_is_imported_unless_the_model_comes_from_it(library):
     program = (
         "import sys, torch, vlmfast, vlmfast.nn\n"

@@ -32,6 +32,7 @@ import_torchvision()
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import timm  # noqa: E402
+from flamingo_pytorch import GatedCrossAttentionBlock, PerceiverResampler  # noqa: E402
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 from PIL import Image  # noqa: E402
 from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
@@ -55,6 +56,7 @@ CAPTIONS = (
     "an aerial view of a harbour at night",
 )
 VIEWS = len(CAPTIONS)
+IMAGES = 6  # of a document in which text and images alternate
 CLASS = 652  # "military uniform" in ImageNet
 
 Inputs = dict[str, Tensor]
@@ -200,6 +202,55 @@ def _swin_v2_inputs(quick: bool) -> Inputs:
     return {"x": _image_views(64 if quick else 256)}
 
 
+class Flamingo(nn.Module):
+    """What Flamingo adds to a language model: the resampler and the gated blocks."""
+
+    def __init__(self, dim: int, heads: int, latents: int, depth: int):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 16, 16)
+        self.words = nn.Embedding(49408, dim)
+        self.resampler = PerceiverResampler(
+            dim=dim, depth=2, heads=heads, num_latents=latents, num_media_embeds=IMAGES
+        )
+        self.blocks = nn.ModuleList(
+            GatedCrossAttentionBlock(dim=dim, heads=heads) for _ in range(depth)
+        )
+        for block in self.blocks:  # made with gates that let nothing through
+            nn.init.constant_(block.get_parameter("attn_gate"), 0.5)
+            nn.init.constant_(block.get_parameter("ff_gate"), 0.5)
+
+    def forward(self, images: Tensor, text: Tensor, media_locations: Tensor) -> dict[str, Tensor]:
+        features = self.patches(images.flatten(0, 1)).flatten(2).transpose(1, 2)
+        media = self.resampler(features.unflatten(0, images.shape[:2]))
+        x = self.words(text)
+        for block in self.blocks:
+            x = block(x, media, media_locations=media_locations)
+        return {"latents": media, "text": x}
+
+
+def _flamingo(quick: bool) -> nn.Module:
+    model = Flamingo(64, 1, 8, 2) if quick else Flamingo(1024, 8, 64, 6)
+    return model.eval()
+
+
+def _flamingo_inputs(quick: bool) -> Inputs:
+    """Two documents of six views, each followed by captions: (2, 6, 3, size, size), (2, T)."""
+    views = _image_views(32 if quick else 224)
+    images = torch.stack([views[:IMAGES], views[-IMAGES:]])
+    captions = [tokens[tokens != 0] for tokens in SimpleTokenizer()(list(CAPTIONS))]
+    documents = [
+        torch.cat([torch.cat([torch.zeros(1, dtype=torch.long), *captions[i:]]) for i in order])
+        for order in (range(IMAGES), reversed(range(IMAGES)))
+    ]
+    text = torch.stack(documents)
+    return {"images": images, "text": text, "media_locations": text == 0}
+
+
+def _run_flamingo(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        return model(**inputs)
+
+
 CASES = (
     Case("CLIP ViT-B/32 (transformers), fp32", torch.float32, _clip, _clip_inputs, _run_clip),
     Case("CLIP ViT-B/32 (transformers), bf16", torch.bfloat16, _clip, _clip_inputs, _run_clip),
@@ -210,6 +261,20 @@ CASES = (
     Case("Swin-T (torchvision), bf16", torch.bfloat16, _swin, _swin_inputs, _run_swin),
     Case("Swin V2-T (timm), fp32", torch.float32, _swin_v2, _swin_v2_inputs, _run_vit),
     Case("Swin V2-T (timm), bf16", torch.bfloat16, _swin_v2, _swin_v2_inputs, _run_vit),
+    Case(
+        "Flamingo (flamingo-pytorch), fp32",
+        torch.float32,
+        _flamingo,
+        _flamingo_inputs,
+        _run_flamingo,
+    ),
+    Case(
+        "Flamingo (flamingo-pytorch), bf16",
+        torch.bfloat16,
+        _flamingo,
+        _flamingo_inputs,
+        _run_flamingo,
+    ),
 )
 
 

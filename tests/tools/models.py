@@ -31,7 +31,7 @@ class AttentionCall:
 def spy_on_attention(monkeypatch) -> list[AttentionCall]:
     """The list to which every call of the attention functions is added from now on."""
     calls: list[AttentionCall] = []
-    for name in ("scaled_dot_product_attention", "varlen_attention"):
+    for name in ("scaled_dot_product_attention", "varlen_attention", "image_cross_attention"):
         original = getattr(VF, name)
 
         def spy(query, *args, _name=name, _original=original, **kwargs):
@@ -83,6 +83,28 @@ def stir(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.2 * noise)
     return model
+
+
+_GATES = (
+    *("attn_gate", "ff_gate"),  # Flamingo
+    *("alpha_cross_attn", "alpha_dense"),  # IDEFICS
+    *("cross_attn_attn_gate", "cross_attn_mlp_gate"),  # Mllama
+)
+
+
+def open_gates(model: nn.Module, width: int | None = None) -> None:
+    """Opens the gates of cross-attention layers, which are closed at the start.
+
+    With `width`, a gate of one number becomes a vector. The gradient of one number is a single sum,
+    and now and then its terms all but cancel: then its relative error says nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, gate in list(module.named_parameters(recurse=False)):
+            if name in _GATES:
+                shape = gate.shape if width is None or gate.numel() > 1 else (width,)
+                value = 0.7 + 0.2 * torch.randn(shape, generator=generator)
+                setattr(module, name, nn.Parameter(value.to(gate.dtype)))
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -15,9 +15,12 @@ from vlmfast.integrations.rules import BACKEND, LINEAR, MARK, Replacement, Rule,
 __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
 
 # Asked in this order; torch comes last, for the other libraries derive from its classes.
-LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "torch")
+LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "flamingo", "torch")
 
-FAMILIES = ("flash_attention", "window_attention")
+# Recognised by what its layers are made of, wherever their classes come from.
+STRUCTURAL = "flamingo"
+
+FAMILIES = ("flash_attention", "window_attention", "cross_attention")
 
 
 class PatchEntry(NamedTuple):
@@ -103,7 +106,7 @@ def patch(
     steps: list[_Step] = []
     obstacles: list[PatchEntry] = []
     covered: set[nn.Module] = set()
-    for path, module, rule in _known_layers(model, known):
+    for path, module, rule in _known_layers(model, known, wanted):
         if rule is not None and module in covered:
             continue
         name = class_name(type(module))
@@ -194,9 +197,12 @@ def _check_families(families: Iterable[str] | None, known: tuple[str, ...]) -> f
 
 
 def _known_layers(
-    model: nn.Module, families: tuple[str, ...]
+    model: nn.Module, families: tuple[str, ...], wanted: frozenset[str]
 ) -> Iterator[tuple[str, nn.Module, Rule | None]]:
-    """The layers that a rule of the families recognises; None: the rule of a replaced layer."""
+    """The layers that a rule of the families recognises; None: the rule of a replaced layer.
+
+    Of the rules that recognise a layer the first one of a family that is wanted counts.
+    """
     rules_of: dict[type, list[Rule]] = {}
     for path, module in model.named_modules():
         if MARK in module.__dict__:
@@ -205,16 +211,15 @@ def _known_layers(
         cls = type(module)
         if cls not in rules_of:
             rules_of[cls] = _rules_for(cls)
-        rules = (rule for rule in rules_of[cls] if rule.family in families)
-        rule = next((rule for rule in rules if rule.recognises(module)), None)
-        if rule is not None:
-            yield path, module, rule
+        rules = [r for r in rules_of[cls] if r.family in families and r.recognises(module)]
+        if rules:
+            yield path, module, next((r for r in rules if r.family in wanted), rules[0])
 
 
 def _rules_for(cls: type) -> list[Rule]:
     """The rules of the libraries that a class comes or derives from: no other is imported."""
     roots = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    present = [library for library in LIBRARIES if library in roots]
+    present = [library for library in LIBRARIES if library in roots or library == STRUCTURAL]
     return [
         rule for name in present for rule in import_module(f"vlmfast.integrations.{name}").RULES
     ]

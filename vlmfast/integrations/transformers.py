@@ -10,6 +10,9 @@ and its model makes the mask by the name in the model's. Both names are register
 "vlmfast". A patched layer gets a copy of its config that carries the name; the model keeps its own,
 so that masks come out exactly as they did before, and layers left alone, and other models made from
 the same config, see no change.
+
+The layers that attend to images get a class of their own as well. It sees from the mask of images,
+which their model hands on, what a token attends to.
 """
 
 from __future__ import annotations
@@ -26,25 +29,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import (
     create_position_bias_mask,
     sdpa_attention_forward,
 )
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.blip import modeling_blip_text
+from transformers.models.idefics import modeling_idefics
+from transformers.models.idefics import perceiver as idefics_perceiver
+from transformers.models.mllama import modeling_mllama
 from transformers.models.swin import modeling_swin
 from transformers.models.swin2sr import modeling_swin2sr
 from transformers.models.swinv2 import modeling_swinv2
 from transformers.utils.output_capturing import _active_collector
 
 import vlmfast.functional as VF
+from vlmfast.functional.cross_attention import CrossAttentionPlan
 from vlmfast.integrations.rules import (
     BACKEND,
     MARK,
     Rule,
+    class_name,
     code_names,
     computes_attention,
     leave_alone,
     swap_class,
+)
+from vlmfast.nn.cross_attention import (
+    KeyValue,
+    attend_to_two,
+    forget_media,
+    kept_key_value,
+    kept_plan,
 )
 from vlmfast.nn.window_attention import (
     bias_from_table,
@@ -56,6 +73,10 @@ from vlmfast.nn.window_attention import (
 __all__ = [
     "NAME",
     "RULES",
+    "BlipTextSelfAttention",
+    "IdeficsAttention",
+    "IdeficsPerceiverAttention",
+    "MllamaTextCrossAttention",
     "Swin2SRLayer",
     "SwinLayer",
     "Swinv2Layer",
@@ -65,6 +86,10 @@ __all__ = [
 NAME = "vlmfast"
 FAMILY = "flash_attention"
 WINDOW_FAMILY = "window_attention"
+CROSS_FAMILY = "cross_attention"
+
+# The argument by which a model hands its layers what it lets each token see: (B, T, I).
+IMAGE_MASK = "vlmfast_image_mask"
 
 
 def attention_forward(
@@ -133,12 +158,19 @@ def attention_forward(
 
 @dataclass
 class _RestoreConfig:
-    """The config of a patched layer before the patch, the one that its model holds."""
+    """The config of a patched layer before the patch, the one that its model holds.
+
+    And its class, where that was swapped, too.
+    """
 
     original: Any
+    cls: type[nn.Module] | None = None
 
     def __call__(self, module: nn.Module) -> None:
         module.config = self.original
+        if self.cls is not None:
+            forget_media(module)
+            module.__class__ = self.cls
 
 
 def _model_config(module: nn.Module) -> Any:
@@ -160,6 +192,307 @@ def _weights_are_recorded() -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
+class IdeficsAttention(modeling_idefics.IdeficsAttention):
+    """IDEFICS' cross-attention: each token attends to the images that it sees, and no others.
+
+    What else the original does (dropout, attention weights, masks that do not come by way of
+    IdeficsModel) is left to it, and to `attention_forward`.
+    """
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        sees = kwargs.pop(IMAGE_MASK, None)
+        if (
+            sees is None
+            or key_value_states is None
+            or past_key_values is not None
+            or not _kernel_suffices(self, kwargs)
+        ):
+            return super().forward(
+                hidden_states,
+                key_value_states,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                **kwargs,
+            )
+        query = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if self.qk_layer_norms:
+            query = self.q_layer_norm(query)
+        key, value = self._key_value(key_value_states)
+        # (B, heads, I * L, head_dim) -> (B, heads, I, L, head_dim)
+        key, value = (x.unflatten(2, (sees.shape[-1], -1)) for x in (key, value))
+        out = _attend_to_images(self, query, key, value, sees, empty_rows="zero")
+        return self.o_proj(out), None
+
+    def train(self, mode: bool = True) -> IdeficsAttention:
+        forget_media(self)
+        return super().train(mode)
+
+    def _key_value(self, media: Tensor) -> KeyValue:
+        """(B, heads, I * L, head_dim), kept while a model generates: it hands on the same media."""
+        modules: tuple[nn.Module, ...] = (self.k_proj, self.v_proj)
+        if self.qk_layer_norms:
+            modules = (*modules, self.k_layer_norm)
+
+        def project() -> KeyValue:
+            key, value = (
+                projection(media).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for projection in modules[:2]
+            )
+            return self.k_layer_norm(key) if self.qk_layer_norms else key, value
+
+        return kept_key_value(self, media, modules, project, (modeling_idefics.IdeficsRMSNorm,))
+
+
+class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
+    """The attention of IDEFICS' resampler: context and latents are not concatenated."""
+
+    backend: str | None = None
+
+    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+        context = self.context_layer_norm(context)
+        latents = self.latents_layer_norm(latents)
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.n_heads, -1))
+
+        def key_value(tokens: Tensor) -> KeyValue:
+            key, value = heads(self.k_proj(tokens)), heads(self.v_proj(tokens))
+            return self.k_layer_norm(key) if self.qk_layer_norms else key, value
+
+        query = heads(self.q_proj(latents))
+        if self.qk_layer_norms:
+            query = self.q_layer_norm(query)
+        out = attend_to_two(
+            query,
+            key_value(context),
+            key_value(latents),
+            scale=self.qk_scale,
+            backend=self.backend,
+        )
+        return self.output_proj(out.flatten(-2))
+
+
+class MllamaTextCrossAttention(modeling_mllama.MllamaTextCrossAttention):
+    """Mllama's cross-attention, on a mask of one bit for each tile of an image.
+
+    Such a mask (B, T, tiles) comes by way of MllamaModel. A token that sees no tile sees all of
+    them, as in the original. With a mask of another kind the original does the work.
+    """
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is None or attention_mask.dim() != 3:
+            return super().forward(
+                hidden_states,
+                cross_attention_states,
+                past_key_values,
+                attention_mask,
+                use_cache,
+                **kwargs,
+            )
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query = self.q_norm(query)
+        if cross_attention_states is not None:
+            shape = (len(hidden_states), -1, self.num_key_value_heads, self.head_dim)
+            key = self.k_norm(self.k_proj(cross_attention_states).view(shape).transpose(1, 2))
+            value = self.v_proj(cross_attention_states).view(shape).transpose(1, 2)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        else:
+            layer = past_key_values.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+
+        tiles = attention_mask.shape[-1]
+        if not _kernel_suffices(self, kwargs):
+            out, weights = attention_forward(
+                self,
+                query,
+                key,
+                value,
+                _mask_of_tiles(attention_mask, key.shape[2] // tiles, query.dtype),
+                dropout=self.dropout if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            return self.o_proj(out.flatten(2)), weights
+        key, value = (x.unflatten(2, (tiles, -1)) for x in (key, value))
+        out = _attend_to_images(self, query, key, value, attention_mask, empty_rows="dense")
+        return self.o_proj(out), None
+
+
+class BlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
+    """The attention of BLIP's text model, to itself or to the image.
+
+    The probabilities are computed, and returned, only if `output_attentions` asks for them; then
+    the original does all of the work.
+    """
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if kwargs.get("output_attentions") or _weights_are_recorded():
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                past_key_values,
+                **kwargs,
+            )
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+        cross = encoder_hidden_states is not None
+        states = encoder_hidden_states if cross else hidden_states
+        cache, is_updated = past_key_values, None
+        if isinstance(past_key_values, EncoderDecoderCache):
+            is_updated = past_key_values.is_updated.get(self.layer_idx)
+            cache = (
+                past_key_values.cross_attention_cache
+                if cross
+                else past_key_values.self_attention_cache
+            )
+        if cross and is_updated:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            key, value = heads(self.key(states)), heads(self.value(states))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                if cross and isinstance(past_key_values, EncoderDecoderCache):
+                    past_key_values.is_updated[self.layer_idx] = True
+        out = VF.scaled_dot_product_attention(
+            heads(self.query(hidden_states)),
+            key,
+            value,
+            attn_mask=encoder_attention_mask if cross else attention_mask,
+            dropout_p=self.dropout.p if self.dropout.training else 0.0,
+            backend=self.backend,
+        )
+        return out.transpose(1, 2).flatten(2), None
+
+
+def _kernel_suffices(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the kernels of cross_attention compute what a layer is asked for."""
+    drops = module.training and module.dropout > 0
+    return not (drops or kwargs.get("output_attentions") or _weights_are_recorded())
+
+
+def _attend_to_images(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, sees: Tensor, empty_rows: str
+) -> Tensor:
+    """From projections to the input of the output projection, (B, T, heads * head_dim)."""
+    shape = (query.shape[0], query.shape[2], sees.shape[-1])
+
+    def make() -> CrossAttentionPlan:
+        index = sees.bool().expand(shape)
+        return VF.cross_attention_plan(index, shape[-1], empty_rows=empty_rows)
+
+    plan = kept_plan(sees, (*shape, empty_rows), make)
+    out = VF.image_cross_attention(
+        query, key, value, plan, scale=module.scaling, backend=module.backend
+    )
+    return out.transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+
+
+def _mask_of_tiles(sees: Tensor, latents: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, tiles) as the additive mask (B, 1, T, tiles * latents) that Mllama makes of it."""
+    hidden = ~sees & sees.any(-1, keepdim=True)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=sees.device)
+    mask = mask.masked_fill(hidden, torch.finfo(dtype).min)
+    return mask.repeat_interleave(latents, dim=-1).unsqueeze(1)
+
+
+def _hand_on_image_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before IdeficsModel expands its mask: hands the layers the mask as it comes, (B, T, I)."""
+    if not any(isinstance(x.cross_attn, IdeficsAttention) for x in model.gated_cross_attn_layers):
+        return None
+    given = {**dict(zip(_IDEFICS_ARGUMENTS, args, strict=False)), **kwargs}
+    return args, {**kwargs, IMAGE_MASK: given.get("image_attention_mask")}
+
+
+def _hand_on_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before MllamaModel expands its mask: takes it away, if no layer needs it expanded."""
+    given = {**dict(zip(_MLLAMA_ARGUMENTS, args, strict=False)), **kwargs}
+    mask = given.get("cross_attention_mask")
+    if mask is None or not all(
+        isinstance(layer.cross_attn, MllamaTextCrossAttention)
+        for layer in model.language_model.layers
+        if isinstance(layer, modeling_mllama.MllamaCrossAttentionDecoderLayer)
+    ):
+        return None
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is None:  # the model says so itself
+        return None
+    count = tokens.shape[1]
+    if mask.shape[1] != count:  # the mask of all tokens, of which a cache holds the first
+        past = given.get("past_key_values")
+        start = int(past.get_seq_length()) if past is not None else 0
+        mask = mask[:, start : start + count]
+    given |= {"cross_attention_mask": None, IMAGE_MASK: (mask == 1).flatten(2)}
+    return (), given
+
+
+def _take_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before MllamaTextModel hands masks to its layers: these take one bit for each tile."""
+    sees = kwargs.pop(IMAGE_MASK, None)
+    if sees is None:
+        return None
+    rows = sees.any(-1)[:, None, :, None].to(model.dtype)
+    return args, {
+        **kwargs,
+        "cross_attention_mask": sees,
+        "full_text_row_masked_out_mask": rows,
+    }
+
+
+def _hook_model(
+    hooks: dict[str, Callable[..., Any]], module: nn.Module
+) -> Callable[[nn.Module], None]:
+    """Adds hooks to submodules, by path."""
+    for path, hook in hooks.items():
+        module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    return partial(_unhook_model, hooks)
+
+
+def _unhook_model(hooks: dict[str, Callable[..., Any]], module: nn.Module) -> None:
+    for path, hook in hooks.items():
+        hooked = module.get_submodule(path)
+        for key in [key for key, value in hooked._forward_pre_hooks.items() if value is hook]:
+            del hooked._forward_pre_hooks[key]
+            hooked._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 def _additive_mask(
     mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool
 ) -> Tensor | None:
@@ -179,7 +512,8 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return _forward(cls).__globals__["eager_attention_forward"]
+    theirs = next(base for base in cls.__mro__ if not base.__module__.startswith("vlmfast."))
+    return _forward(theirs).__globals__["eager_attention_forward"]
 
 
 def _uses_interface(module: nn.Module) -> bool:
@@ -379,6 +713,19 @@ def _refuse_swin(module: nn.Module) -> str | None:
     return None
 
 
+def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a layer or model takes, self left out."""
+    return tuple(inspect.signature(_forward(cls)).parameters)[1:]
+
+
+_IDEFICS_ARGUMENTS = _arguments(modeling_idefics.IdeficsModel)
+_MLLAMA_ARGUMENTS = _arguments(modeling_mllama.MllamaModel)
+_BLIP_TEXT_FITS = _arguments(modeling_blip_text.BlipTextSelfAttention) == _arguments(
+    BlipTextSelfAttention
+)
+_OTHER_VERSION = "its arguments are not those that it has in transformers 5.23"
+
+
 def _swap_layer(
     original: type[nn.Module],
     replacement: type[nn.Module],
@@ -386,14 +733,57 @@ def _swap_layer(
     refusal: Callable[[nn.Module], str | None] = lambda module: None,
 ) -> Rule:
     """swap_class for a layer whose forward differs between versions of transformers."""
-    theirs, ours = (inspect.signature(_forward(cls)).parameters for cls in (original, replacement))
+    same_call = _arguments(original) == _arguments(replacement)
 
     def refuse(module: nn.Module) -> str | None:
-        if list(theirs) != list(ours):
-            return "its arguments are not those that it has in transformers 5.23"
-        return refusal(module)
+        return refusal(module) if same_call else _OTHER_VERSION
 
     return swap_class(WINDOW_FAMILY, original, replacement, refusal=refuse, covers=covers)
+
+
+def _swap_interface_layer(
+    original: type[nn.Module],
+    replacement: type[nn.Module],
+    concerns: Callable[[Any], bool] = lambda module: True,
+) -> Rule:
+    """A rule for a layer that goes through the interface, and whose class is swapped as well."""
+    same_call = _arguments(original) == _arguments(replacement)
+
+    def replace(module: nn.Module) -> Callable[[nn.Module], None]:
+        restore: Any = _replace(module)
+        restore.cls = original
+        module.__class__ = replacement
+        return restore
+
+    return Rule(
+        family=CROSS_FAMILY,
+        what=class_name(replacement),
+        recognises=lambda module: type(module) is original and concerns(module),
+        refusal=lambda module: _refusal(module) if same_call else _OTHER_VERSION,
+        replace=replace,
+    )
+
+
+def _pass_on_masks(original: type[nn.Module], hooks: dict[str, Callable[..., Any]]) -> Rule:
+    """A rule for a model that gives its layers masks, so that they get them in another form."""
+
+    def refusal(module: nn.Module) -> str | None:
+        if type(module) is not original:
+            return "a subclass may compute something else"
+        if not all(
+            "kwargs" in _arguments(type(module.get_submodule(path)))
+            for path in hooks  # else a model passes on no more than it knows
+        ):
+            return _OTHER_VERSION
+        return None
+
+    return Rule(
+        family=CROSS_FAMILY,
+        what="hands its layers one bit for each image",
+        recognises=lambda module: isinstance(module, original),
+        refusal=refusal,
+        replace=partial(_hook_model, hooks),
+    )
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -431,6 +821,28 @@ RULES = (
         WINDOW_FAMILY,
         lambda module: isinstance(module, _SELF_ATTENTION_V2),
         "replaced together with the layer around it, or not at all",
+    ),
+    _pass_on_masks(modeling_idefics.IdeficsModel, {"": _hand_on_image_mask}),
+    _pass_on_masks(
+        modeling_mllama.MllamaModel,
+        {"": _hand_on_tile_mask, "language_model": _take_tile_mask},
+    ),
+    _swap_interface_layer(
+        modeling_idefics.IdeficsAttention,
+        IdeficsAttention,
+        concerns=lambda module: module.is_cross_attention,
+    ),
+    _swap_interface_layer(modeling_mllama.MllamaTextCrossAttention, MllamaTextCrossAttention),
+    swap_class(
+        CROSS_FAMILY,
+        idefics_perceiver.IdeficsPerceiverAttention,
+        IdeficsPerceiverAttention,
+    ),
+    swap_class(
+        FAMILY,
+        modeling_blip_text.BlipTextSelfAttention,
+        BlipTextSelfAttention,
+        refusal=lambda module: None if _BLIP_TEXT_FITS else _OTHER_VERSION,
     ),
     Rule(
         family=FAMILY,

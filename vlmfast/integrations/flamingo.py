@@ -1,0 +1,150 @@
+"""Flamingo's layers, as flamingo-pytorch and OpenFlamingo have them.
+
+Both hold the same code under the same names, and so do the copies of it in other packages. So the
+layers are recognised by what they are made of, wherever their classes come from, and neither
+library is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+import vlmfast.nn as vnn
+from vlmfast.integrations.rules import Rule, class_name
+from vlmfast.nn.cross_attention import forget_media
+
+__all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
+
+FAMILY = "cross_attention"
+
+Restore = Callable[[nn.Module], None]
+
+
+class MaskedCrossAttentionV1(vnn.MaskedCrossAttention):
+    """`vnn.MaskedCrossAttention` with the call of OpenFlamingo 1."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        attend_previous: bool = True,
+    ) -> Tensor:
+        return super().forward(x, media, media_locations, attend_previous=attend_previous)
+
+
+class GatedCrossAttentionBlockV1(vnn.GatedCrossAttentionBlock):
+    """`vnn.GatedCrossAttentionBlock` with the call of OpenFlamingo 1."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        attend_previous: bool = True,
+    ) -> Tensor:
+        return super().forward(x, media, media_locations, attend_previous=attend_previous)
+
+
+def _replace_by(
+    replacement: type[nn.Module],
+    children: set[str],
+    parameters: set[str],
+    attributes: set[str],
+    calls: dict[tuple[str, ...], type[nn.Module]],
+) -> Rule:
+    """A rule for the classes of the name of `replacement`.
+
+    Args:
+        replacement: the layer of vlmfast.nn.
+        children: names of the modules that the original holds.
+        parameters: names of those that it holds itself.
+        attributes: names of the numbers and flags that it goes by.
+        calls: by the arguments that its forward takes, the class that takes the same.
+    """
+    name = replacement.__name__
+
+    def recognises(module: nn.Module) -> bool:
+        return (
+            any(cls.__name__ == name for cls in type(module).__mro__)
+            and not isinstance(module, replacement)
+            and children <= module._modules.keys()
+            and attributes <= vars(module).keys()
+        )
+
+    def refusal(module: nn.Module) -> str | None:
+        cls = type(module)
+        if cls.__name__ != name or cls.__bases__ != (nn.Module,):
+            return "a subclass may compute something else"
+        held = {*module._modules, *module._parameters, *module._buffers}
+        if held != children | parameters:
+            others = sorted(held ^ (children | parameters))
+            return f"it is not made as Flamingo's is: {', '.join(others)}"
+        arguments = _arguments(cls)
+        if arguments not in calls:
+            return f"its forward takes {', '.join(arguments)}"
+        if "forward" in vars(module):
+            return "its forward was replaced by another"
+        return None
+
+    def replace(module: nn.Module) -> Restore:
+        original = type(module)
+        module.__class__ = calls[_arguments(original)]
+        return partial(_restore, original)
+
+    return Rule(
+        family=FAMILY,
+        what=class_name(replacement),
+        recognises=recognises,
+        refusal=refusal,
+        replace=replace,
+    )
+
+
+def _restore(original: type[nn.Module], module: nn.Module) -> None:
+    forget_media(module)
+    module.__class__ = original
+
+
+def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what its forward takes, self left out."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+_TEXT_AND_MEDIA = ("x", "media", "media_locations")
+
+RULES = (
+    _replace_by(
+        vnn.MaskedCrossAttention,
+        children={"norm", "to_q", "to_kv", "to_out"},
+        parameters=set(),
+        attributes={"heads", "scale", "only_attend_immediate_media"},
+        calls={
+            _TEXT_AND_MEDIA: vnn.MaskedCrossAttention,
+            (*_TEXT_AND_MEDIA, "use_cached_media"): vnn.MaskedCrossAttention,
+            (*_TEXT_AND_MEDIA, "attend_previous"): MaskedCrossAttentionV1,
+        },
+    ),
+    _replace_by(
+        vnn.GatedCrossAttentionBlock,
+        children={"attn", "ff"},
+        parameters={"attn_gate", "ff_gate"},
+        attributes=set(),
+        calls={
+            _TEXT_AND_MEDIA: vnn.GatedCrossAttentionBlock,
+            (*_TEXT_AND_MEDIA, "use_cached_media"): vnn.GatedCrossAttentionBlock,
+            (*_TEXT_AND_MEDIA, "attend_previous"): GatedCrossAttentionBlockV1,
+        },
+    ),
+    _replace_by(
+        vnn.PerceiverAttention,
+        children={"norm_media", "norm_latents", "to_q", "to_kv", "to_out"},
+        parameters=set(),
+        attributes={"heads", "scale"},
+        calls={("x", "latents"): vnn.PerceiverAttention},
+    ),
+)
