@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import check_number, reject, reject_type
+from vlmfast.functional.common import reject, reject_type
 
 __all__ = ["ClipLoss", "NTXentLoss", "SigLipLoss"]
 
@@ -167,7 +167,8 @@ class NTXentLoss(nn.Module):
 
     .. math::
         L = -\frac{1}{2N} \sum_{i} \log
-            \frac{e^{\langle z_i, z_{p(i)} \rangle / t}}{\sum_{j \neq i} e^{\langle z_i, z_j \rangle / t}}
+            \frac{e^{S_{i, p(i)}}}{\sum_{j \neq i} e^{S_{ij}}},
+        \quad S_{ij} = \langle z_i, z_j \rangle / t
 
     over the 2N normalised rows z of both views, p(i) being the other view of i; t = temperature
     (Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020).
@@ -201,7 +202,9 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ):
         super().__init__()
-        if check_number("temperature", temperature) <= 0:
+        if not isinstance(temperature, (int, float)):
+            reject_type("temperature", "a number", type(temperature).__name__)
+        if not temperature > 0:
             reject("temperature", "a positive number", temperature)
         size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
         if size != 0:
@@ -235,3 +238,21 @@ def _refuse_horovod(loss: Any) -> None:
         raise NotImplementedError(
             "use_horovod: expected False, got True; ranks are those of torch.distributed"
         )
+
+
+def _group(loss: Any, ring: bool = False) -> Any:
+    """The group that a loss of open_clip's constructor runs on; `ring`: passing columns around."""
+    group = getattr(loss, "group", None)
+    if loss.world_size == 1 and group is None:
+        return None
+    from vlmfast import distributed
+
+    if group is None:
+        group = distributed.Ring() if ring else dist.group.WORLD
+    for name, own, actual in (
+        ("world_size", loss.world_size, distributed.world_size(group)),
+        ("rank", loss.rank, distributed.rank_in(group)),
+    ):
+        if own != actual:
+            reject(name, f"{actual}, as in the process group", own)
+    return group
