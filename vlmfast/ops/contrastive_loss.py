@@ -14,8 +14,9 @@ What the arguments mean is written once, at `vlmfast.reference.contrastive_loss`
       grad_scale = sum of G * similarity, grad_bias = sum of G.
   Thus blocks of a larger matrix are differentiated by handing in the maxima of the whole and
   gradients of its sums.
-- gradients are contiguous and in the dtype of what they are gradients of. One that is not asked
-  for is an empty tensor of shape (0,).
+- gradients are contiguous and in the dtype of what they are gradients of; with `float32_grads`
+  they are float32, to be summed over blocks. One that is not asked for is an empty tensor of shape
+  (0,).
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ _BACKWARD_SCHEMA = (
     "(Tensor? grad_row_sum, Tensor? grad_row_total, Tensor? grad_positive, "
     f"Tensor? grad_column_sum, {_COMMON}, Tensor row_max, Tensor column_max, "
     "SymInt first_column, bool sigmoid, "
-    "bool rows_grad, bool columns_grad, bool scale_grad, bool bias_grad) "
+    "bool rows_grad, bool columns_grad, bool scale_grad, bool bias_grad, bool float32_grads) "
     "-> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale, Tensor grad_bias)"
 )
 
@@ -70,12 +71,13 @@ def _fake_backward(
     column_max: Tensor,
     first_column: int,
     sigmoid: bool,
-    *wanted: bool,
+    *flags: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows_grad, columns_grad, scale_grad, bias_grad = wanted
+    rows_grad, columns_grad, scale_grad, bias_grad, float32_grads = flags
+    dtype = torch.float32 if float32_grads else rows.dtype
     return (
-        rows.new_empty(rows.shape if rows_grad else 0),
-        columns.new_empty(columns.shape if columns_grad else 0),
+        rows.new_empty(rows.shape if rows_grad else 0, dtype=dtype),
+        columns.new_empty(columns.shape if columns_grad else 0, dtype=dtype),
         scale.new_empty(() if scale_grad else 0),
         scale.new_empty(() if bias_grad else 0),
     )
@@ -85,13 +87,14 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
     class ContrastiveLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            rows, columns, scale, bias, first_column, sigmoid, _ = args
+            rows, columns, scale, bias, first_column, sigmoid, column_statistics = args
             statistics = common.below_autograd(forward_op, *args)
             row_max, _, _, _, column_max, _ = statistics
             ctx.mark_non_differentiable(row_max, column_max)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(rows, columns, scale, bias, row_max, column_max)
             ctx.first_column, ctx.sigmoid = first_column, sigmoid
+            ctx.column_statistics = column_statistics
             return statistics
 
         @staticmethod
@@ -108,11 +111,12 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
                 grad_row_sum,
                 grad_row_total,
                 grad_positive,
-                grad_column_sum,
+                grad_column_sum if ctx.column_statistics else None,
                 *ctx.saved_tensors,
                 ctx.first_column,
                 ctx.sigmoid,
                 *ctx.needs_input_grad[:4],
+                False,
             )
             wanted = (
                 gradient if needed else None
@@ -134,7 +138,7 @@ def _flops(rows: Tensor, columns: Tensor, *rest: Any, **_: Any) -> int:
 
 def _backward_flops(*args: Any, **_: Any) -> int:
     rows, columns = args[4:6]
-    rows_grad, columns_grad = args[-4:-2]
+    rows_grad, columns_grad = args[-5:-3]
     # the logits again, G @ columns, G^T @ rows
     return _products(rows, columns) * (1 + rows_grad + columns_grad)
 

@@ -43,9 +43,9 @@ def contrastive_loss(
                      sum over others of log(1 + exp(logits[i, j]))
         row_total[i] = sum over others of logits[i, j]
 
-    and column_max, column_sum likewise along the rows. Then -log(softmax(logits[i])[pair]) is
-    log(1 + exp(row_max - positive + log(row_sum))). Blocks of one matrix are merged by their
-    maxima and sums.
+    and column_max, column_sum are as row_max, row_sum, along the rows. Then
+    -log(softmax(logits[i])[pair]) is log(1 + exp(row_max - positive + log(row_sum))). Blocks of
+    one matrix are merged by their maxima and sums.
 
     A maximum is a mere shift and carries no gradient: sums are differentiated as if it were
     constant, which is exact for whatever depends on max + log(sum) alone.
@@ -57,7 +57,8 @@ def contrastive_loss(
         bias: 0-d tensor or None.
         first_column: the column that is paired with row 0. Rows whose column lies outside [0, M)
             have no pair; any integer is legal.
-        sigmoid: sums of log(1 + exp(logits)) in place of exponentials; the maxima are then 0.
+        sigmoid: sums of log(1 + exp(logits)) in place of exponentials; row_max is then 0. Not
+            with column_statistics.
         column_statistics: False leaves column_max and column_sum empty, of shape (0,).
 
     Returns:
@@ -81,14 +82,13 @@ def contrastive_loss(
     paired = column_index == row_index[:, None] + first_column
     positive = logits.masked_fill(~paired, 0.0).sum(1)
     row_total = logits.masked_fill(paired, 0.0).sum(1)
+    column_max = column_sum = logits.new_empty(0)
     if sigmoid:
-        others = (-F.logsigmoid(-logits)).masked_fill(paired, 0.0)
-        row_max, row_sum = logits.new_zeros(logits.shape[0]), others.sum(1)
-        column_max, column_sum = logits.new_zeros(logits.shape[1]), others.sum(0)
+        row_max = torch.zeros_like(positive)
+        row_sum = (-F.logsigmoid(-logits)).masked_fill(paired, 0.0).sum(1)
     else:
         others = logits.masked_fill(paired, -torch.inf)
         row_max, row_sum = _sum_of_exponentials(others, 1)
-        column_max, column_sum = _sum_of_exponentials(others, 0)
-    if not column_statistics:
-        column_max, column_sum = column_max[:0], column_sum[:0]
+        if column_statistics:
+            column_max, column_sum = _sum_of_exponentials(others, 0)
     return row_max, row_sum, row_total, positive, column_max, column_sum
