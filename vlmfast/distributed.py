@@ -450,9 +450,7 @@ def _merge(*maxima_and_sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add(so_far: Tensor | None, more: Tensor) -> Tensor:
-    if so_far is None:
-        return more.to(compute_dtype(more.dtype), copy=True)
-    return so_far.add_(more)
+    return more if so_far is None else so_far.add_(more)
 
 
 def _block_backward(
@@ -463,7 +461,7 @@ def _block_backward(
     settings: _Settings,
     wanted: Sequence[bool],
 ) -> Sequence[Any]:
-    """Gradients of a block's rows, columns, scale and bias.
+    """Gradients of a block's rows, columns, scale and bias, in float32 if they are of half precision.
 
     Args:
         gradients: of row_sum, row_total, positive and column_sum, counted from `maxima`.
@@ -475,11 +473,12 @@ def _block_backward(
     backend = functional.choose(rows, columns, settings.backend)
     if backend != "reference":
         return ops.BACKWARD[backend](
-            *gradients, *inputs, *maxima, first_column, settings.sigmoid, *wanted
+            *gradients, *inputs, *maxima, first_column, settings.sigmoid, *wanted, True
         )
     # The reference is differentiable, but has maxima of its own.
+    dtype = compute_dtype(rows.dtype)
     leaves: list[Any] = [
-        None if x is None else x.detach().requires_grad_(needed)
+        None if x is None else x.detach().to(dtype).requires_grad_(needed)
         for x, needed in zip(inputs, wanted, strict=True)
     ]
     with torch.enable_grad():
