@@ -461,7 +461,7 @@ def _block_backward(
     settings: _Settings,
     wanted: Sequence[bool],
 ) -> Sequence[Any]:
-    """Gradients of a block's rows, columns, scale and bias, in float32 if they are of half precision.
+    """Gradients of a block's rows, columns, scale and bias; float32 for half precision.
 
     Args:
         gradients: of row_sum, row_total, positive and column_sum, counted from `maxima`.
