@@ -3,6 +3,7 @@
 Each loss is a few lines over `statistics`, which is differentiable and never holds the logits.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -71,17 +72,24 @@ def clip_loss(
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
     (2021); open_clip.
     """
-    image_features, text_features = _cast_and_check_pair(
-        ("image_features", image_features), ("text_features", text_features)
-    )
-    scale = scalar("logit_scale", logit_scale, image_features)
-    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image_features)
-    _refuse_group(group)
-    with common.no_autocast(image_features.device.type):
-        block = statistics(image_features, text_features, scale, backend=backend)
-        rows = pair_loss(block.row_max, block.row_sum, block.positive)
-        columns = pair_loss(block.column_max, block.column_sum, block.positive)
-        loss = (rows.mean() + columns.mean()) / 2
+
+    def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        image, text = _cast_and_check_pair(
+            ("image_features", image_features), ("text_features", text_features)
+        )
+        scale = scalar("logit_scale", logit_scale, image)
+        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image)
+        return image, text, scale, bias
+
+    facts = ("clip_loss", local_loss, gather_with_grad)
+    (image, text, scale, bias), ranks = _join(group, check, backend, *facts)
+    with common.no_autocast(image.device.type):
+        if ranks is None:
+            loss = _clip_loss(image, text, scale, backend, ranks)
+        else:
+            loss = _clip_loss_across(
+                image, text, scale, backend, ranks, local_loss, gather_with_grad
+            )
         return loss if bias is None else loss + 0.0 * bias
 
 
@@ -120,24 +128,29 @@ def siglip_loss(
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023); open_clip.
     """
-    image_features, text_features = _cast_and_check_pair(
-        ("image_features", image_features), ("text_features", text_features)
-    )
-    scale = scalar("logit_scale", logit_scale, image_features)
-    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image_features)
-    _refuse_group(group)
-    with common.no_autocast(image_features.device.type):
+
+    def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        image, text = _cast_and_check_pair(
+            ("image_features", image_features), ("text_features", text_features)
+        )
+        scale = scalar("logit_scale", logit_scale, image)
+        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image)
+        return image, text, scale, bias
+
+    (image, text, scale, bias), ranks = _join(group, check, backend, "siglip_loss")
+    with common.no_autocast(image.device.type):
         block = statistics(
-            image_features,
-            text_features,
+            image,
+            _everyone(text, ranks),
             scale,
             bias,
             sigmoid=True,
             column_statistics=False,
             backend=backend,
+            ranks=ranks,
         )
         losses = block.row_sum - F.logsigmoid(block.positive)
-        return losses.sum() / image_features.shape[0]
+        return _weighted(losses.sum() / image.shape[0], ranks)
 
 
 def ntxent_loss(
@@ -177,24 +190,30 @@ def ntxent_loss(
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations"
     (2020).
     """
-    z1, z2 = _cast_and_check_pair(("z1", z1), ("z2", z2))
-    scale = 1.0 / _check_temperature(temperature, z1)
-    _refuse_group(group)
-    with common.no_autocast(z1.device.type):
-        z1, z2 = normalize(z1), normalize(z2)
-        between = statistics(z1, z2, scale, backend=backend)
+
+    def check() -> tuple[Tensor, Tensor, Tensor]:
+        views = _cast_and_check_pair(("z1", z1), ("z2", z2))
+        return *views, 1.0 / _check_temperature(temperature, views[0])
+
+    (first, second, scale), ranks = _join(group, check, backend, "ntxent_loss")
+    with common.no_autocast(first.device.type):
+        first, second = normalize(first), normalize(second)
+        all_first, all_second = _everyone(first, ranks), _everyone(second, ranks)
+        between = statistics(first, all_second, scale, backend=backend, ranks=ranks)
         losses = []
-        for z, most, total in (
-            (z1, between.row_max, between.row_sum),
-            (z2, between.column_max, between.column_sum),
+        for z, everyone, most, total in (
+            (first, all_first, between.row_max, between.row_sum),
+            (second, all_second, between.column_max, between.column_sum),
         ):
             # The pair of row i is i itself here, which is no negative.
-            within = statistics(z, z, scale, column_statistics=False, backend=backend)
+            within = statistics(
+                z, everyone, scale, column_statistics=False, backend=backend, ranks=ranks
+            )
             merged = merge(
                 torch.stack((most, within.row_max)), torch.stack((total, within.row_sum))
             )
             losses.append(pair_loss(*merged, between.positive))
-        return torch.cat(losses).mean()
+        return _weighted(torch.cat(losses).mean(), ranks)
 
 
 def itc_loss(
@@ -250,50 +269,131 @@ def itc_loss(
 
     Source: Li et al., "Align before Fuse" (2021); Li et al., "BLIP-2" (2023).
     """
-    features = _cast_and_check_itc(
-        image_features, text_features, image_momentum, text_momentum, image_queue, text_queue
-    )
-    image, text, image_target, text_target, image_keys, text_keys = features
-    scale = scalar("logit_scale", logit_scale, image)
-    alpha = _check_fraction("alpha", alpha)
-    label_smoothing = _check_fraction("label_smoothing", label_smoothing)
-    if alpha > 0.0 and image.dim() == 3:
-        reject("alpha", "0 with image_features of several queries", alpha)
-    _refuse_group(group)
+    optional = (image_momentum, text_momentum, image_queue, text_queue)
+    features_are_keys = all(tensor is None for tensor in optional)
+
+    def check() -> tuple[Any, ...]:
+        features = _cast_and_check_itc(image_features, text_features, *optional)
+        scale = scalar("logit_scale", logit_scale, features[0])
+        soft = _check_fraction("alpha", alpha)
+        smoothing = _check_fraction("label_smoothing", label_smoothing)
+        if soft > 0.0 and features[0].dim() == 3:
+            reject("alpha", "0 with image_features of several queries", soft)
+        _refuse_ring(group, soft > 0.0 or not features_are_keys)
+        lengths = [None if tensor is None else tensor.shape[0] for tensor in optional]
+        return *features, scale, soft, smoothing, [x is None for x in lengths[:2]], lengths[2:]
+
+    inputs, ranks = _join(group, check, backend, "itc_loss")
+    image, text, image_target, text_target, image_key, text_key = inputs[:6]
+    image_queue, text_queue, scale, alpha, label_smoothing = inputs[6:11]
+    n, first = text.shape[0], 0 if ranks is None else ranks.offset
     with common.no_autocast(image.device.type):
-        to_text = statistics(
-            image,
-            text_keys,
-            scale,
-            column_statistics=image_keys is image and text_keys is text,
-            backend=backend,
-        )
-        if image_keys is image and text_keys is text:
-            to_image = to_text
+        text_keys = _keys(text_key, text_queue, ranks)
+        if not features_are_keys or alpha > 0.0:
+            image_keys = _keys(image_key, image_queue, ranks)
+        if features_are_keys:
+            to_text = to_image = statistics(image, text_keys, scale, backend=backend, ranks=ranks)
         else:
-            to_image = statistics(image_keys, text, scale, backend=backend)
-        n = text.shape[0]
+            # All keys are here, so this rank needs nobody's help.
+            to_text = statistics(
+                image, text_keys, scale, None, first, column_statistics=False, backend=backend
+            )
+            to_image = statistics(image_keys, text, scale, None, -first, backend=backend)
+            to_image = to_image._replace(positive=to_image.positive[first : first + n])
         # -log(p) of the pair, and what the other targets add to it.
         losses = torch.stack(
             (
                 pair_loss(to_text.row_max, to_text.row_sum, to_text.positive),
-                pair_loss(to_image.column_max, to_image.column_sum, to_image.positive[:n]),
+                pair_loss(to_image.column_max, to_image.column_sum, to_image.positive),
             )
         )
         loss = losses.mean()
         if label_smoothing > 0.0:
+            n_keys = n if ranks is None else ranks.total
             gaps = [
-                _mean_gap(block, n, keys.shape[0])
-                for block, keys in ((to_text, text_keys), (to_image, image_keys))
+                _mean_gap(block, n_keys + (0 if queue is None else queue.shape[0]))
+                for block, queue in ((to_text, text_queue), (to_image, image_queue))
             ]
             loss = loss + label_smoothing * (gaps[0] + gaps[1]) / 2
         if alpha > 0.0:
             gaps = [
-                _soft_gap(image, image_target, text_keys, scale, backend),
-                _soft_gap(text, text_target, image_keys, scale, backend),
+                _soft_gap(image, image_target, text_keys, first, scale, backend),
+                _soft_gap(text, text_target, image_keys, first, scale, backend),
             ]
             loss = loss + (1.0 - label_smoothing) * alpha * (gaps[0] + gaps[1]) / 2
-        return loss
+        return _weighted(loss, ranks)
+
+
+def _join(
+    group: Any, check: Callable[[], tuple[Any, ...]], backend: str | None, *facts: Any
+) -> tuple[tuple[Any, ...], Any]:
+    """The checked arguments of a loss, and the ranks that compute it together (None: no group)."""
+    if group is None:
+        return check(), None
+    from vlmfast import distributed  # imports this page
+
+    def check_all() -> tuple[Any, ...]:
+        inputs = check()
+        choose(inputs[0], inputs[1], backend)
+        return inputs
+
+    return distributed.join(group, check_all, *facts)
+
+
+def _everyone(own: Tensor, ranks: Any) -> Tensor:
+    """The columns of all ranks, as `statistics` takes them."""
+    if ranks is None:
+        return own
+    from vlmfast import distributed
+
+    return distributed.everyone(own, ranks)
+
+
+def _weighted(loss: Tensor, ranks: Any) -> Tensor:
+    """A local mean so weighted that the mean over ranks is that of the whole batch."""
+    return loss if ranks is None or ranks.weight == 1.0 else loss * ranks.weight
+
+
+def _clip_loss(
+    image: Tensor, text: Tensor, scale: Tensor, backend: str | None, ranks: Any = None
+) -> Tensor:
+    block = statistics(image, _everyone(text, ranks), scale, backend=backend, ranks=ranks)
+    rows = pair_loss(block.row_max, block.row_sum, block.positive)
+    columns = pair_loss(block.column_max, block.column_sum, block.positive)
+    return _weighted((rows.mean() + columns.mean()) / 2, ranks)
+
+
+def _clip_loss_across(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    backend: str | None,
+    ranks: Any,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Tensor:
+    """`_clip_loss` as open_clip's two switches have it."""
+    from vlmfast import distributed
+
+    if local_loss and not gather_with_grad:
+        losses = []
+        for rows, columns in ((image, text), (text, image)):
+            others = _everyone(columns.detach(), ranks)
+            block = statistics(
+                rows, others, scale, column_statistics=False, backend=backend, ranks=ranks
+            )
+            losses.append(pair_loss(block.row_max, block.row_sum, block.positive).mean())
+        return _weighted((losses[0] + losses[1]) / 2, ranks)
+
+    if not gather_with_grad:
+        image, text = (distributed.scale_gradient(x, 1.0 / ranks.size) for x in (image, text))
+    if torch.is_grad_enabled() and text.requires_grad and not image.requires_grad:
+        # Rows get their gradient here, columns by a reduce-scatter: a frozen tower needs neither.
+        image, text = text, image
+    if local_loss:
+        return _clip_loss(image, text, scale, backend, ranks)
+    scale = distributed.mean_gradient(scale, ranks)
+    return distributed.mean_over_ranks(_clip_loss(image, text, scale, backend, ranks), ranks)
 
 
 def statistics(
@@ -305,11 +405,20 @@ def statistics(
     sigmoid: bool = False,
     column_statistics: bool = True,
     backend: str | None = None,
+    ranks: Any = None,
 ) -> Statistics:
     """`vlmfast.reference.contrastive_loss` by the backend that runs it.
 
-    Args are checked already; rows may be (n, D). The caller has switched autocast off.
+    Args are checked already; rows may be (n, D). The caller has switched autocast off. With
+    `ranks`, columns come from `vlmfast.distributed.everyone`, and the columns that the statistics
+    are of are this rank's own.
     """
+    if ranks is not None:
+        from vlmfast import distributed
+
+        return distributed.statistics(
+            rows, columns, scale, bias, sigmoid, column_statistics, backend, ranks
+        )
     if rows.dim() == 2:
         rows = rows.unsqueeze(1)
     chosen = choose(rows, columns, backend)
@@ -351,14 +460,19 @@ def normalize(z: Tensor) -> Tensor:
     return F.normalize(z.to(compute_dtype(z.dtype)), dim=-1).to(z.dtype)
 
 
-def _mean_gap(block: Statistics, n: int, n_keys: int) -> Tensor:
+def _mean_gap(block: Statistics, n_keys: int) -> Tensor:
     """The mean logit of the pairs less that of all logits."""
-    pairs = block.positive[:n].sum()
+    n, pairs = block.positive.shape[0], block.positive.sum()
     return pairs / n - (block.row_total.sum() + pairs) / (n * n_keys)
 
 
 def _soft_gap(
-    features: Tensor, target: Tensor, keys: Tensor, scale: Tensor, backend: str | None
+    features: Tensor,
+    target: Tensor,
+    keys: Tensor,
+    first_key: int,
+    scale: Tensor,
+    backend: str | None,
 ) -> Tensor:
     """The mean logit of the pairs less that which the soft targets expect.
 
@@ -372,7 +486,8 @@ def _soft_gap(
         query[None, None], keys.detach()[None, None], keys[None, None], scale=1.0, backend=backend
     )[0, 0]
     n = features.shape[0]
-    return scale * (features * (keys[:n] - expected)).sum(-1).mean()
+    pairs = keys[first_key : first_key + n]
+    return scale * (features * (pairs - expected)).sum(-1).mean()
 
 
 def scalar(argument: str, value: Any, like: Tensor) -> Tensor:
@@ -437,8 +552,8 @@ def _cast_and_check_itc(
     text_momentum: Tensor | None,
     image_queue: Tensor | None,
     text_queue: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Features, momentum features and keys of image and text."""
+) -> tuple[Any, ...]:
+    """Features, momentum features, keys and queues (or None) of image and text."""
     optional = {
         "image_momentum": image_momentum,
         "text_momentum": text_momentum,
@@ -465,18 +580,30 @@ def _cast_and_check_itc(
         if tuple(tensor.shape[1:]) != item or (size != "Q" and tensor.shape[0] != n):
             reject(name, f"shape {(size, *item)}", tuple(tensor.shape))
 
-    def keys(features: Tensor, modality: str) -> tuple[Tensor, Tensor]:
-        momentum = cast.get(f"{modality}_momentum")
+    def key(features: Tensor, modality: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        momentum, queue = cast.get(f"{modality}_momentum"), cast.get(f"{modality}_queue")
         target = features.detach() if momentum is None else momentum.detach()
-        key = features if momentum is None else target
-        queue = cast.get(f"{modality}_queue")
-        return target, key if queue is None else torch.cat((key, queue.detach()))
+        own_key = features if momentum is None else target
+        return target, own_key, None if queue is None else queue.detach()
 
-    image_target, image_keys = keys(image, "image")
-    text_target, text_keys = keys(text, "text")
-    return image, text, image_target, text_target, image_keys, text_keys
+    image_target, image_key, more_images = key(image, "image")
+    text_target, text_key, more_texts = key(text, "text")
+    return image, text, image_target, text_target, image_key, text_key, more_images, more_texts
 
 
-def _refuse_group(group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError("group: expected None; losses across ranks are not built yet")
+def _keys(own: Tensor, queue: Tensor | None, ranks: Any) -> Tensor:
+    """The keys of all ranks, and the queue's, which all ranks hold alike."""
+    keys = _everyone(own, ranks)
+    return keys if queue is None else torch.cat((keys, queue))
+
+
+def _refuse_ring(group: Any, keys_needed: bool) -> None:
+    if group is None or not keys_needed:
+        return
+    from vlmfast.distributed import Ring
+
+    if isinstance(group, Ring):
+        raise NotImplementedError(
+            "group: momentum features, queues and alpha need the keys of all ranks at once; "
+            "expected a process group, got a Ring"
+        )

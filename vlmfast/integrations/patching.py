@@ -17,7 +17,7 @@ __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
 # Asked in this order; torch comes last, for the other libraries derive from its classes.
 LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "torch")
 
-FAMILIES = ("flash_attention",)
+FAMILIES = ("flash_attention", "contrastive_loss")
 
 
 class PatchEntry(NamedTuple):
