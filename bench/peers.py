@@ -1,13 +1,17 @@
 """Who races, by family: our own call and what it replaces. Each says what it cannot run and why."""
 
+import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vlmfast.functional as VF
 from bench.cases import AttentionCase
@@ -26,11 +30,13 @@ class Contestant:
         refusal: (case, dtype) -> why it cannot run that, or None.
         prepare: case -> the call to be timed. What a model would build once and keep, such as a
             causal mask, is built here and not timed.
+        devices: where it races.
     """
 
     name: str
-    refusal: Callable[[AttentionCase, torch.dtype], str | None]
-    prepare: Callable[[AttentionCase], Attention]
+    refusal: Callable[[Any, torch.dtype], str | None]
+    prepare: Callable[[Any], Callable[..., Any]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def _never(case: AttentionCase, dtype: torch.dtype) -> str | None:
@@ -54,12 +60,15 @@ def _sdpa(case: AttentionCase) -> Attention:
 def eager_attention(case: AttentionCase) -> Attention:
     """softmax(scale q k^T + mask) v with the scores in memory, each step torch's own."""
     scale = 1 / math.sqrt(case.head_dim)
-    hidden = torch.ones(case.query_length, case.key_length, dtype=torch.bool).triu(1)
+    hidden: dict[torch.device, Tensor] = {}
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = (query * scale) @ key.transpose(-2, -1)
         if case.is_causal:
-            scores = scores.masked_fill(hidden, -math.inf)
+            if query.device not in hidden:
+                ones = query.new_ones(case.query_length, case.key_length, dtype=torch.bool)
+                hidden[query.device] = ones.triu(1)
+            scores = scores.masked_fill(hidden[query.device], -math.inf)
         return scores.softmax(dim=-1) @ value
 
     return attention
@@ -74,9 +83,80 @@ def _eager_refusal(case: AttentionCase, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _forced_sdpa(backend: SDPBackend) -> Callable[[AttentionCase], Attention]:
+    def prepare(case: AttentionCase) -> Attention:
+        attention = _sdpa(case)
+
+        def forced(*sources: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attention(*sources)
+
+        return forced
+
+    return prepare
+
+
+def _half_only(case: AttentionCase, dtype: torch.dtype) -> str | None:
+    return None if dtype in (torch.bfloat16, torch.float16) else f"does not take {dtype}"
+
+
+def _compiled(case: AttentionCase) -> Attention:
+    return torch.compile(eager_attention(case), fullgraph=True)
+
+
+def _flex(case: AttentionCase) -> Attention:
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    masks: dict[torch.device, BlockMask] = {}
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not case.is_causal:
+            return compiled(query, key, value)
+        if query.device not in masks:
+            sizes = (None, None, case.query_length, case.key_length)
+            masks[query.device] = create_block_mask(visible, *sizes, device=query.device)
+        return compiled(query, key, value, block_mask=masks[query.device])
+
+    return attention
+
+
+def _xformers_refusal(case: AttentionCase, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "not installed"
+    return _half_only(case, dtype)
+
+
+def _xformers(case: AttentionCase) -> Attention:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    bias = LowerTriangularMask() if case.is_causal else None
+
+    def attention(*sources: Tensor) -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in sources)
+        return memory_efficient_attention(query, key, value, bias).transpose(1, 2)
+
+    return attention
+
+
 FLASH_ATTENTION = Contestant(OURS, _never, _ours)
 SDPA = Contestant("torch SDPA", _never, _sdpa)
 EAGER = Contestant("eager", _eager_refusal, eager_attention)
 
-CONTESTANTS = {"flash_attention": (FLASH_ATTENTION, SDPA, EAGER)}
-"""By family; the first one is ours."""
+_GPU = ("cuda",)
+
+CONTESTANTS: dict[str, Sequence[Contestant]] = {
+    "flash_attention": (
+        FLASH_ATTENTION,
+        SDPA,
+        EAGER,
+        Contestant("SDPA flash", _half_only, _forced_sdpa(SDPBackend.FLASH_ATTENTION), _GPU),
+        Contestant("SDPA efficient", _never, _forced_sdpa(SDPBackend.EFFICIENT_ATTENTION), _GPU),
+        Contestant("SDPA cuDNN", _half_only, _forced_sdpa(SDPBackend.CUDNN_ATTENTION), _GPU),
+        Contestant("torch.compile", _eager_refusal, _compiled, _GPU),
+        Contestant("FlexAttention", _never, _flex, _GPU),
+        Contestant("xformers", _xformers_refusal, _xformers, _GPU),
+    )
+}
+"""By family; the first one is ours. What must be compiled first races on GPUs alone."""
