@@ -72,10 +72,10 @@ def test_siglip_loss_is_that_of_open_clip(n, backend):
 
 def test_clip_loss_is_that_of_transformers():
     import_torchvision()
-    from transformers.models.clip.modeling_clip import clip_loss
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     image, text, scale = inputs = (features(50, 24), features(50, 24), number(30.0))
-    assert_same(VF.clip_loss(*inputs), clip_loss(text @ image.T * scale), inputs)
+    assert_same(VF.clip_loss(*inputs), image_text_contrastive_loss(text @ image.T * scale), inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
