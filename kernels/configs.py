@@ -230,13 +230,13 @@ _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
 
 # The feature dimension is walked, so that any fits. PLAIN: one query a row; several keep the
 # largest product and its query beside the running one.
-_CONTRASTIVE_90 = _rows(
-    (UNLIMITED, UNLIMITED, 128, 128, 8, 3, PLAIN),
-    (UNLIMITED, UNLIMITED, 64, 64, 4, 3),
-)
 _CONTRASTIVE_FLOAT = _rows(
     (UNLIMITED, UNLIMITED, 64, 64, 8, 2, PLAIN),
     (UNLIMITED, UNLIMITED, 32, 64, 8, 2),
+)
+_CONTRASTIVE_90 = _rows(
+    (UNLIMITED, UNLIMITED, 128, 64, 8, 4, PLAIN),
+    (UNLIMITED, UNLIMITED, 64, 64, 4, 3),
 )
 _CONTRASTIVE = _table(
     sm_90=_CONTRASTIVE_90,

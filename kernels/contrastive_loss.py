@@ -44,27 +44,23 @@ def similarities(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the largest similarities over the queries, and which query each is of."""
+    """A tile of the largest similarities over the queries, and which query each is of.
+
+    DIM is a multiple of BLOCK_K, and features lie side by side: see `in_whole_blocks`.
+    """
+    # Beyond the end the last row is read again; whoever takes the tile leaves it out.
+    row_index = tl.minimum(row_index, num_rows - 1)
+    column_index = tl.minimum(column_index, num_columns - 1)
     row_pointer = rows + row_index[:, None].to(tl.int64) * row_strides[0]
     column_pointer = columns + column_index[None, :].to(tl.int64) * column_strides[0]
-    row_inside = (row_index < num_rows)[:, None]
-    column_inside = (column_index < num_columns)[None, :]
     largest = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     query_index = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for query in range(QUERIES):
         product = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for first in range(0, DIM, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                row_pointer + query * row_strides[1] + k[None, :] * row_strides[2],
-                mask=row_inside & (k < DIM)[None, :],
-                other=0.0,
-            )
-            y = tl.load(
-                column_pointer + k[:, None] * column_strides[1],
-                mask=column_inside & (k < DIM)[:, None],
-                other=0.0,
-            )
+            x = tl.load(row_pointer + query * row_strides[1] + k[None, :])
+            y = tl.load(column_pointer + k[:, None])
             product = tl.dot(x, y, product, input_precision=PRECISION)
         if QUERIES == 1:
             largest = product
@@ -328,13 +324,28 @@ def launch(kernel: str, rows: torch.Tensor, run) -> None:
         configs.launch(shape, rows.device, run)
 
 
+def block_k(tensor: torch.Tensor) -> int:
+    return 64 if tensor.dtype != torch.float32 else 32
+
+
+def in_whole_blocks(features: torch.Tensor) -> torch.Tensor:
+    """The features side by side, with zeros up to a multiple of the block: a copy where need be.
+
+    Masks and odd strides in the innermost loop would cost far more.
+    """
+    missing = -features.shape[-1] % block_k(features)
+    if missing:
+        return torch.nn.functional.pad(features, (0, missing))
+    return features if features.stride(-1) == 1 else features.contiguous()
+
+
 def shape_constants(rows: torch.Tensor, launch: Launch) -> dict:
     return {
         "DIM": rows.shape[2],
         "QUERIES": rows.shape[1],
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_K": 64 if rows.dtype != torch.float32 else 32,
+        "BLOCK_K": block_k(rows),
         "PRECISION": "ieee" if rows.dtype != torch.float32 else float32_precision(),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
@@ -366,6 +377,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """row_max, row_sum, row_total, positive, column_max, column_sum: all float32."""
     n, m = rows.shape[0], columns.shape[0]
+    rows, columns = in_whole_blocks(rows), in_whole_blocks(columns)
     results: list[torch.Tensor] = []
 
     def run(launch: Launch) -> None:
@@ -453,12 +465,13 @@ def backward(
         columns.shape if columns_grad else 0, dtype=torch.float32, device=rows.device
     )
     unstored = scale / factor
+    whole_rows, whole_columns = in_whole_blocks(rows), in_whole_blocks(columns)
     shares = []
     for first in range(0, n, max(1, chunk)):
         part = slice(first, min(n, first + chunk))
-        block, gradient = rows[part], buffer[: part.stop - first]
+        gradient = buffer[: part.stop - first]
         vectors = (of_sum[part], of_total[part], of_positive[part], of_column, row_max[part])
-        arguments = (block, columns, scale, bias, *vectors, column_max)
+        arguments = (whole_rows[part], whole_columns, scale, bias, *vectors, column_max)
         shares.append(
             gradients(
                 arguments,
@@ -475,7 +488,7 @@ def backward(
             product_of_rows = product(flat, columns) * unstored
             grad_rows[part] = product_of_rows.unflatten(0, (-1, queries)).to(dtype)
         if columns_grad:
-            column_sums += product(flat.T, block.reshape(-1, dim))
+            column_sums += product(flat.T, rows[part].reshape(-1, dim))
     sums = (
         torch.stack([share.sum((1, 2)) for share in shares]).sum(0)
         if shares
@@ -483,7 +496,7 @@ def backward(
     )
     return (
         grad_rows,
-        (column_sums * unstored).to(dtype) if columns_grad else column_sums.to(dtype),
+        column_sums.mul_(unstored).to(dtype),
         sums[0] if scale_grad else scale.new_empty(0),
         sums[1] if bias_grad else scale.new_empty(0),
     )
