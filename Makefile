@@ -2,9 +2,11 @@
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   MAX_JOBS=1          files compiled at a time
 #   PYTEST_ARGS=...     further arguments for pytest
+#   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+GATE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
 VENV := .venv
@@ -32,13 +34,13 @@ demo: $(EXTENSION)
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_tools_guard.py tests/test_kernels_flash_attention.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_tools_guard.py $(wildcard tests/test_kernels_*.py)
 
 gates: $(ENVIRONMENT)
-	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate
+	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
 
 bench: $(EXTENSION)
-	$(BIN)/python -m bench flash_attention
+	$(BIN)/python -m bench --selection --sweeps --memory --mode both --seconds 2 --out out/bench
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -1,8 +1,30 @@
 """What is measured: shapes of real models, as data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 INFERENCE_DTYPES = ("float32", "bfloat16")
+
+
+class Case(Protocol):
+    """What every family's case has: a name, the model it is from, and its shape in words."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def dtypes(self) -> Sequence[str]: ...
+
+
+class Sweep(NamedTuple):
+    """Cases that differ in one size, to see how time and memory grow with it."""
+
+    size: str
+    cases: tuple[tuple[int, Case], ...]
 
 
 @dataclass(frozen=True)
@@ -49,4 +71,21 @@ FLASH_ATTENTION = (
     AttentionCase("resampler", "Flamingo's Perceiver resampler", 1, 8, 64, 2112, 64),
 )
 
-CASES = {"flash_attention": FLASH_ATTENTION}
+# Every family by name: its cases, ...
+CASES: dict[str, Sequence[Case]] = {"flash_attention": FLASH_ATTENTION}
+
+# ... those that `make bench` has time for, ...
+SELECTION = {
+    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler")
+}
+
+# ... and what its cost is drawn against.
+SWEEPS = {
+    "flash_attention": Sweep(
+        "tokens",
+        tuple(
+            (length, AttentionCase(f"tokens-{length}", "a sweep", 1, 2, length, length, 64))
+            for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        ),
+    )
+}

@@ -124,13 +124,42 @@ def _one_head(inputs: Inputs, image: int, head: int) -> Inputs:
 
 
 def _truth(case: AttentionCase, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale = 1 / math.sqrt(case.head_dim)
-        out, _ = flash_attention(query, key, value, causal=int(case.is_causal), scale=scale)
-        return out
+    """In float64, a few rows of queries at a time: their scores then lie in memory used before."""
+    exact = _map(inputs, lambda x: x.detach().double())
+    rows = max(1, 2**21 // case.key_length)
+    outs, grad_queries = [], []
+    grad_key, grad_value = torch.zeros_like(exact.key), torch.zeros_like(exact.value)
+    for first in range(0, case.query_length, rows):
+        last = min(first + rows, case.query_length)
+        query, grad_out = (x[:, :, first:last].detach() for x in (exact.query, exact.grad_out))
+        seen = min(last, case.key_length) if case.is_causal else case.key_length
+        tensors = (query, exact.key[:, :, :seen], exact.value[:, :, :seen])
+        leaves = (x.detach().requires_grad_(mode != "fwd") for x in tensors)
+        part = Inputs(*leaves, grad_out)
+        results = make_call(_exact_attention(case, first), part, mode)()
+        if mode != "bwd":
+            outs.append(results[0].detach())
+        if mode != "fwd":
+            *_, grad_query, grad_key_part, grad_value_part = results
+            grad_queries.append(grad_query)
+            grad_key[:, :, :seen] += grad_key_part
+            grad_value[:, :, :seen] += grad_value_part
+    gradients = () if mode == "fwd" else (torch.cat(grad_queries, 2), grad_key, grad_value)
+    return (*((torch.cat(outs, 2),) if outs else ()), *gradients)
 
-    results = make_call(attention, _map(inputs, lambda x: x.detach().double()), mode)()
-    return tuple(result.detach() for result in results)
+
+def _exact_attention(case: AttentionCase, first_row: int) -> Attention:
+    """The reference for the queries from `first_row` on and all keys that they see."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = None
+        if case.is_causal:
+            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            mask = visible.tril(first_row)
+        scale = 1 / math.sqrt(case.head_dim)
+        return flash_attention(query, key, value, mask, scale=scale)[0]
+
+    return attention
 
 
 def _map(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
@@ -143,9 +172,9 @@ def work(case: AttentionCase, dtype: torch.dtype, mode: str) -> Work:
     """What one call cannot do without.
 
     With P = B * H * (visible query-key pairs), forward is two products, 4 P D; backward is five
-    (the scores again, dP, dV, dQ, dK), 10 P D. Forward reads query, key and value and writes the
-    output, and the float32 logsumexp if there is a backward to come; backward reads all these and
-    the output's gradient, and writes three gradients.
+    (the scores again, dP, dV, dQ, dK), 10 P D; each takes P exponentials. Forward reads query, key
+    and value and writes the output, and the float32 logsumexp if there is a backward to come;
+    backward reads all these and the output's gradient, and writes three gradients.
     """
     length, keys = case.query_length, case.key_length
     pairs = length * keys
@@ -166,4 +195,5 @@ def work(case: AttentionCase, dtype: torch.dtype, mode: str) -> Work:
         "bwd": backward,
         "fwd+bwd": forward + logsumexp + backward,
     }[mode]
-    return Work(flops, least_bytes)
+    passes = {"fwd": 1, "bwd": 1, "fwd+bwd": 2}[mode]
+    return Work(flops, least_bytes, passes * case.batch * case.heads * pairs)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,10 +37,17 @@ def settle_allocator() -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """What one call cannot do without: floating-point operations, and bytes read or written."""
+    """What one call cannot do without.
+
+    Attributes:
+        flops: floating-point operations of its matrix products.
+        least_bytes: read from or written to memory, each tensor once.
+        exps: exponentials.
+    """
 
     flops: int
     least_bytes: int
+    exps: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,16 @@ def race(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
     return {name: _summary(values) for name, values in samples.items()}
 
 
+def clock_rate() -> float | None:
+    """MHz of the fastest core as the system tells it just now, or None where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return max(rates, default=None)
+
+
 def _seconds(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
@@ -123,19 +141,34 @@ class Ceilings:
         flops: floating-point operations a second, by dtype, in large matrix products.
         flops_source: which routine reached them, by dtype.
         bandwidth: bytes a second, read and written, when copying an array far larger than caches.
+        exps: exponentials a second, of float32 numbers in the caches.
     """
 
     flops: Mapping[str, float]
     flops_source: Mapping[str, str]
     bandwidth: float
+    exps: float
+
+    def limits(self, work: Work, dtype: str) -> dict[str, float]:
+        """Seconds that each ceiling alone would leave a call."""
+        return {
+            "matrix": work.flops / self.flops[dtype],
+            "memory": work.least_bytes / self.bandwidth,
+            "exp": work.exps / self.exps,
+        }
 
     def least_seconds(self, work: Work, dtype: str) -> float:
         """The time of a call at whichever ceiling it meets first."""
-        return max(work.flops / self.flops[dtype], work.least_bytes / self.bandwidth)
+        return max(self.limits(work, dtype).values())
+
+    def binding(self, work: Work, dtype: str) -> str:
+        """The name of that ceiling."""
+        limits = self.limits(work, dtype)
+        return max(limits, key=lambda name: limits[name])
 
 
 def measure_ceilings(dtypes: Sequence[str], size: int = 2048, seconds: float = 2.0) -> Ceilings:
-    """Measures both ceilings: products of two (size, size) matrices, and a copy of 256 MiB.
+    """Measures the ceilings: products of two (size, size) matrices, a copy of 256 MiB, and exp.
 
     Any type may be computed in float32, so no ceiling is below that of float32.
     """
@@ -150,10 +183,14 @@ def measure_ceilings(dtypes: Sequence[str], size: int = 2048, seconds: float = 2
     block = torch.zeros(2**26)
     target = torch.zeros_like(block)
     copy = race({"copy": lambda: (target.copy_(block),)}, seconds)["copy"]
+    numbers = -torch.rand(2**18)
+    powers = torch.empty_like(numbers)
+    exp = race({"exp": lambda: (torch.exp(numbers, out=powers),)}, seconds)["exp"]
     return Ceilings(
         flops={dtype: rate for dtype, (rate, _) in best.items()},
         flops_source={dtype: source for dtype, (_, source) in best.items()},
         bandwidth=2 * block.nbytes / copy.p20,
+        exps=numbers.numel() / exp.p20,
     )
 
 

@@ -1,9 +1,12 @@
-"""Rows of a benchmark as a Markdown table and as JSON."""
+"""Rows of a benchmark as Markdown tables, as JSON and as CSV."""
 
+import csv
+import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,8 +27,11 @@ class Row:
         timings: of every contestant that is right; empty where ours is not.
         refusals: why the others have no time.
         noise: how far the median of our own call raced against itself is from 1.
+        clock_mhz: of the fastest core, after the race.
+        peak_bytes: what each contestant's call added to the memory of a fresh process.
     """
 
+    family: str
     case: str
     shape: str
     source: str
@@ -37,6 +43,8 @@ class Row:
     timings: dict[str, Timing] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     noise: float | None = None
+    clock_mhz: float | None = None
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def ratio(self, peer: str) -> float | None:
         """How many times longer the peer took, or None where one of the two has no time."""
@@ -51,33 +59,48 @@ class Row:
         return min(peers, key=lambda name: self.timings[name].median, default=None)
 
 
-def markdown(rows: Sequence[Row], peers: Sequence[str], ceilings: Ceilings) -> str:
-    """The table, and below it what its columns rest on."""
+def by_family(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each family, in the order in which they came."""
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row)
+    return families
+
+
+def table(rows: Sequence[Row], ceilings: Ceilings) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table of one family's rows."""
+    peers = list(dict.fromkeys(name for row in rows for name in row.timings if name != OURS))
     header = ["case", "shape", "dtype", "mode", "backend", f"{OURS} ms", "p20 to p80"]
     for peer in peers:
         header += [f"{peer} ms", f"x {peer}"]
-    header += [
-        "best peer",
-        "x best",
-        "noise",
-        "GFLOP",
-        "least MB",
-        "GFLOP/s",
-        "of ceiling",
-        "error",
-        "budget",
-    ]
+    header += ["best peer", "x best", "noise", "GFLOP", "least MB", "GFLOP/s", "GB/s"]
+    header += ["of limit", "limit", "peak MB", "best peer's", "error", "budget"]
+    return header, [_cells(row, peers, ceilings) for row in rows]
 
-    lines = [_line(header), _line(["---"] * len(header))]
-    lines += [_line(_cells(row, peers, ceilings)) for row in rows]
-    lines.append("")
-    for row in rows:
-        for name, reason in row.refusals.items():
-            lines.append(f"- {row.case} {row.dtype} {row.mode}, {name}: {reason}")
+
+def notes(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
+    """What the tables rest on: who is missing and why, and the machine's ceilings."""
+    lines = [
+        f"{row.case} {row.dtype} {row.mode}, {name}: {reason}"
+        for row in rows
+        for name, reason in row.refusals.items()
+    ]
     for dtype, rate in ceilings.flops.items():
         source = ceilings.flops_source[dtype]
-        lines.append(f"- ceiling {dtype}: {rate / 1e9:.0f} GFLOP/s ({source})")
-    lines.append(f"- ceiling memory: {ceilings.bandwidth / 1e9:.1f} GB/s (copy of 256 MiB)")
+        lines.append(f"ceiling matrix, {dtype}: {rate / 1e9:.0f} GFLOP/s ({source})")
+    lines.append(f"ceiling memory: {ceilings.bandwidth / 1e9:.1f} GB/s (copy of 256 MiB)")
+    lines.append(f"ceiling exp: {ceilings.exps / 1e9:.2f} G/s (torch.exp, float32, in cache)")
+    return lines
+
+
+def markdown(rows: Sequence[Row], ceilings: Ceilings) -> str:
+    """A table for each family, and below them what they rest on."""
+    lines = []
+    for family, members in by_family(rows).items():
+        header, body = table(members, ceilings)
+        lines += [f"## {family}", "", _line(header), _line(["---"] * len(header))]
+        lines += [*map(_line, body), ""]
+    lines += [f"- {note}" for note in notes(rows, ceilings)]
     return "\n".join(lines)
 
 
@@ -86,8 +109,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cells(row: Row, peers: Sequence[str], ceilings: Ceilings) -> list[str]:
-    ours = row.timings.get(OURS)
-    verdict = row.verdicts[OURS]
+    ours, work = row.timings.get(OURS), row.work
     cells = [row.case, row.shape, row.dtype, row.mode, row.backend]
     if ours is None:
         cells += ["WRONG", ""]
@@ -99,12 +121,16 @@ def _cells(row: Row, peers: Sequence[str], ceilings: Ceilings) -> list[str]:
     best = row.best_peer
     cells += [best or "", _times(row.ratio(best) if best else None)]
     cells += ["" if row.noise is None else f"{row.noise:.1%}"]
-    cells += [f"{row.work.flops / 1e9:.3g}", f"{row.work.least_bytes / 1e6:.3g}"]
+    cells += [f"{work.flops / 1e9:.3g}", f"{work.least_bytes / 1e6:.3g}"]
     if ours is None:
-        cells += ["", ""]
+        cells += ["", "", ""]
     else:
-        fraction = ceilings.least_seconds(row.work, row.dtype) / ours.median
-        cells += [f"{row.work.flops / ours.median / 1e9:.0f}", f"{fraction:.0%}"]
+        fraction = ceilings.least_seconds(work, row.dtype) / ours.median
+        cells += [f"{work.flops / ours.median / 1e9:.0f}"]
+        cells += [f"{work.least_bytes / ours.median / 1e9:.1f}", f"{fraction:.0%}"]
+    cells += [ceilings.binding(work, row.dtype)]
+    cells += [_megabytes(row.peak_bytes.get(name)) for name in (OURS, best or "")]
+    verdict = row.verdicts[OURS]
     return [*cells, f"{verdict.error:.1e}", f"{verdict.budget:.1e}"]
 
 
@@ -117,6 +143,10 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
 
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
 def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
     """Writes everything that was measured, in seconds, bytes and operations."""
     document = {
@@ -124,8 +154,34 @@ def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
         "ceilings": asdict(ceilings),
         "rows": [asdict(row) for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def append_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Adds a line for each contestant of each row; the header, too, to a new file."""
+    if rows:
+        here = {"date": datetime.date.today().isoformat(), **machine()}
+        lines = [{**here, **line} for row in rows for line in _flat(row)]
+        is_new = not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerows(lines)
+
+
+def _flat(row: Row) -> Iterator[dict[str, object]]:
+    names = ("family", "case", "shape", "dtype", "mode", "backend", "clock_mhz", "noise")
+    for contestant, timing in row.timings.items():
+        yield {
+            **{name: getattr(row, name) for name in names},
+            "contestant": contestant,
+            **asdict(timing),
+            **asdict(row.verdicts[contestant]),
+            **asdict(row.work),
+            "peak_bytes": row.peak_bytes.get(contestant),
+        }
 
 
 def machine() -> dict[str, object]:
@@ -137,8 +193,24 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vlmfast": vlmfast.__version__,
+        "commit": _commit(),
         "cpu_isa": torch.ops.vlmfast.cpu_isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _commit() -> str | None:
+    """Of this checkout, with a + where something in it is not committed; None without git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

@@ -204,8 +204,19 @@ _BACKWARD_WHOLE = _table(
     ieee=(),
 )
 
+# Only with a float mask, hence never PLAIN.
+_BACKWARD_STATISTICS_90 = _rows((128, UNLIMITED, 128, 64, 8, 2), (256, UNLIMITED, 64, 64, 8, 2))
+_BACKWARD_STATISTICS_FLOAT = _rows((128, UNLIMITED, 64, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1))
+_BACKWARD_STATISTICS = _table(
+    sm_90=_BACKWARD_STATISTICS_90,
+    sm_100=_BACKWARD_STATISTICS_90,
+    mma_sync=_rows((128, UNLIMITED, 64, 32, 4, 2), (256, UNLIMITED, 64, 32, 8, 2)),
+    tf32=_BACKWARD_STATISTICS_FLOAT,
+    ieee=_BACKWARD_STATISTICS_FLOAT,
+)
+
 _BACKWARD_MASK_HALF = _rows((128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 8, 1))
-_BACKWARD_MASK_FLOAT = _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1))
+_BACKWARD_MASK_FLOAT = _rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1))
 _BACKWARD_MASK = _table(
     sm_90=_BACKWARD_MASK_HALF,
     sm_100=_BACKWARD_MASK_HALF,
@@ -219,6 +230,7 @@ _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
 
 TABLE: dict[str, Table] = {
     "flash_attention_fwd": _FORWARD,
+    "flash_attention_bwd_statistics": _BACKWARD_STATISTICS,
     "flash_attention_bwd_key_value": _BACKWARD_KEY_VALUE,
     "flash_attention_bwd_query": _BACKWARD_QUERY,
     "flash_attention_bwd_whole": _BACKWARD_WHOLE,

@@ -229,24 +229,32 @@ def flash_attention_fwd_kernel(
     acc = scale_tiles(acc, ((keep_scale if DROPOUT else 1.0) / visible_sum)[:, None])
     store_rows(out, out_strides, rows, num_queries, acc, DV, VALUE_PIECES, UNIT)
     natural_max = row_max if MASK == FLOAT_MASK else row_max * scale
-    tl.store(logsumexp + rows, natural_max + tl.math.log2(row_sum) * LN2, mask=rows < num_queries)
+    tl.store(
+        logsumexp + rows, natural_max + tl.math.log2(visible_sum) * LN2, mask=rows < num_queries
+    )
 
 
 @triton.jit
-def load_shift(logsumexp, rows, num_rows, SCALED: tl.constexpr):
-    """The log-sum-exp of each query as the shift of `shifted_exp2`.
+def load_shift(logsumexp, rows, num_rows):
+    """The log-sum-exp of each query as the shift of unscaled scores.
 
     Rows that do not exist or see no key get +inf, which turns all of their weights into 0.
     """
     lse = tl.load(logsumexp + rows, mask=rows < num_rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse if SCALED else lse * LOG2E)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
-def load_row_statistics(logsumexp, delta, rows, num_rows, SCALED: tl.constexpr):
-    """What the backward knows of each query: its shift and its delta."""
-    row_deltas = tl.load(delta + rows, mask=rows < num_rows, other=0.0)
-    return load_shift(logsumexp, rows, num_rows, SCALED), row_deltas
+def load_row_statistics(logsumexp, row_max, log_sum, delta, rows, num_rows, SCALED: tl.constexpr):
+    """What the backward knows of each query: its shift, log2 of the sum after it, and delta."""
+    inside = rows < num_rows
+    if SCALED:
+        shift = tl.load(row_max + rows, mask=inside, other=float("inf"))
+        rest = tl.load(log_sum + rows, mask=inside, other=0.0)
+    else:
+        shift = load_shift(logsumexp, rows, num_rows)
+        rest = tl.zeros_like(shift)
+    return shift, rest, tl.load(delta + rows, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -254,6 +262,7 @@ def weights_and_gradient(
     scores,
     grad_weights,
     shift,
+    log_sum,
     delta,
     factor,
     dropout_seed,
@@ -269,10 +278,13 @@ def weights_and_gradient(
 ):
     """Weights after dropout, and the gradient of the (scaled) scores, of one tile.
 
-    dS = P * (dP - delta), delta[i] = out[i] . grad_out[i] - grad_logsumexp[i]. `shift` and `delta`
-    are shaped to broadcast along the keys; a TRANSPOSED tile has keys for rows.
+    dS = P * (dP - delta), delta[i] = out[i] . grad_out[i] - grad_logsumexp[i]. The statistics of
+    rows are shaped to broadcast along the keys; a TRANSPOSED tile has keys for rows.
     """
-    weights = shifted_exp2(scores, shift, factor, SCALED)
+    if SCALED:
+        weights = tl.math.exp2((scores - shift) * factor - log_sum)
+    else:
+        weights = shifted_exp2(scores, shift, factor, False)
     kept_weights = weights
     if DROPOUT:
         BLOCK_M: tl.constexpr = scores.shape[1] if TRANSPOSED else scores.shape[0]
@@ -303,6 +315,92 @@ def row_delta(grad_out_tiles, out_tiles, logsumexp, grad_logsumexp, rows, num_ro
         lse = tl.load(logsumexp + rows, mask=inside, other=0.0)
         delta -= tl.where(lse == float("-inf"), 0.0, grad_lse)
     return delta
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_blocks", "num_queries"])
+def flash_attention_bwd_statistics_kernel(
+    query,
+    query_strides,
+    key,
+    key_strides,
+    attn_mask,
+    mask_strides,
+    row_max,
+    log_sum,
+    num_heads,
+    num_blocks,
+    num_queries,
+    num_keys,
+    scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PIECES: tl.constexpr,
+    MASK_HAS_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Maximum of each query's scores and log2 of the sum that is left, where a float mask is added.
+
+    A float mask can make the log-sum-exp so large that its rounding to float32 shows in the
+    weights, or swallows the sum altogether (a row hidden by the lowest finite number). So the
+    backward takes the two apart. A row that sees no key gets maximum +inf, which makes its weights
+    0.
+    """
+    program = tl.program_id(0)
+    block = program % num_blocks
+    head = program // num_blocks % num_heads
+    batch = program // num_blocks // num_heads
+    query = head_pointer(query, query_strides, batch, head, 0, UNIT)
+    key = head_pointer(key, key_strides, batch, head // GROUP, 0, UNIT)
+    attn_mask = head_pointer(attn_mask, mask_strides, batch, head, 0, 1)
+    causal_offset = 0
+    if CAUSAL == CAUSAL_BOTTOM_RIGHT:
+        causal_offset = num_keys - num_queries
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    query_tiles = load_rows(query, query_strides, rows, num_queries, D, PIECES, UNIT, True)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    end, _checked_from = visible_columns(
+        first_row, num_keys, causal_offset, CAUSAL, BLOCK_M, BLOCK_N
+    )
+    for first_column in range(0, end, BLOCK_N):
+        columns = first_column + tl.arange(0, BLOCK_N)
+        key_tiles = load_rows(key, key_strides, columns, num_keys, D, PIECES, UNIT, True)
+        scores = mask_scores(
+            inner_products(query_tiles, key_tiles, PRECISION),
+            rows[:, None],
+            columns[None, :],
+            num_queries,
+            num_keys,
+            causal_offset,
+            attn_mask,
+            mask_strides,
+            scale,
+            FLOAT_MASK,
+            MASK_HAS_ROWS,
+            CAUSAL,
+            True,
+        )
+        _weights, _decay, running_max, running_sum = online_softmax_step(
+            scores, running_max, running_sum, LOG2E, True
+        )
+    hidden = running_max == float("-inf")
+    statistics_offset = tl.cast(batch * num_heads + head, tl.int64) * num_queries
+    inside = rows < num_queries
+    tl.store(
+        row_max + statistics_offset + rows,
+        tl.where(hidden, float("inf"), running_max),
+        mask=inside,
+    )
+    tl.store(
+        log_sum + statistics_offset + rows,
+        tl.math.log2(tl.where(hidden, 1.0, running_sum)),
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_blocks", "num_queries"])
@@ -361,6 +459,8 @@ def flash_attention_bwd_key_value_kernel(
     grad_value,
     grad_value_strides,
     logsumexp,
+    row_max,
+    log_sum,
     delta,
     cu_seqlens_q,
     cu_seqlens_k,
@@ -457,8 +557,10 @@ def flash_attention_bwd_key_value_kernel(
                 UNIT,
                 True,
             )
-            shift, row_deltas = load_row_statistics(
+            shift, rest, row_deltas = load_row_statistics(
                 logsumexp + statistics_offset,
+                row_max + statistics_offset if MASK == FLOAT_MASK else None,
+                log_sum + statistics_offset if MASK == FLOAT_MASK else None,
                 delta + statistics_offset,
                 rows,
                 num_queries,
@@ -468,6 +570,7 @@ def flash_attention_bwd_key_value_kernel(
                 scores,
                 inner_products(value_tiles, grad_out_tiles, PRECISION),
                 shift[None, :],
+                rest[None, :],
                 row_deltas[None, :],
                 factor,
                 dropout_seed,
@@ -516,6 +619,8 @@ def flash_attention_bwd_query_kernel(
     grad_query,
     grad_query_strides,
     logsumexp,
+    row_max,
+    log_sum,
     delta,
     cu_seqlens_q,
     cu_seqlens_k,
@@ -572,8 +677,10 @@ def flash_attention_bwd_query_kernel(
     grad_out_tiles = load_rows(
         grad_out, grad_out_strides, rows, num_queries, DV, VALUE_PIECES, UNIT, True
     )
-    shift, row_deltas = load_row_statistics(
+    shift, rest, row_deltas = load_row_statistics(
         logsumexp + statistics_offset,
+        row_max + statistics_offset if MASK == FLOAT_MASK else None,
+        log_sum + statistics_offset if MASK == FLOAT_MASK else None,
         delta + statistics_offset,
         rows,
         num_queries,
@@ -612,6 +719,7 @@ def flash_attention_bwd_query_kernel(
                 scores,
                 inner_products(grad_out_tiles, value_tiles, PRECISION),
                 shift[:, None],
+                rest[:, None],
                 row_deltas[:, None],
                 factor,
                 dropout_seed,
@@ -692,8 +800,10 @@ def flash_attention_bwd_whole_kernel(
     KEY_BLOCKS blocks of BLOCK_N cover the keys and keep their gradients in registers. A block of
     queries meets all keys in one step, so that its own gradient is complete, and delta needs no
     kernel of its own. Tiles are transposed, the gradient of the queries too: the wider side then
-    fills the rows of the matrix instructions.
+    fills the rows of the matrix instructions. Float masks go the other way (see
+    `flash_attention_bwd_statistics_kernel`).
     """
+    tl.static_assert(MASK != FLOAT_MASK)
     key_heads = num_heads // GROUP
     key_head = tl.program_id(0) % key_heads
     batch = tl.program_id(0) // key_heads
@@ -703,7 +813,7 @@ def flash_attention_bwd_whole_kernel(
     )
     key = head_pointer(key, key_strides, batch, key_head, first_key, UNIT)
     value = head_pointer(value, value_strides, batch, key_head, first_key, UNIT)
-    factor = LOG2E if MASK == FLOAT_MASK else scale * LOG2E
+    factor = scale * LOG2E
     key_tiles = ()
     value_tiles = ()
     grad_key_tiles = ()
@@ -787,7 +897,7 @@ def flash_attention_bwd_whole_kernel(
             rows,
             num_queries,
         )
-        shift = load_shift(logsumexp + statistics_offset, rows, num_queries, MASK == FLOAT_MASK)
+        shift = load_shift(logsumexp + statistics_offset, rows, num_queries)
         grad_query_tiles = zero_transposed_tiles(BLOCK_M, PIECES)
         summed_grad_key_tiles = ()
         summed_grad_value_tiles = ()
@@ -812,6 +922,7 @@ def flash_attention_bwd_whole_kernel(
                 scores,
                 inner_products(value_tiles[n], grad_out_tiles, PRECISION),
                 shift[None, :],
+                0.0,
                 row_deltas[None, :],
                 factor,
                 dropout_seed,
@@ -820,7 +931,7 @@ def flash_attention_bwd_whole_kernel(
                 stream,
                 first_query + first_row,
                 first_key + n * BLOCK_N,
-                MASK == FLOAT_MASK,
+                False,
                 DROPOUT,
                 VARLEN,
                 True,
@@ -898,7 +1009,8 @@ def flash_attention_bwd_mask_kernel(
     grad_out,
     grad_out_strides,
     grad_mask,
-    logsumexp,
+    row_max,
+    log_sum,
     delta,
     dropout_seed,
     num_heads,
@@ -1000,8 +1112,14 @@ def flash_attention_bwd_mask_kernel(
             UNIT,
             True,
         )
-        shift, row_deltas = load_row_statistics(
-            logsumexp + statistics_offset, delta + statistics_offset, rows, num_queries, True
+        shift, rest, row_deltas = load_row_statistics(
+            None,
+            row_max + statistics_offset,
+            log_sum + statistics_offset,
+            delta + statistics_offset,
+            rows,
+            num_queries,
+            True,
         )
         scores = mask_scores(
             inner_products(query_tiles, key_tiles, PRECISION),
@@ -1022,6 +1140,7 @@ def flash_attention_bwd_mask_kernel(
             scores,
             inner_products(grad_out_tiles, value_tiles, PRECISION),
             shift[:, None],
+            rest[:, None],
             row_deltas[:, None],
             LOG2E,
             dropout_seed,
@@ -1338,13 +1457,13 @@ def backward(
     if whole:
         whole_gradients(problem, saved, grad_query, grad_key, grad_value)
     if mask_grad or ((query_grad or key_value_grad) and not whole):
-        delta = row_deltas(problem, saved)
+        statistics = row_statistics(problem, saved)
     if key_value_grad and not whole:
-        key_value_gradients(problem, saved, delta, grad_key, grad_value)
+        key_value_gradients(problem, saved, statistics, grad_key, grad_value)
     if query_grad and not whole:
-        query_gradient(problem, saved, delta, grad_query)
+        query_gradient(problem, saved, statistics, grad_query)
     if mask_grad:
-        grad_mask = mask_gradient(problem, saved, delta)
+        grad_mask = mask_gradient(problem, saved, statistics)
     if query_grad and query_factor != 1.0:
         grad_query *= query_factor
     return grad_query, grad_key, grad_value, grad_mask
@@ -1357,6 +1476,8 @@ def gradient_like(tensor: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 def takes_whole_heads(problem: Problem) -> bool:
     """Whether one program should give all gradients of a key head."""
+    if problem.mask_kind == FLOAT_MASK.value:
+        return False
     launch = problem.find_launch("flash_attention_bwd_whole", problem.longest_key)
     programs = problem.batch_entries * problem.key_heads
     return launch is not None and configs.fills_device(problem.query.device, programs)
@@ -1399,6 +1520,52 @@ def whole_gradients(
     problem.launch("flash_attention_bwd_whole", problem.longest_key, run)
 
 
+class Statistics(NamedTuple):
+    """What the backward knows of each query, float32 (B, Hq, L).
+
+    The weights come from logsumexp, or from row_max and log_sum where there is a float mask.
+    """
+
+    logsumexp: torch.Tensor
+    row_max: torch.Tensor | None
+    log_sum: torch.Tensor | None
+    delta: torch.Tensor
+
+
+def row_statistics(problem: Problem, saved: Saved) -> Statistics:
+    delta = row_deltas(problem, saved)
+    if problem.mask_kind != FLOAT_MASK.value:
+        return Statistics(saved.logsumexp, None, None, delta)
+    row_max, log_sum = torch.empty_like(delta), torch.empty_like(delta)
+    unit = stride_unit(problem.query, problem.key)
+    constants = problem.constants(unit)
+    names = ("GROUP", "D", "PIECES", "CAUSAL", "PRECISION", "UNIT")
+
+    def run(launch: Launch) -> None:
+        blocks = triton.cdiv(problem.longest_query, launch.block_m)
+        run_kernel(
+            flash_attention_bwd_statistics_kernel,
+            problem.batch_entries * problem.heads * blocks,
+            *with_strides(unit, problem.query, problem.key),
+            *with_strides(1, problem.attn_mask),
+            row_max,
+            log_sum,
+            problem.heads,
+            blocks,
+            problem.query.shape[2],
+            problem.key.shape[2],
+            problem.scale,
+            **{name: constants[name] for name in names},
+            MASK_HAS_ROWS=problem.attn_mask.shape[2] > 1,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            launch=launch,
+        )
+
+    problem.launch("flash_attention_bwd_statistics", problem.longest_query, run)
+    return Statistics(saved.logsumexp, row_max, log_sum, delta)
+
+
 def row_deltas(problem: Problem, saved: Saved) -> torch.Tensor:
     """out . grad_out - grad_logsumexp of each query, float32 (B, Hq, L)."""
     delta = torch.empty_like(saved.logsumexp)
@@ -1431,7 +1598,7 @@ def row_deltas(problem: Problem, saved: Saved) -> torch.Tensor:
 def key_value_gradients(
     problem: Problem,
     saved: Saved,
-    delta: torch.Tensor,
+    statistics: Statistics,
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
 ) -> None:
@@ -1445,8 +1612,7 @@ def key_value_gradients(
             problem.batch_entries * problem.key_heads * blocks,
             *problem.inputs(unit),
             *with_strides(unit, *outputs),
-            saved.logsumexp,
-            delta,
+            *statistics,
             problem.cu_seqlens_q,
             problem.cu_seqlens_k,
             problem.dropout_seed,
@@ -1467,7 +1633,7 @@ def key_value_gradients(
 
 
 def query_gradient(
-    problem: Problem, saved: Saved, delta: torch.Tensor, grad_query: torch.Tensor
+    problem: Problem, saved: Saved, statistics: Statistics, grad_query: torch.Tensor
 ) -> None:
     outputs = (saved.grad_out, grad_query)
     unit = stride_unit(problem.query, problem.key, problem.value, *outputs)
@@ -1479,8 +1645,7 @@ def query_gradient(
             problem.batch_entries * problem.heads * blocks,
             *problem.inputs(unit),
             *with_strides(unit, *outputs),
-            saved.logsumexp,
-            delta,
+            *statistics,
             problem.cu_seqlens_q,
             problem.cu_seqlens_k,
             problem.dropout_seed,
@@ -1500,7 +1665,7 @@ def query_gradient(
     problem.launch("flash_attention_bwd_query", problem.longest_query, run)
 
 
-def mask_gradient(problem: Problem, saved: Saved, delta: torch.Tensor) -> torch.Tensor:
+def mask_gradient(problem: Problem, saved: Saved, statistics: Statistics) -> torch.Tensor:
     """Gradient of the float mask, in the mask's shape and dtype.
 
     A mask with few tiles is summed by several programs a tile, each into its own float32 partial;
@@ -1531,8 +1696,7 @@ def mask_gradient(problem: Problem, saved: Saved, delta: torch.Tensor) -> torch.
             *problem.inputs(unit),
             *with_strides(unit, saved.grad_out),
             partials,
-            saved.logsumexp,
-            delta,
+            *statistics[1:],
             problem.dropout_seed,
             heads,
             num_queries,

@@ -1,12 +1,15 @@
 """The benchmark's own correctness: its formulas, its check before the race, its report."""
 
+import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,17 +18,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command_line
 from bench import flash_attention as family
-from bench.cases import CASES, AttentionCase
-from bench.contest import contests, run
+from bench.cases import CASES, SELECTION, AttentionCase
+from bench.compare import changes, losses
+from bench.contest import Contest, contests
+from bench.contest import run as race_contest
 from bench.measure import Call, Ceilings, Verdict, Work, judge, measure_ceilings, race
+from bench.memory import peak_bytes
 from bench.peers import CONTESTANTS, EAGER, FLASH_ATTENTION, OURS, SDPA, Contestant, eager_attention
-from bench.report import markdown
+from bench.report import Row, machine, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
 CAUSAL = replace(SELF, name="tiny-causal", is_causal=True)
 CROSS = replace(SELF, name="tiny-cross", query_length=5, key_length=12)
-CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9)
+CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9, 1e9)
+
+
+def run(case: AttentionCase, dtype: str, mode: str, contestants: Sequence[Contestant]) -> Row:
+    return race_contest(Contest("flash_attention", case, dtype, mode), 0.0, contestants)
 
 
 def brute_force_pairs(case: AttentionCase) -> int:
@@ -94,7 +104,7 @@ def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
 def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
-    row = run(family, CAUSAL, dtype, mode, CONTESTANTS["flash_attention"], 0.0)
+    row = run(CAUSAL, dtype, mode, CONTESTANTS["flash_attention"])
     assert set(row.timings) == {OURS, "torch SDPA", "eager"}
     assert not row.refusals
     assert row.best_peer in ("torch SDPA", "eager")
@@ -103,7 +113,7 @@ def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
     )
     for timing in row.timings.values():
         assert 0 < timing.p20 <= timing.median <= timing.p80
-    assert "WRONG" not in markdown([row], ["torch SDPA", "eager"], CEILINGS)
+    assert "WRONG" not in markdown([row], CEILINGS)
 
 
 def planted(name: str, damage: float) -> Contestant:
@@ -119,16 +129,16 @@ def planted(name: str, damage: float) -> Contestant:
 @pytest.mark.parametrize("damage", [1e-4, float("nan")])
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
 def test_speed_of_a_wrong_kernel_is_not_reported(damage: float, mode: str) -> None:
-    row = run(family, SELF, "float32", mode, (planted(OURS, damage), SDPA), 0.0)
+    row = run(SELF, "float32", mode, (planted(OURS, damage), SDPA))
     assert not row.timings
     assert row.noise is None
     assert row.refusals[OURS].startswith("WRONG")
-    table = markdown([row], ["torch SDPA"], CEILINGS)
+    table = markdown([row], CEILINGS)
     assert table.count("WRONG") == 2  # in its row, and why below the table
 
 
 def test_wrong_peer_does_not_count_as_a_peer() -> None:
-    row = run(family, SELF, "float32", "fwd", (FLASH_ATTENTION, planted("fast", 1e-4), SDPA), 0.0)
+    row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, planted("fast", 1e-4), SDPA))
     assert set(row.timings) == {OURS, "torch SDPA"}
     assert row.refusals["fast"].startswith("WRONG")
     assert row.ratio("fast") is None
@@ -146,9 +156,9 @@ def test_wrong_gradient_alone_is_found() -> None:
 
 def test_refusals_are_reported() -> None:
     shy = Contestant("shy", lambda case, dtype: "not today", SDPA.prepare)
-    row = run(family, SELF, "float32", "fwd", (FLASH_ATTENTION, shy), 0.0)
+    row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, shy))
     assert row.refusals == {"shy": "not today"}
-    assert "shy: not today" in markdown([row], ["shy"], CEILINGS)
+    assert "shy: not today" in markdown([row], CEILINGS)
 
 
 def test_eager_refuses_what_would_not_fit_in_memory() -> None:
@@ -179,31 +189,141 @@ def test_ceilings_and_the_fraction_of_them() -> None:
     ceilings = measure_ceilings(["float32", "float16"], size=64, seconds=0.0)
     assert ceilings.flops["float16"] >= ceilings.flops["float32"] > 0
     assert ceilings.bandwidth > 0
-    limited = replace(ceilings, flops={"float32": 100.0}, bandwidth=10.0)
-    assert limited.least_seconds(Work(1000, 10), "float32") == 10.0
-    assert limited.least_seconds(Work(1000, 1000), "float32") == 100.0
+    assert ceilings.exps > 0
+    limited = replace(ceilings, flops={"float32": 100.0}, bandwidth=10.0, exps=1.0)
+    for work, seconds, limit in (
+        (Work(1000, 10, 9), 10.0, "matrix"),
+        (Work(1000, 1000, 10), 100.0, "memory"),
+        (Work(1000, 10, 11), 11.0, "exp"),
+    ):
+        assert limited.least_seconds(work, "float32") == seconds
+        assert limited.binding(work, "float32") == limit
 
 
 def test_names_are_unique_and_lengths_are_real() -> None:
     for cases in CASES.values():
         assert len({case.name for case in cases}) == len(cases)
     chosen = list(contests("flash_attention", ["float16"], ("fwd", "bwd"), "vit-h"))
-    assert [(c.name, d, m) for c, d, m in chosen] == [
-        ("vit-h14", "float16", "fwd"),
-        ("vit-h14", "float16", "bwd"),
-    ]
+    assert [str(contest) for contest in chosen] == ["vit-h14 float16 fwd", "vit-h14 float16 bwd"]
+    for family_name, names in SELECTION.items():
+        assert set(names) <= {case.name for case in CASES[family_name]}
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "new" / "bench.json"
+    out, history = tmp_path / "new", tmp_path / "history.csv"
     arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
-    arguments += ["--ceiling-size", "64", "--json", str(target), "--backend", "reference"]
-    assert command_line.main(arguments) == 0
+    arguments += ["--ceiling-size", "64", "--memory", "--out", str(out), "--append", str(history)]
+    for repetition in (1, 2):
+        assert command_line.main([*arguments, "--backend", "reference"]) == 0
+        with history.open() as file:
+            lines = list(csv.DictReader(file))
+        assert len(lines) == 3 * repetition
+    assert {line["contestant"] for line in lines} == {OURS, "torch SDPA", "eager"}
+    assert all(int(line["peak_bytes"]) > 0 and float(line["median"]) > 0 for line in lines)
     table = capsys.readouterr().out
     assert "| vit-h14 | B1 H16 L257 S257 d80 | float32 | fwd | reference |" in table
-    document = json.loads(target.read_text())
+    assert (out / "report.md").read_text().strip() in table
+    document = json.loads((out / "results.json").read_text())
     assert set(document) == {"machine", "ceilings", "rows"}
-    assert set(document["rows"][0]["timings"]) == {OURS, "torch SDPA", "eager"}
+    (row,) = document["rows"]
+    assert set(row["timings"]) == set(row["peak_bytes"]) == {OURS, "torch SDPA", "eager"}
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2 and "vit-h14" in page  # speed-ups and roofline
+    assert not re.search(r"""(src|href)=["']http""", page)
+
+
+def test_peak_memory_is_that_of_the_scores() -> None:
+    """Eager attention holds matrices of scores, the kernel none."""
+    case = next(case for case in CASES["flash_attention"] if case.name == "long-4096")
+    (found,) = peak_bytes([Contest("flash_attention", case, "float32", "fwd")])
+    scores = case.heads * case.query_length * case.key_length * 4
+    assert scores < found["eager"] < 4 * scores
+    assert found[OURS] < scores / 8
+
+
+def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
+    """A run of two contests, as results.json holds it; times in seconds."""
+    rows = [
+        row_of("steady", 1e-3, 2e-3, spread),
+        row_of("changing", ours, peer, spread),
+    ]
+    return {"machine": machine(), "ceilings": {}, "rows": rows}
+
+
+def row_of(name: str, ours: float, peer: float, spread: float) -> dict:
+    def timing(median: float) -> dict:
+        half = spread * median
+        return {"median": median, "p20": median - half, "p80": median + half, "samples": 50}
+
+    timings = {OURS: timing(ours), "torch SDPA": timing(peer)}
+    keys = {"family": "flash_attention", "case": name, "dtype": "float32", "mode": "fwd"}
+    return {**keys, "timings": timings, "noise": 0.005}
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "spread", "verdict"),
+    [
+        (1e-3, 2e-3, 0.01, ""),
+        (1.2e-3, 2e-3, 0.01, "SLOWER"),
+        (0.8e-3, 2e-3, 0.01, "faster"),
+        (1.2e-3, 2.4e-3, 0.01, ""),  # so is the peer: the machine is slower today
+        (1e-3, 1.6e-3, 0.01, "SLOWER"),  # the machine is faster today, our call is not
+        (1.2e-3, 2e-3, 0.9, ""),  # lost in the spread of the samples
+    ],
+)
+def test_compare(tmp_path, capsys, ours: float, peer: float, spread: float, verdict: str) -> None:
+    before, after = recorded(1e-3, 2e-3), recorded(ours, peer, spread)
+    steady, changing = changes(before, after)
+    assert (steady.verdict, changing.verdict) == ("", verdict)
+    paths = []
+    for name, document in (("before", before), ("after", after)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(document))
+    assert command_line.main(["compare", *map(str, paths)]) == int(verdict == "SLOWER")
+    assert verdict in capsys.readouterr().out
+
+
+def slowed(name: str, milliseconds: float) -> Contestant:
+    """Right attention that waits first."""
+
+    def prepare(case: AttentionCase):
+        attention = SDPA.prepare(case)
+
+        def slow(*tensors: torch.Tensor) -> torch.Tensor:
+            time.sleep(milliseconds * 1e-3)
+            return attention(*tensors)
+
+        return slow
+
+    return Contestant(name, lambda case, dtype: None, prepare)
+
+
+def test_compare_finds_a_planted_slow_down() -> None:
+    documents = []
+    for milliseconds in (2.0, 200.0):
+        contestants = (slowed(OURS, milliseconds), slowed("peer", 20.0))
+        row = run(SELF, "float32", "fwd", contestants)
+        documents.append({"machine": {}, "rows": [asdict(row)]})
+    first, slower = documents
+    assert changes(first, slower)[0].verdict == "SLOWER"
+    assert changes(slower, first)[0].verdict == "faster"
+    lost = {"machine": {}, "rows": [{**slower["rows"][0], "timings": {}}]}
+    assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
+
+
+def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(recorded(1e-3, 2e-3)))
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({"machine": {}, "rows": []}))
+    for arguments in (
+        [str(path), str(empty)],
+        [str(path), str(tmp_path / "none.json")],
+        [str(path)],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command_line.main(["compare", *map(str, arguments)])
+        assert stop.value.code == 2
 
 
 def test_command_line_fails_on_a_wrong_kernel(
@@ -232,3 +352,14 @@ def test_pytest_benchmark_runs_the_same_calls() -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 passed" in result.stdout  # three contestants, forward and with backward
+
+
+def test_command_line_says_why_a_forced_backend_cannot_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
+    arguments += ["--ceiling-size", "64"]
+    assert command_line.main([*arguments, "--backend", "cuda"]) == 2
+    assert "no CUDA C++ kernel of this family exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command_line.main([*arguments, "--backend", "gpu"])

@@ -9,6 +9,7 @@ from torch import nn
 import vlmfast
 import vlmfast.nn as vnn
 from tools.models import assert_as_right_as, assert_patched_model_right, spy_on_attention
+from vlmfast.verify.common import SEEDS, budget, relative_error
 
 WIDTH, HEADS, BATCH, TOKENS = 32, 4, 3, 7
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(TOKENS)
@@ -216,3 +217,119 @@ def test_narrow_dtypes(dtype):
     patched = copy.deepcopy(encoder)
     vlmfast.patch(patched)
     assert_as_right_as(patched, encoder, lambda seed: {"src": tokens(seed)})
+
+
+def make_mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 40, bias=False)).eval()
+
+
+def spy_on_packing(monkeypatch):
+    """The weights that get packed from now on."""
+    packed = []
+    pack = torch.ops.mkldnn._reorder_linear_weight
+
+    def spy(weight, *rest):
+        packed.append(weight)
+        return pack(weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", spy)
+    return packed
+
+
+@torch.no_grad()
+def assert_linear_right(mlp, original, shape=(5, 48)):
+    """The error of `mlp` against float64 keeps the budget that the original's errors set."""
+    exact = copy.deepcopy(original).double()
+    errors = []
+    for seed in SEEDS:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        x = x.to(original[0].weight.dtype)
+        with torch.autocast("cpu", enabled=False):
+            truth = exact(x.double())
+        errors.append(relative_error(original(x), truth))
+        if seed == 0:
+            ours = mlp(x)
+            error = relative_error(ours, truth)
+    assert error <= budget(errors, ours.dtype)
+
+
+def test_linear_is_replaced_for_inference_alone():
+    mlp = make_mlp()
+    report = vlmfast.patch(mlp)
+    assert not report.replaced and not report.skipped
+    report = vlmfast.patch(mlp, inference=True)
+    assert [entry.path for entry in report.replaced] == ["0", "2"]
+    vlmfast.unpatch(mlp)
+    assert type(mlp[0]) is nn.Linear
+    assert not vlmfast.patch(mlp, families=["flash_attention"], inference=True).replaced
+    assert len(vlmfast.patch(mlp, families=["linear"], inference=True).replaced) == 2
+    with pytest.raises(ValueError, match=r"families: expected .* got 'linear'"):
+        vlmfast.patch(mlp, families=["linear"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(48,), (7, 48), (2, 7, 48), (0, 48)], ids=str)
+def test_linear_in_inference(dtype, shape):
+    original = make_mlp().to(dtype)
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    assert_linear_right(mlp, original, shape)
+    with torch.inference_mode():
+        assert mlp(torch.randn(2, 3, 48).to(dtype).transpose(0, 1)).shape == (3, 2, 40)
+
+
+def test_linear_packs_its_weight_once(monkeypatch):
+    mlp = make_mlp()
+    vlmfast.patch(mlp, inference=True)
+    packed = spy_on_packing(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            mlp(torch.randn(4, 48))
+    assert len(packed) == 2
+
+
+def test_linear_notices_new_weights():
+    original = make_mlp()
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    for change in (
+        lambda model: model[0].weight.mul_(2.0),
+        lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}),
+        lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(96, 48))),
+        lambda model: setattr(model[2].weight, "data", torch.full((40, 96), 0.5)),
+    ):
+        assert_linear_right(mlp, original)
+        with torch.no_grad():
+            change(mlp), change(original)
+    assert_linear_right(mlp, original)
+
+
+def test_linear_under_autocast_and_with_gradients(monkeypatch):
+    original = make_mlp()
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    packed = spy_on_packing(monkeypatch)
+    x = torch.randn(5, 48)
+    mlp(x).sum().backward()
+    original(x).sum().backward()
+    for ours, theirs in zip(mlp.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert not packed
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert mlp(x).dtype == torch.bfloat16
+        assert_linear_right(mlp, original)
+    assert [weight.dtype for weight in packed] == [torch.bfloat16] * 2
+
+
+def test_packed_linear_can_be_copied_and_saved(tmp_path):
+    mlp = make_mlp()
+    vlmfast.patch(mlp, inference=True)
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        out = mlp(x)
+        assert torch.equal(copy.deepcopy(mlp)(x), out)
+        torch.save(mlp, tmp_path / "mlp.pt")
+        assert torch.equal(torch.load(tmp_path / "mlp.pt", weights_only=False)(x), out)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            mlp(torch.randn(5, 47))

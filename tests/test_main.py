@@ -26,6 +26,13 @@ def test_wrong_commands_are_refused(arguments, capsys):
     assert "usage: python -m vlmfast" in capsys.readouterr().err
 
 
+def test_demo_says_which_package_it_lacks(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "vlmfast.demo", raising=False)
+    assert command.main(["demo"]) == 1
+    assert capsys.readouterr().err == "the demo needs matplotlib: pip install vlmfast[demo]\n"
+
+
 def test_demo_is_handed_its_arguments(monkeypatch):
     import vlmfast.demo
 

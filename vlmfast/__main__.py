@@ -26,8 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vlmfast.verify import main as run_verify
 
         return 1 if run_verify(options.seed) else 0
-    from vlmfast.demo import main as run_demo
-
+    try:
+        from vlmfast.demo import main as run_demo
+    except ModuleNotFoundError as error:
+        print(f"the demo needs {error.name}: pip install vlmfast[demo]", file=sys.stderr)
+        return 1
     return run_demo(rest)
 
 

@@ -1,5 +1,5 @@
-// The operators contrastive_loss_cpu and contrastive_loss_backward_cpu: checks, allocation, division
-// into blocks and panels.
+// The operators contrastive_loss_cpu and contrastive_loss_backward_cpu: checks, allocation,
+// division into blocks and panels.
 #include "cpu/contrastive_loss.h"
 
 #include <torch/csrc/stable/library.h>
@@ -64,10 +64,11 @@ void describe(const Tensor& rows, const Tensor& columns, const Tensor& scale,
 
 int divide_up(int n, int step) { return (n + step - 1) / step; }
 
-// Sets the size of the blocks and returns their number. A block's tiles should share the
-// second-level cache, and there should be several blocks for each thread.
+// Sets the size of the blocks and returns their number. A larger block
+// reads the columns less often, until its own rows and their sums are read from afar; and there
+// should be several blocks for each thread.
 int divide(const ContrastiveLossKernel& run, int copies_of_rows, ContrastiveLossProblem* problem) {
-  constexpr int64_t kCachedFloats = 192 * 1024;
+  constexpr int64_t kCachedFloats = 384 * 1024;
   constexpr int kBlocksPerThread = 4;
   const int tiles = divide_up(problem->n_rows, run.rows_per_tile);
   const int64_t tile_floats = (int64_t)run.rows_per_tile * problem->queries * problem->dim;
@@ -162,10 +163,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
 
   const ScalarType dtype = float32_grads ? ScalarType::Float : rows.scalar_type();
   Tensor grad_rows = torch::stable::new_empty(
-      rows, rows_grad ? std::vector<int64_t>{n, rows.size(1), rows.size(2)} : std::vector<int64_t>{0},
+      rows,
+      rows_grad ? std::vector<int64_t>{n, rows.size(1), rows.size(2)} : std::vector<int64_t>{0},
       dtype);
   Tensor grad_columns = torch::stable::new_empty(
-      columns, columns_grad ? std::vector<int64_t>{n_columns, columns.size(1)} : std::vector<int64_t>{0},
+      columns,
+      columns_grad ? std::vector<int64_t>{n_columns, columns.size(1)} : std::vector<int64_t>{0},
       dtype);
   problem.float32_grads = float32_grads;
   problem.grad_rows = rows_grad ? grad_rows.mutable_data_ptr() : nullptr;
@@ -177,10 +180,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
   constexpr int kRowsTouched = 4;  // of column_sums, at once
   if (columns_grad &&
       (dtype != ScalarType::Float || problem.dim % run.lanes || n_columns % kRowsTouched))
-    column_sums = torch::stable::new_empty(
-        columns, {divide_up(problem.n_columns, kRowsTouched) * kRowsTouched,
-                  divide_up(problem.dim, run.lanes) * run.lanes},
-        ScalarType::Float);
+    column_sums =
+        torch::stable::new_empty(columns,
+                                 {divide_up(problem.n_columns, kRowsTouched) * kRowsTouched,
+                                  divide_up(problem.dim, run.lanes) * run.lanes},
+                                 ScalarType::Float);
   if (columns_grad && blocks == 0) torch::stable::zero_(column_sums);
   problem.column_sums = columns_grad ? floats(column_sums) : nullptr;
   Tensor shares = torch::stable::new_zeros(rows, {2, n}, ScalarType::Float);
@@ -200,14 +204,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
   });
   if (columns_grad) {
     constexpr int kRowsPerTask = 64;
-    for_each_task(divide_up(problem.n_columns, kRowsPerTask), 0,
-                  [&](int64_t task, int64_t, float*) {
-                    const int first = static_cast<int>(task) * kRowsPerTask;
-                    run.store_columns(problem, first,
-                                      std::min(first + kRowsPerTask, problem.n_columns));
-                  });
+    for_each_task(
+        divide_up(problem.n_columns, kRowsPerTask), 0, [&](int64_t task, int64_t, float*) {
+          const int first = static_cast<int>(task) * kRowsPerTask;
+          run.store_columns(problem, first, std::min(first + kRowsPerTask, problem.n_columns));
+        });
   }
-  return {grad_rows, grad_columns, scale_grad ? total(problem.grad_scale, n, scale) : nothing(scale),
+  return {grad_rows, grad_columns,
+          scale_grad ? total(problem.grad_scale, n, scale) : nothing(scale),
           bias_grad ? total(problem.grad_bias, n, scale) : nothing(scale)};
 }
 

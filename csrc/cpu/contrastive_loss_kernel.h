@@ -22,10 +22,11 @@ static_assert(kPanel % 24 == 0 && 24 % kProductRows == 0 && 24 % kRowStep == 0);
 template <class Words>
 VLMFAST_NOINLINE void multiply_part(const float* __restrict rows, const float* __restrict columns,
                                     int column_stride, int words, int n, bool is_first,
-                                    float* __restrict out) {
+                                    float* __restrict out, Prefetcher& ahead) {
   for (int j = 0; j < n; j += kProductRows) {
     const float* column = columns + (int64_t)j * column_stride;
     float* target = out + j * kWidth;
+    ahead.step();
     Vec sum[kProductRows][kGroups];
     if (is_first) {
       VLMFAST_UNROLL for (int r = 0; r < kProductRows; r++)
@@ -100,19 +101,26 @@ struct Lanes {
   }
 };
 
+// One panel of columns as rows of words.
+struct Panel {
+  int index, n;
+  const float* columns;
+  int stride;  // in words
+};
+
 // The packed rows of one block, and the logits of its tiles with the columns of one panel.
 template <class Words, class T>
 struct Tiles {
   const ContrastiveLossProblem& problem;
   int words;
   int64_t tile_floats;
-  float *rows, *columns, *logits, *one_query, *query_index;
+  float *rows, *packed_columns, *logits, *one_query, *query_index;
 
   Tiles(const ContrastiveLossProblem& p, Arena& arena) : problem(p) {
     words = word_count<Words>(p.dim);
     tile_floats = (int64_t)round_up(words, kLanes) * kWidth;
     rows = arena.take(tile_floats * p.queries * p.tiles_per_block);
-    columns = arena.take((int64_t)kPanel * words);
+    packed_columns = arena.take((int64_t)kPanel * words);
     logits = arena.take(kPanel * kWidth);
     one_query = p.queries > 1 ? arena.take(kPanel * kWidth) : nullptr;
     query_index = p.queries > 1 ? arena.take(kPanel * kWidth) : nullptr;
@@ -144,18 +152,30 @@ struct Tiles {
   void pack_block(int block) const {
     for (int t = 0; t < tile_count(block); t++)
       for (int q = 0; q < problem.queries; q++)
-        pack_transposed<Words, kGroups>(rows_of(block, t, q), row_count(block, t), problem.dim,
-                                        1.f, rows + (t * problem.queries + q) * tile_floats);
+        pack_transposed<Words, kGroups>(rows_of(block, t, q), row_count(block, t), problem.dim, 1.f,
+                                        rows + (t * problem.queries + q) * tile_floats);
   }
 
-  void pack_panel(int panel) const {
-    const int n = column_count(panel);
-    pack_rows<Words>(columns_of(panel), n, round_up(n, 24), problem.dim, words, columns);
+  // Whether a full panel can be read where it lies.
+  VLMFAST_INLINE bool lies_in_words() const {
+    const Strided& y = problem.columns;
+    return sizeof(T) * Words::kElements == 4 && y.stride[3] == 1 && problem.dim % kRowStep == 0 &&
+           y.stride[2] >= 0 && y.stride[2] <= 1 << 20 && y.stride[2] % Words::kElements == 0 &&
+           (uintptr_t)y.data % 4 == 0;
   }
 
-  VLMFAST_INLINE Lanes lanes(int block, int tile, int panel) const {
+  Panel load_panel(int index) const {
+    const int n = column_count(index);
+    if (n == kPanel && lies_in_words())
+      return {index, n, (const float*)columns_of(index).data,
+              (int)problem.columns.stride[2] / Words::kElements};
+    pack_rows<Words>(columns_of(index), n, round_up(n, 24), problem.dim, words, packed_columns);
+    return {index, n, packed_columns, words};
+  }
+
+  VLMFAST_INLINE Lanes lanes(int block, int tile, const Panel& panel) const {
     const int64_t pair =
-        (int64_t)panel * kPanel - problem.first_column - first_row(block, tile);
+        (int64_t)panel.index * kPanel - problem.first_column - first_row(block, tile);
     // Far outside any one value is as good as another.
     const int far = 1 << 20;
     return {row_count(block, tile), pair > far ? far : pair < -far ? -far : (int)pair};
@@ -165,19 +185,35 @@ struct Tiles {
            (lanes.pair_of_column_0 >= kWidth || lanes.pair_of_column_0 + n <= 0);
   }
 
-  VLMFAST_INLINE void multiply(const float* packed, int n, float* out) const {
+  VLMFAST_INLINE void multiply(const float* packed, const Panel& panel, float* out,
+                               Prefetcher& ahead) const {
     for (int w = 0; w < words; w += kPartWords)
-      multiply_part<Words>(packed + w * kWidth, columns + w, words,
-                           minimum(kPartWords, words - w), n, w == 0, out);
+      multiply_part<Words>(packed + w * kWidth, panel.columns + w, panel.stride,
+                           minimum(kPartWords, words - w), panel.n, w == 0, out, ahead);
+  }
+
+  // Calls of `Prefetcher::step` in the products of one tile.
+  VLMFAST_INLINE int64_t steps(int n) const {
+    return (int64_t)problem.queries * ((words + kPartWords - 1) / kPartWords) *
+           ((n + kProductRows - 1) / kProductRows);
+  }
+
+  // Requests the columns of the next panel.
+  VLMFAST_INLINE Prefetcher next_columns(int block, int panel) const {
+    Prefetcher result;
+    if ((panel + 1) * kPanel >= problem.n_columns) return result;
+    result.add(columns_of(panel + 1), column_count(panel + 1), problem.dim);
+    result.spread_over(steps(kPanel) * tile_count(block));
+    return result;
   }
 
   // logits[column][kWidth] = the largest similarity over the queries, not yet scaled.
-  void similarities(int tile, int n) const {
+  void similarities(int tile, const Panel& panel, Prefetcher& ahead) const {
     const float* packed = rows + tile * problem.queries * tile_floats;
-    multiply(packed, n, logits);
+    multiply(packed, panel, logits, ahead);
     for (int q = 1; q < problem.queries; q++) {
-      multiply(packed + q * tile_floats, n, one_query);
-      for (int i = 0; i < n * kWidth; i += kLanes) {
+      multiply(packed + q * tile_floats, panel, one_query, ahead);
+      for (int i = 0; i < panel.n * kWidth; i += kLanes) {
         const Vec old = load(logits + i), most = max(old, load(one_query + i));
         const Vec index = q == 1 ? zero() : load(query_index + i);
         // The first of equals, and NaN once there is one.
@@ -219,34 +255,33 @@ struct Forward : Tiles<Words, T> {
                 which == kMax && !problem.sigmoid ? broadcast(-kInfinity) : zero());
   }
 
-  void panel(int block, int panel) const {
-    const int n = Base::column_count(panel);
-    Base::pack_panel(panel);
+  void panel(int block, int index) const {
+    const Panel panel = Base::load_panel(index);
+    Prefetcher ahead = Base::next_columns(block, index);
     for (int t = 0; t < Base::tile_count(block); t++) {
       const Lanes lanes = Base::lanes(block, t, panel);
-      Base::similarities(t, n);
-      if (Base::is_plain(lanes, n))
-        add_tile<false>(lanes, t, panel, n);
+      Base::similarities(t, panel, ahead);
+      if (Base::is_plain(lanes, panel.n))
+        add_tile<false>(lanes, t, panel);
       else
-        add_tile<true>(lanes, t, panel, n);
+        add_tile<true>(lanes, t, panel);
     }
   }
 
   template <bool kMasked>
-  VLMFAST_NOINLINE void add_tile(const Lanes& lanes, int tile, int panel, int n) const {
+  VLMFAST_NOINLINE void add_tile(const Lanes& lanes, int tile, const Panel& panel) const {
     if (problem.sigmoid) {
-      add_softplus<kMasked>(lanes, tile, n);
+      add_softplus<kMasked>(lanes, tile, panel.n);
     } else {
-      scale_and_find_maxima<kMasked>(lanes, tile, n);
-      add_exponentials(tile, n);
-      if (problem.column_max != nullptr) merge_columns(panel, n);
+      scale_and_find_maxima<kMasked>(lanes, tile, panel.n);
+      add_exponentials(tile, panel.n);
+      if (problem.column_max != nullptr) merge_columns(panel);
     }
   }
 
   // The logit of row `g` and `column`, with total and positive kept up.
   template <bool kMasked>
-  VLMFAST_INLINE Vec logit(const Lanes& lanes, int g, int column, Vec* total,
-                           Vec* positive) const {
+  VLMFAST_INLINE Vec logit(const Lanes& lanes, int g, int column, Vec* total, Vec* positive) const {
     const Vec x = fma(load(logits + column * kWidth + g * kLanes), broadcast(problem.scale),
                       broadcast(problem.bias));
     if constexpr (kMasked) {
@@ -316,11 +351,11 @@ struct Forward : Tiles<Words, T> {
     add_state(tile, kSum, sum);
   }
 
-  VLMFAST_INLINE void merge_columns(int panel, int n) const {
-    float* maxima = problem.column_max + panel * kPanel;
-    float* sums = problem.column_sum + panel * kPanel;
-    for (int j = 0; j < n; j += kLanes) {
-      const int m = minimum(kLanes, n - j);
+  VLMFAST_INLINE void merge_columns(const Panel& panel) const {
+    float* maxima = problem.column_max + panel.index * kPanel;
+    float* sums = problem.column_sum + panel.index * kPanel;
+    for (int j = 0; j < panel.n; j += kLanes) {
+      const int m = minimum(kLanes, panel.n - j);
       const Vec old = load_first(maxima + j, m), here = load_first(tile_max + j, m);
       const Vec most = max(old, here), shift = shift_of(most);
       const Vec sum = load_first(sums + j, m) * exponential(old - shift) +
@@ -379,8 +414,7 @@ struct Backward : Tiles<Words, T> {
     const int64_t units = (int64_t)p.tiles_per_block * p.queries;
     row_sums_tile = (int64_t)dim_columns * kWidth;
     plain_rows_tile = (int64_t)kDepth * vectors * kLanes;
-    column_pairs = kPairs && wants_rows() ? arena.take((int64_t)kPanel / 2 * dim_columns)
-                                          : Base::columns;
+    column_pairs = kPairs && wants_rows() ? arena.take((int64_t)kPanel / 2 * dim_columns) : nullptr;
     plain_rows = wants_columns() ? arena.take(plain_rows_tile * units) : nullptr;
     row_sums = wants_rows() ? arena.take(row_sums_tile * units) : nullptr;
     const bool in_place = !kPairs && p.queries == 1;
@@ -420,29 +454,44 @@ struct Backward : Tiles<Words, T> {
     }
   }
 
-  void panel(int block, int panel) const {
-    const int n = Base::column_count(panel);
-    Base::pack_panel(panel);
-    if (kPairs && wants_rows())
-      pack_row_pairs<Words>(Base::columns_of(panel), n, round_up(n, kRowStep), problem.dim,
-                            dim_columns, column_pairs);
+  void panel(int block, int index) const {
+    const Panel panel = Base::load_panel(index);
+    if (column_pairs != nullptr)
+      pack_row_pairs<Words>(Base::columns_of(index), panel.n, round_up(panel.n, kRowStep),
+                            problem.dim, dim_columns, column_pairs);
+    Prefetcher ahead = Base::next_columns(block, index);
+    Prefetcher sums = column_sums_ahead(index);
     for (int t = 0; t < Base::tile_count(block); t++) {
       const Lanes lanes = Base::lanes(block, t, panel);
-      Base::similarities(t, n);
-      if (Base::is_plain(lanes, n))
-        gradients<false>(lanes, t, panel, n);
+      Base::similarities(t, panel, t == 0 ? sums : ahead);
+      if (Base::is_plain(lanes, panel.n))
+        gradients<false>(lanes, t, panel);
       else
-        gradients<true>(lanes, t, panel, n);
-      for (int q = 0; q < problem.queries; q++) multiply_out(block, t, q, panel, n);
+        gradients<true>(lanes, t, panel);
+      for (int q = 0; q < problem.queries; q++) multiply_out(block, t, q, panel);
     }
+  }
+
+  // Requests what the first tile will add to.
+  VLMFAST_INLINE Prefetcher column_sums_ahead(int panel) const {
+    Prefetcher result;
+    if (!wants_columns()) return result;
+    const int64_t stride = (int64_t)vectors * kLanes;
+    const float* first = problem.column_sums + (int64_t)panel * kPanel * stride;
+    result.add(Rows<float>{first, stride, 1}, Base::column_count(panel), vectors * kLanes);
+    result.spread_over(Base::steps(Base::column_count(panel)));
+    return result;
   }
 
   // Turns the similarities into G, the gradient of the logits.
   template <bool kMasked>
-  VLMFAST_NOINLINE void gradients(const Lanes& lanes, int tile, int panel, int n) const {
-    const float* of_column_sum = problem.grad_column_sum;
-    if (of_column_sum != nullptr) of_column_sum += panel * kPanel;
-    const float* column_max = problem.column_max + panel * kPanel;
+  VLMFAST_NOINLINE void gradients(const Lanes& lanes, int tile, const Panel& panel) const {
+    const int n = panel.n;
+    const float *of_column_sum = problem.grad_column_sum, *column_max = problem.column_max;
+    if (of_column_sum != nullptr) {
+      of_column_sum += panel.index * kPanel;
+      column_max += panel.index * kPanel;
+    }
     const bool of_rows = problem.grad_row_sum != nullptr;
     const Vec scale = broadcast(problem.scale), bias = broadcast(problem.bias);
     Vec grad_scale[kGroups], grad_bias[kGroups];
@@ -461,8 +510,7 @@ struct Backward : Tiles<Words, T> {
         if (problem.sigmoid) {
           grad = fma(of_row, sigmoid(x), grad);
         } else {
-          if (of_rows)
-            grad = fma(of_row, exponential(x - load(state_of(tile, kShift, g))), grad);
+          if (of_rows) grad = fma(of_row, exponential(x - load(state_of(tile, kShift, g))), grad);
           if (of_column_sum != nullptr) grad = fma(of_column, exponential(x - column_shift), grad);
         }
         if constexpr (kMasked) {
@@ -493,8 +541,8 @@ struct Backward : Tiles<Words, T> {
         const int at = (j + i) * kWidth + g * kLanes;
         grad[i][g] = load(logits + at);
         if (query_index != nullptr && j + i < n)
-          grad[i][g] = select_eq(load(query_index + at), broadcast((float)query), grad[i][g],
-                                 zero());
+          grad[i][g] =
+              select_eq(load(query_index + at), broadcast((float)query), grad[i][g], zero());
       }
 #if VLMFAST_LEVEL >= 3
       if constexpr (kPairs) {
@@ -512,23 +560,23 @@ struct Backward : Tiles<Words, T> {
     }
   }
 
-  void multiply_out(int block, int tile, int query, int panel, int n) const {
+  void multiply_out(int block, int tile, int query, const Panel& panel) const {
     if (!wants_rows() && !wants_columns()) return;
-    const int unit = tile * problem.queries + query, padded = round_up(n, kRowStep);
-    if (weights != logits) to_operands(query, n);
+    const int unit = tile * problem.queries + query, padded = round_up(panel.n, kRowStep);
+    if (weights != logits) to_operands(query, panel.n);
     if (wants_rows()) {
       Vec one[kGroups];
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) one[g] = broadcast(1.f);
-      weighted_sum<Words, kGroups>(weights, column_pairs, dim_columns, padded / Words::kElements,
+      weighted_sum<Words, kGroups>(weights, kPairs ? column_pairs : panel.columns,
+                                   kPairs ? dim_columns : panel.stride, padded / Words::kElements,
                                    dim_columns, row_sums + unit * row_sums_tile,
-                                   panel == 0 ? nullptr : one);
+                                   panel.index == 0 ? nullptr : one);
     }
     if (wants_columns()) {
       const bool is_first = block == 0 && unit == 0;
-      outer_accumulate<Words>(left, kDepth, plain_rows + unit * plain_rows_tile, kDepth, n,
-                              is_first,
-                              problem.column_sums + (int64_t)panel * kPanel * vectors * kLanes,
-                              vectors);
+      float* sums = problem.column_sums + (int64_t)panel.index * kPanel * vectors * kLanes;
+      outer_accumulate<Words>(left, kDepth, plain_rows + unit * plain_rows_tile, kDepth, panel.n,
+                              is_first, sums, vectors);
     }
   }
 
@@ -647,8 +695,7 @@ void store_columns(const ContrastiveLossBackward& problem, int first, int last) 
 }  // namespace
 
 extern const ContrastiveLossKernel contrastive_loss_kernel = {
-    forward_scratch, forward_begin,  forward_panel, forward_end, backward_scratch,
-    backward_begin,  backward_panel, backward_end,  store_columns, kWidth,
-    kPanel,          kLanes};
+    forward_scratch, forward_begin, forward_panel, forward_end, backward_scratch, backward_begin,
+    backward_panel,  backward_end,  store_columns, kWidth,      kPanel,           kLanes};
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT

@@ -481,15 +481,19 @@ struct Backward {
     scratch_size = arena.used;
   }
 
+  VLMFAST_INLINE int64_t first_row(const Scores<Words, T>& tile) const {
+    return ((int64_t)tile.task.batch * problem.heads + tile.head) * problem.query_length +
+           tile.first_query;
+  }
+
   // grad_out . out - grad_logsumexp of each row, and the logsumexp in log2 units as `top` +
   // `log_sum`.
   template <int kGroups>
-  VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, int batch, Rows<T> grad,
-                                 float* delta, float* top, float* log_sum) const {
+  VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, Rows<T> grad, float* delta,
+                                 float* top, float* log_sum) const {
     constexpr int kWidth = kGroups * kLanes;
-    const T* out = problem.out.at<T>(batch, tile.head, tile.first_query);
-    const int64_t row =
-        ((int64_t)batch * problem.heads + tile.head) * problem.query_length + tile.first_query;
+    const T* out = problem.out.at<T>(tile.task.batch, tile.head, tile.first_query);
+    const int64_t row = first_row(tile);
     for (int g = 0; g < kGroups; g++) {
       Vec sums[kLanes];
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) sums[i] = zero();
@@ -567,14 +571,48 @@ struct Backward {
       if (top[i] != kInfinity) top[i] = tops[i], log_sum[i] = logs[i];
   }
 
+  // Where one block holds every key of the rows, neither logsumexp nor out is needed: turns scores
+  // into their exponentials, and finds the reciprocal of their sum and
+  // delta = sum(P * dP) - grad_logsumexp. Rows that see no key get reciprocal 0.
+  template <int kGroups>
+  void whole_rows(const Scores<Words, T>& tile, int n, float factor, const Vec* most, float* delta,
+                  float* inverse) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem));
+    Vec shift[kGroups], sum[kGroups], products[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      shift[g] = select_eq(most[g], broadcast(-kInfinity), zero(), most[g]);
+      sum[g] = products[g] = zero();
+    }
+    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = j * kWidth + g * kLanes;
+        const Vec weight = exp2<Words::kExpDegree>(fms(f, load(scores + at), shift[g]));
+        const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
+        store(scores + at, weight);
+        sum[g] = sum[g] + weight;
+        products[g] = fma(kept, load(grad_scores + at), products[g]);
+      }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      store(inverse + g * kLanes, sum[g]);
+      store(delta + g * kLanes, products[g]);
+    }
+    const int64_t row = first_row(tile);
+    for (int i = 0; i < kWidth; i++) {
+      inverse[i] = i >= tile.count || inverse[i] == 0.f ? 0.f : 1.f / inverse[i];
+      delta[i] = i >= tile.count ? 0.f : delta[i] * inverse[i];
+      if (problem.grad_logsumexp != nullptr && inverse[i] != 0.f)
+        delta[i] -= problem.grad_logsumexp[row + i];
+    }
+  }
+
   // P (after dropout) and dS of a block, from the products in `scores` and `grad_scores`. With fp32
   // words they replace them; with bf16 words `left` and `grad_left` get them as pairs along the
   // queries, and `grad_scores` gets dS as pairs along the keys. Rows [n, padded) become zero.
-  template <int kGroups>
-  void gradients(int n, int padded, float factor, const float* delta, const float* top,
-                 const float* log_sum) const {
+  // weight_at(at, g) is P before dropout.
+  template <int kGroups, class Weight>
+  VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
-    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem));
+    const Vec scale = broadcast(kept_scale(problem));
     for (int j = 0; j < padded; j += kRows) {
       Vec weight[kRows][kGroups], grad[kRows][kGroups];
       VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
@@ -582,9 +620,7 @@ struct Backward {
         const int at = (j + i) * kWidth + g * kLanes;
         weight[i][g] = grad[i][g] = zero();
         if (j + i < n) {
-          const Vec shifted =
-              fms(f, load(scores + at), load(top + g * kLanes)) - load(log_sum + g * kLanes);
-          const Vec p = exp2<Words::kExpDegree>(shifted);
+          const Vec p = weight_at(at, g);
           const Vec kept = keep == nullptr ? broadcast(1.f) : load(keep + at) * scale;
           weight[i][g] = p * kept;
           grad[i][g] = p * fms(load(grad_scores + at), kept, load(delta + g * kLanes));
@@ -593,6 +629,24 @@ struct Backward {
       }
       store_rows<kGroups>(j, weight, grad);
     }
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void gradients_of_part(int n, int padded, float factor, const float* delta,
+                                          const float* top, const float* log_sum) const {
+    gradients<kGroups>(n, padded, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
+      return exp2<Words::kExpDegree>(
+          fms(broadcast(factor), load(scores + at), load(top + g * kLanes)) -
+          load(log_sum + g * kLanes));
+    });
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void gradients_of_whole_rows(int n, int padded, const float* delta,
+                                                const float* inverse) const {
+    gradients<kGroups>(n, padded, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
+      return load(scores + at) * load(inverse + g * kLanes);
+    });
   }
 
   template <int kGroups>
@@ -688,22 +742,30 @@ struct Backward {
                               grad_out_rows);
       }
       float delta[kWidth], top[kWidth], log_sum[kWidth];
-      row_values<kGroups>(tile, task.batch, grad_in, delta, top, log_sum);
+      const bool whole = task.all_k_begin == panel.begin &&
+                         tile.visible_end(task.all_k_end) == end && end - panel.begin <= kBlock;
+      if (!whole) row_values<kGroups>(tile, grad_in, delta, top, log_sum);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
       for (int key = panel.begin; key < end; key += kBlock) {
         const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep),
                   at = key - panel.begin;
         float factor;
-        Vec unused[kGroups];
+        Vec most[kGroups];
         if (!tile.template block<kGroups>(keys + (int64_t)at * words, words, key, n, scores,
-                                          &factor, unused))
+                                          &factor, most))
           continue;
         multiply_rows<Words, kGroups>(grad_out, values + (int64_t)at * value_words, value_words, n,
                                       grad_scores, nullptr, panel.ahead);
         if (keep != nullptr)
           dropout(problem).keep(key, n, first_query, kWidth,
                                 (uint32_t)(task.batch * problem.heads + head), keep);
-        gradients<kGroups>(n, padded, factor, delta, top, log_sum);
+        if (whole) {
+          float inverse[kWidth];
+          whole_rows<kGroups>(tile, n, factor, most, delta, inverse);
+          gradients_of_whole_rows<kGroups>(n, padded, delta, inverse);
+        } else {
+          gradients_of_part<kGroups>(n, padded, factor, delta, top, log_sum);
+        }
         if (problem.grad_mask != nullptr) add_grad_mask<kGroups>(task, tile, key, n);
         if (problem.wants_key_value) {
           outer_accumulate<Words>(

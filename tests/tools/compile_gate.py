@@ -1,18 +1,22 @@
 """Compile every Triton launch for every listed GPU, on a machine that has none.
 
-    PYTHONPATH=tests python -m tools.compile_gate            every case
-    PYTHONPATH=tests python -m tools.compile_gate --update   and write the register snapshot anew
+    make gates                                           everything
+    make gates GATE_ARGS="--family flash_attention"      one family
+    make gates GATE_ARGS=--update                        and write the register snapshot anew
 
 The launchers run on meta tensors under a driver that only names an architecture, so what is
 compiled is what ships: the same configurations, strides, alignments and constants. The gate fails
 
 - where a kernel needs more shared memory, or tensor memory, than a block of that GPU may have,
 - where it spills registers on sm_90,
-- where its matrix products do not use the tensor cores in the way of that GPU,
-- where its registers differ from the snapshot of this Triton version by more than the tolerance,
+- where its matrix products are not rounded as the case says, or do not run on the tensor cores in
+  the way of that GPU,
+- where its registers differ from the snapshot of this Triton version, tests/snapshots/,
 - where a row of `kernels/configs.py` was compiled by no case.
 
-It must not run in a process that has TRITON_INTERPRET set.
+A family takes part by a page in tests/tools/compile_cases/. tests/test_kernels_gate.py runs all of
+this, and tests/test_tools_gate.py plants a bug for each guard. None of it works in a process that
+has TRITON_INTERPRET set.
 """
 
 import argparse
@@ -23,9 +27,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -37,24 +41,29 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tools.compile_cases import CASES
+from tools.compile_cases.common import CompileCase
 from vlmfast.kernels import configs
 
-SNAPSHOTS = Path(__file__).resolve().parent.parent / "snapshots"
-REGISTER_TOLERANCE = 8  # what ptxas moves by when code around the loop changes
+SNAPSHOT = Path(__file__).parents[1] / "snapshots" / f"registers-triton-{triton.__version__}.json"
+REGISTER_UNIT = 8  # a GPU hands registers to a thread by eights; smaller changes mean nothing
 
-# How each GPU's tensor cores are driven, as it shows in PTX.
-MATRIX_INSTRUCTIONS = {
+# How matrix products are computed, as it shows in PTX. "fma", without tensor cores, shows in the
+# layout of the result in Triton's own representation.
+INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync",
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
 }
-EXPECTED_INSTRUCTION = {
+FMA_PRODUCT = r"tt\.dot .*-> tensor<[^>]*#blocked"
+NATIVE_INSTRUCTION = {
     80: "mma.sync",
     86: "mma.sync",
     90: "wgmma",
     100: "tcgen05",
     120: "mma.sync",
 }
+ROWS_OF_WIDE_PRODUCTS = 64  # the least that wgmma and tcgen05 take; narrower ones are mma.sync's
 SPILLS_FORBIDDEN_ON = (90,)
 TENSOR_MEMORY_COLUMNS = 512  # of an SM of sm_100, where tcgen05 accumulates
 
@@ -80,17 +89,22 @@ class CompileOnlyDriver:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of one kernel; `matrix` counts its matrix instructions by kind."""
+    """What became of one kernel.
+
+    Attributes:
+        products: kinds of matrix products that its source asks for: "wide" and "narrow" in half
+            precision, "tf32", "ieee".
+        instructions: kinds of instruction that compute them.
+    """
 
     kernel: str
     arch: int
     registers: int
     stack: int
     shared: int
-    warps: int
     tensor_memory: int
-    matrix: dict[str, int]
-    products: str
+    products: frozenset[str]
+    instructions: frozenset[str]
 
 
 @dataclass
@@ -99,9 +113,13 @@ class Report:
 
     case: str
     arch: int
+    precision: str
     kernels: list[Compiled] = field(default_factory=list)
     rows: set[tuple[str, str, configs.Row]] = field(default_factory=set)
     error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.case}, sm_{self.arch}"
 
 
 def examine(kernel: CompiledKernel, arch: int) -> Compiled:
@@ -112,46 +130,38 @@ def examine(kernel: CompiledKernel, arch: int) -> Compiled:
         command = [str(tool), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    ptx = kernel.asm["ptx"]
-    matrix = {name: len(re.findall(p, ptx)) for name, p in MATRIX_INSTRUCTIONS.items()}
+    found = {
+        name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])
+    }
+    if re.search(FMA_PRODUCT, kernel.asm["ttgir"]):
+        found.add("fma")
     return Compiled(
         kernel=kernel.metadata.name,
         arch=arch,
         registers=numbers["REG"],
         stack=numbers["STACK"],
         shared=kernel.metadata.shared,
-        warps=kernel.metadata.num_warps,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-        matrix={name: count for name, count in matrix.items() if count},
-        products=kind_of_products(kernel.asm["ttir"]),
+        products=frozenset(kinds_of_products(kernel.asm["ttir"])),
+        instructions=frozenset(found),
     )
 
 
-def kind_of_products(ttir: str) -> str:
-    """What a kernel's products call for: "wide", "tensor" or nothing.
-
-    "wide" is half precision in tiles of at least 64 rows, which every kind of tensor core takes;
-    "tensor" stands for narrower tiles and TF32, which the older mma.sync may serve everywhere.
-    """
-    kinds = set()
-    for line in ttir.splitlines():
-        operand = re.search(r"tt\.dot .*? : tensor<(\d+)x\d+x(\w+)>", line)
-        if operand is None:
-            continue
-        rows, dtype = operand.groups()
+def kinds_of_products(ttir: str) -> Iterator[str]:
+    for rest, rows, dtype in re.findall(r"tt\.dot (.*?) : tensor<(\d+)x\d+x(\w+)>", ttir):
         if dtype != "f32":
-            kinds.add("wide" if int(rows) >= 64 else "tensor")
-        elif "inputPrecision = tf32" in line:
-            kinds.add("tensor")
-    return "wide" if "wide" in kinds else "".join(kinds)
+            yield "wide" if int(rows) >= ROWS_OF_WIDE_PRODUCTS else "narrow"
+        else:
+            yield "tf32" if "inputPrecision = tf32" in rest else "ieee"
 
 
 @contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[Report]:
+def compile_only(arch: int, precision: str) -> Iterator[Report]:
     """Within the block every launch compiles for `arch` and is examined, and nothing runs."""
-    report = Report("", arch)
+    report = Report("", arch, precision)
     run = JITFunction.run
     find_row = configs.find_row
+    tf32 = torch.backends.cuda.matmul.fp32_precision
 
     def compile_and_examine(self, *args, warmup, **kwargs):
         report.kernels.append(examine(run(self, *args, warmup=True, **kwargs), arch))
@@ -169,39 +179,75 @@ def compile_only(arch: int) -> Iterator[Report]:
         mock.patch.object(configs, "find_row", find_and_note_row),
         mock.patch.object(configs, "architecture", lambda device: arch),
     ):
-        yield report
-
-
-def complaints(compiled: Compiled) -> list[str]:
-    """What is wrong with one compiled kernel."""
-    arch, wrong = compiled.arch, []
-    limit = configs.SHARED_MEMORY[arch]
-    if compiled.shared > limit:
-        wrong.append(f"needs {compiled.shared} bytes of shared memory; a block may have {limit}")
-    if compiled.tensor_memory > TENSOR_MEMORY_COLUMNS:
-        wrong.append(f"needs {compiled.tensor_memory} columns of tensor memory")
-    if compiled.stack and arch in SPILLS_FORBIDDEN_ON:
-        wrong.append(f"spills: {compiled.stack} bytes of stack a thread")
-    expected = {"wide": {EXPECTED_INSTRUCTION[arch]}, "tensor": set(MATRIX_INSTRUCTIONS)}
-    if compiled.products and not expected[compiled.products] & compiled.matrix.keys():
-        found = ", ".join(compiled.matrix) or "none"
-        wanted = " or ".join(sorted(expected[compiled.products]))
-        wrong.append(f"matrix instructions: expected {wanted}, found {found}")
-    return wrong
-
-
-def compile_case(name: str, launch: Callable[[], None], arch: int) -> Report:
-    with compile_only(arch) as report:
-        report.case = name
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         try:
-            launch()
+            yield report
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = tf32
+
+
+def compile_case(case: CompileCase, arch: int) -> Report:
+    with compile_only(arch, case.precision) as report:
+        report.case = case.name
+        try:
+            case.launch()
         except Exception as error:  # whatever a compiler raises belongs in the report
             report.error = f"{type(error).__name__}: {error}"
     return report
 
 
-def uncovered_rows(reports: Iterable[Report]) -> list[str]:
-    """Rows of the table that no case compiled."""
+def complaints(report: Report) -> list[str]:
+    """What is wrong with the kernels of one report, a line each."""
+    if report.error:
+        return [f"{report}: {report.error}"]
+    return [
+        f"{report}, {compiled.kernel}: {wrong}"
+        for compiled in report.kernels
+        for wrong in (*_resources(compiled), *_products(compiled, report.precision))
+    ]
+
+
+def _resources(compiled: Compiled) -> Iterator[str]:
+    limit = configs.SHARED_MEMORY[compiled.arch]
+    if compiled.shared > limit:
+        yield f"needs {compiled.shared} bytes of shared memory; a block may have {limit}"
+    if compiled.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        yield f"needs {compiled.tensor_memory} columns of tensor memory; there are 512"
+    if compiled.stack and compiled.arch in SPILLS_FORBIDDEN_ON:
+        yield f"spills: {compiled.stack} bytes of stack a thread"
+
+
+def _products(compiled: Compiled, precision: str) -> Iterator[str]:
+    if not compiled.products:
+        return
+    allowed = {"half": {"wide", "narrow"}, "tf32": {"tf32"}, "ieee": {"ieee"}}[precision]
+    if not compiled.products <= allowed:
+        yield f"products: expected {_list(allowed)}, found {_list(compiled.products)}"
+        return
+    native = NATIVE_INSTRUCTION[compiled.arch]
+    if precision == "half":
+        needed = {"wide": {native}, "narrow": {"mma.sync"}}
+        expected = set().union(*(needed[kind] for kind in compiled.products))
+        fine = compiled.instructions == expected
+    elif precision == "tf32":  # wgmma and tcgen05 take it in some layouts only
+        expected = {native, "mma.sync"}
+        fine = bool(compiled.instructions) and compiled.instructions <= expected
+    else:
+        expected = {"fma"}
+        fine = compiled.instructions == expected
+    if not fine:
+        yield (
+            f"matrix instructions: expected {_list(expected)}, "
+            f"found {_list(compiled.instructions) or 'none'}"
+        )
+
+
+def _list(words: Iterable[str]) -> str:
+    return " and ".join(sorted(words))
+
+
+def uncovered_rows(family: str, reports: Iterable[Report]) -> list[str]:
+    """Rows of the family's configurations that no case compiled."""
     used = {
         (kernel, report.arch, precision, row)
         for report in reports
@@ -210,104 +256,128 @@ def uncovered_rows(reports: Iterable[Report]) -> list[str]:
     return [
         f"{kernel}, sm_{arch}, {precision}: no case compiles {row}"
         for kernel, table in configs.TABLE.items()
+        if kernel.startswith(family)
         for (arch, precision), rows in table.items()
         for row in rows
         if (kernel, arch, precision, row) not in used
     ]
 
 
-def snapshot_of(reports: Iterable[Report]) -> dict[str, dict[str, dict[str, int]]]:
-    """Registers by case, architecture and kernel."""
-    snapshot: dict[str, dict[str, dict[str, int]]] = {}
-    for report in reports:
-        of_case = snapshot.setdefault(report.case, {})
-        of_case[f"sm_{report.arch}"] = {k.kernel: k.registers for k in report.kernels}
-    return snapshot
+def snapshot_of(reports: Iterable[Report]) -> dict[str, dict[str, int]]:
+    """Registers by case and architecture, then by kernel."""
+    return {str(r): {k.kernel: k.registers for k in r.kernels} for r in reports}
 
 
-def snapshot_differences(old: dict, new: dict, tolerance: int = REGISTER_TOLERANCE) -> list[str]:
-    """Where two snapshots name different kernels, or registers further apart than the tolerance."""
+def snapshot_differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
+    """What two snapshots of a family disagree about, a line each."""
 
-    def flat(snapshot: dict) -> dict[tuple[str, str, str], int]:
+    def flat(snapshot: dict[str, dict]) -> dict[str, int]:
         return {
-            (case, arch, kernel): registers
-            for case, archs in snapshot.items()
-            for arch, kernels in archs.items()
+            f"{case}, {kernel}": registers
+            for case, kernels in snapshot.items()
             for kernel, registers in kernels.items()
         }
 
     before, now = flat(old), flat(new)
-    wrong = [f"{key}: not in the snapshot" for key in now.keys() - before.keys()]
-    wrong += [f"{key}: in the snapshot, but not compiled" for key in before.keys() - now.keys()]
+    wrong = [f"{name}: not in the snapshot" for name in now.keys() - before.keys()]
+    wrong += [f"{name}: in the snapshot, but not compiled" for name in before.keys() - now.keys()]
     wrong += [
-        f"{key}: {now[key]} registers, {before[key]} in the snapshot"
-        for key in now.keys() & before.keys()
-        if abs(now[key] - before[key]) > tolerance
+        f"{name}: {now[name]} registers, {before[name]} in the snapshot"
+        for name in now.keys() & before.keys()
+        if abs(now[name] - before[name]) >= REGISTER_UNIT
     ]
     return sorted(wrong)
 
 
-def _compile_by_name(task: tuple[str, int]) -> Report:
-    from tools.compile_cases import CASES
-
-    name, arch = task
-    return compile_case(name, CASES[name].launch, arch)
+def read_snapshot() -> dict[str, dict]:
+    """The snapshot of this Triton version, by family; empty where there is none."""
+    return json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
 
 
-def compile_all(processes: int = 2) -> Iterator[Report]:
-    """Reports of every case on every architecture, in order."""
-    from tools.compile_cases import CASES
-
-    tasks = [(name, arch) for name, case in CASES.items() for arch in case.archs]
-    # Forking would copy the threads of torch; a fresh process costs two seconds.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_compile_by_name, tasks)
+def write_snapshot(family: str, reports: Iterable[Report]) -> None:
+    """Renews one family's part."""
+    snapshot = {**read_snapshot(), family: snapshot_of(reports)}
+    SNAPSHOT.parent.mkdir(exist_ok=True)
+    SNAPSHOT.write_text(json.dumps(snapshot, indent=1, sort_keys=True) + "\n")
 
 
-def check(reports: list[Report], update: bool = False) -> list[str]:
-    """Everything that is wrong with the reports; writes the snapshot instead of comparing it."""
-    wrong = [f"{r.case}, sm_{r.arch}: {r.error}" for r in reports if r.error]
-    wrong += [
-        f"{report.case}, sm_{report.arch}, {compiled.kernel}: {complaint}"
-        for report in reports
-        for compiled in report.kernels
-        for complaint in complaints(compiled)
-    ]
-    wrong += uncovered_rows(reports)
-    file = SNAPSHOTS / f"registers-triton-{triton.__version__}.json"
-    snapshot = snapshot_of(reports)
-    if update:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(snapshot, indent=1, sort_keys=True) + "\n")
-    elif file.exists():
-        wrong += snapshot_differences(json.loads(file.read_text()), snapshot)
-    else:
-        print(f"no snapshot of registers for Triton {triton.__version__}; --update makes one")
+def registers_moved(family: str, reports: Iterable[Report]) -> list[str]:
+    """How the reports differ from the snapshot, if this Triton version has one."""
+    snapshot = read_snapshot()
+    wrong = snapshot_differences(snapshot.get(family, {}), snapshot_of(reports)) if snapshot else []
+    if wrong:
+        wrong.append(f'wanted? then: make gates GATE_ARGS="--family {family} --update"')
     return wrong
+
+
+def _compile(family: str, index: int, arch: int) -> Report:
+    return compile_case(CASES[family][index], arch)
+
+
+class Compilations:
+    """Every case of the families, compiled in the background by as many processes as cores."""
+
+    def __init__(self, families: Iterable[str] = tuple(CASES)):
+        # Forking would copy the threads of torch; a fresh process costs two seconds.
+        self.pool = ProcessPoolExecutor(
+            len(os.sched_getaffinity(0)), mp_context=get_context("spawn")
+        )
+        self.futures: dict[tuple[str, str], list[Future[Report]]] = {
+            (family, case.name): [
+                self.pool.submit(_compile, family, index, arch) for arch in case.archs
+            ]
+            for family in families
+            for index, case in enumerate(CASES[family])
+        }
+
+    def __enter__(self) -> "Compilations":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def reports(self, family: str, case: str) -> list[Report]:
+        """One case on each of its architectures, as soon as they are compiled."""
+        return [future.result() for future in self.futures[family, case]]
+
+    def all_reports(self, family: str) -> list[Report]:
+        return [report for case in CASES[family] for report in self.reports(family, case.name)]
+
+
+def _line(report: Report, k: Compiled) -> str:
+    return (
+        f"{report.case:44} sm_{k.arch:<3} {k.kernel:40} {k.registers:9} {k.stack:5} {k.shared:6} "
+        f"{_list(k.instructions)}"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write the register snapshot")
-    parser.add_argument("--json", type=Path, help="write every number to this file")
+    parser.add_argument("--family", choices=CASES, action="append", help="only this one")
+    parser.add_argument("--update", action="store_true", help="write the register snapshot anew")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    reports = []
-    print(f"{'case':44} {'arch':6} {'kernel':40} registers stack shared matrix instructions")
-    for report in compile_all():
-        reports.append(report)
-        for k in report.kernels:
-            matrix = " ".join(f"{count} {name}" for name, count in k.matrix.items()) or "none"
-            print(
-                f"{report.case:44} sm_{k.arch:<3} {k.kernel:40} {k.registers:9} {k.stack:5} "
-                f"{k.shared:6} {matrix}",
-                flush=True,
-            )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(k) for r in reports for k in r.kernels]))
-    wrong = check(reports, options.update)
-    print("\n".join(["", *wrong, f"{len(reports)} compilations, {len(wrong)} complaints"]))
+    families = options.family or list(CASES)
+    wrong = []
+    print(f"{'case':44} {'arch':6} {'kernel':40} registers stack shared instructions")
+    with Compilations(families) as compilations:
+        for family in families:
+            reports = []
+            for case in CASES[family]:
+                for report in compilations.reports(family, case.name):
+                    reports.append(report)
+                    wrong += complaints(report)
+                    print("\n".join(_line(report, k) for k in report.kernels), flush=True)
+            wrong += uncovered_rows(family, reports)
+            if options.update:
+                write_snapshot(family, reports)
+            elif not read_snapshot():
+                print(
+                    f"no snapshot of registers for Triton {triton.__version__}; --update makes one"
+                )
+            wrong += registers_moved(family, reports)
+    print("\n".join(["", *wrong, f"{len(wrong)} complaints"]))
     return 1 if wrong else 0
 
 

@@ -9,6 +9,8 @@ wrong with it in Triton 3.6 and 3.7, and mended here:
   `range` whose bound is a kernel argument.
 - `triton.autotune` with more than one configuration asks for a GPU to time them on; here it takes
   the first.
+
+NumPy's warnings of overflow are off: a GPU gives infinity or NaN without a word, too.
 """
 
 import os
@@ -155,6 +157,7 @@ def install() -> None:
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported")
     if getattr(Builder, "_vlmfast_mended", False):
         return
+    np.seterr(all="ignore")
     _mend_arithmetic()
     _mend_conversions()
     _mend_reductions()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from vlmfast.backends import check_backend
-from vlmfast.integrations.rules import BACKEND, MARK, Replacement, Rule, class_name
+from vlmfast.integrations.rules import BACKEND, LINEAR, MARK, Replacement, Rule, class_name
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
 
@@ -71,13 +71,16 @@ def patch(
     again changes nothing, except that it sets another `backend` or replaces other `families`.
 
     Args:
-        families: the kernel families to use, by name; None: all.
+        families: the kernel families to use, by name; None: all. With `inference`, "linear" is one
+            more.
         backend: forced for the replaced layers, see `vlmfast.use_backend`; None: by the inputs.
         strict: raise if a layer that vlmfast knows cannot be replaced. The model is then untouched.
         filter: called with (path, module) for each layer that vlmfast knows; False leaves it, and
             nothing else is then said of it, by `strict` either.
-        inference: allow changes that are right only as long as nobody trains the model. No rule
-            of today makes any, so all that `patch` does holds in training too.
+        inference: also replace every torch.nn.Linear by one that keeps its weight packed for
+            oneDNN, which pays on the CPU where no gradient is asked for (elsewhere it computes as
+            before). Takes the memory of the weights once more. Weights that are written to through
+            `.data`, as some optimisers do, are not noticed: so for inference alone.
 
     Returns:
         A `PatchReport`: `replaced` and `skipped`, one (path, what, why) for each layer.
@@ -91,14 +94,15 @@ def patch(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if filter is not None and not callable(filter):
         raise TypeError(f"filter: expected a callable, got {type(filter).__name__}")
-    wanted = _check_families(families)
+    known = (*FAMILIES, LINEAR) if inference else FAMILIES
+    wanted = _check_families(families, known)
     if backend is not None:
         check_backend("backend", backend)
 
     report = PatchReport()
     steps: list[_Step] = []
     obstacles: list[PatchEntry] = []
-    for path, module, rule in _known_layers(model):
+    for path, module, rule in _known_layers(model, known):
         name = class_name(type(module))
         parent = model.get_submodule(path.rpartition(".")[0])
         if rule is None:
@@ -168,22 +172,24 @@ def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
     return done
 
 
-def _check_families(families: Iterable[str] | None) -> frozenset[str]:
+def _check_families(families: Iterable[str] | None, known: tuple[str, ...]) -> frozenset[str]:
     if families is None:
-        return frozenset(FAMILIES)
+        return frozenset(known)
     if isinstance(families, str) or not isinstance(families, Iterable):
         raise TypeError(f"families: expected a list of names, got {families!r}")
     wanted = tuple(families)
     for name in wanted:
         if not isinstance(name, str):
             raise TypeError(f"families: expected a list of names, got {name!r} in it")
-        if name not in FAMILIES:
-            raise ValueError(f"families: expected names of {', '.join(FAMILIES)}; got {name!r}")
+        if name not in known:
+            raise ValueError(f"families: expected names of {', '.join(known)}; got {name!r}")
     return frozenset(wanted)
 
 
-def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | None]]:
-    """The layers that some rule recognises; None stands for the rule of a replaced layer."""
+def _known_layers(
+    model: nn.Module, families: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module, Rule | None]]:
+    """The layers that a rule of the families recognises; None: the rule of a replaced layer."""
     rules_of: dict[type, list[Rule]] = {}
     for path, module in model.named_modules():
         if MARK in module.__dict__:
@@ -192,7 +198,8 @@ def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | Non
         cls = type(module)
         if cls not in rules_of:
             rules_of[cls] = _rules_for(cls)
-        rule = next((rule for rule in rules_of[cls] if rule.recognises(module)), None)
+        rules = (rule for rule in rules_of[cls] if rule.family in families)
+        rule = next((rule for rule in rules if rule.recognises(module)), None)
         if rule is not None:
             yield path, module, rule
 

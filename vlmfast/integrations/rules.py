@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 __all__ = [
+    "LINEAR",
     "Replacement",
     "Rule",
     "class_name",
@@ -24,6 +25,9 @@ __all__ = [
 # The instance attributes that a replaced layer carries until `unpatch`.
 MARK = "_vlmfast_replacement"
 BACKEND = "backend"
+
+# What `patch(inference=True)` replaces beside the kernel families.
+LINEAR = "linear"
 
 _ATTENTION_FUNCTIONS = (
     "softmax",

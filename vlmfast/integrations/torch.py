@@ -1,13 +1,21 @@
-"""torch.nn: MultiheadAttention, and TransformerEncoderLayer, which would bypass it in inference."""
+"""torch.nn: MultiheadAttention, and TransformerEncoderLayer, which would bypass it in inference.
+
+And, for inference alone, Linear.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import code_names, swap_class
+from vlmfast.integrations.rules import LINEAR, Rule, class_name, code_names, swap_class
 
-__all__ = ["RULES", "TransformerEncoderLayer"]
+__all__ = ["RULES", "Linear", "TransformerEncoderLayer"]
 
 FAMILY = "flash_attention"
 
@@ -51,6 +59,94 @@ def _goes_past_attention(parent: nn.Module) -> bool:
     )
 
 
+class _Packed(NamedTuple):
+    """A weight in the layout of oneDNN's matrix products, and the state that it was packed from."""
+
+    state: tuple[int, int, torch.dtype]
+    weight: Tensor
+
+
+# Held beside the modules, not in them: packed tensors can be neither copied nor pickled.
+_packed_weights = WeakTensorKeyDictionary()
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on a weight that oneDNN has packed once, where no gradient is asked for.
+
+    torch packs the weight anew in each call, and in float32 multiplies by MKL, which on AMD's
+    processors stays at half their width. The packed weight takes as much memory as the weight. It
+    is made anew when the weight is replaced or written to, but not when it is written to through
+    `weight.data`.
+
+    Gradients, GPUs, torch.compile, torch.func and dtypes other than float32 and bfloat16 take the
+    way of torch.nn.Linear.
+    """
+
+    backend: str | None = None  # set by patch; no kernel of vlmfast's takes part
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = input.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        if not self._can_pack(input, dtype):
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        packed = _packed(self.weight, dtype)
+        return torch.ops.mkldnn._linear_pointwise(input.to(dtype), packed, bias, "none", [], "")
+
+    def _can_pack(self, input: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            not torch.compiler.is_compiling()
+            and type(input) is Tensor
+            and type(self.weight) is nn.Parameter
+            and input.device.type == self.weight.device.type == "cpu"
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_takes_bfloat16()))
+            and (input.dtype == self.weight.dtype or torch.is_autocast_enabled("cpu"))
+            and input.is_floating_point()
+            and input.dtype != torch.float64
+            and input.dim() >= 2
+            and input.numel() > 0
+            and input.shape[-1] == self.in_features
+            and not torch._C._are_functorch_transforms_active()
+            and not (
+                torch.is_grad_enabled()
+                and torch._C._any_requires_grad(input, self.weight, self.bias)
+            )
+        )
+
+
+def _onednn_takes_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensors made in inference mode count no versions, and nothing but inference can write to them.
+    version = 0 if weight.is_inference() else weight._version
+    state = (version, weight.data_ptr(), dtype)
+    found = _packed_weights.get(weight)
+    if found is None or found.state != state:
+        with torch.no_grad():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
+        found = _packed_weights[weight] = _Packed(state, packed)
+    return found.weight
+
+
+def _use_packed(module: nn.Module) -> Callable[[nn.Module], None]:
+    module.__class__ = Linear
+    return _use_unpacked
+
+
+def _use_unpacked(module: nn.Module) -> None:
+    module.__class__ = nn.Linear
+    _packed_weights.pop(module.weight, None)
+
+
+def _packing_refusal(module: nn.Module) -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    return None
+
+
 RULES = (
     swap_class(
         FAMILY,
@@ -59,4 +155,11 @@ RULES = (
         bypassed_by=_goes_past_attention,
     ),
     swap_class(FAMILY, nn.TransformerEncoderLayer, TransformerEncoderLayer),
+    Rule(
+        LINEAR,
+        class_name(Linear),
+        recognises=lambda module: type(module) is nn.Linear,
+        refusal=_packing_refusal,
+        replace=_use_packed,
+    ),
 )

@@ -1,0 +1,137 @@
+"""`python -m bench compare BEFORE AFTER`: what changed between two runs, beyond their noise."""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.peers import OURS
+
+# Of the uncertainty of a ratio: beyond three standard deviations one in 370 is chance.
+DEVIATIONS = 3.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """One contest of two runs.
+
+    Attributes:
+        contest: family, case, dtype and mode.
+        yardstick: the contestant whose times stand for the machine's; None: the clock does.
+        before: milliseconds of our call, then.
+        after: milliseconds, now.
+        ratio: time after over time before, each first divided by the yardstick's.
+        uncertainty: how far from 1 the ratio may be by chance.
+    """
+
+    contest: tuple[str, str, str, str]
+    yardstick: str | None
+    before: float
+    after: float
+    ratio: float
+    uncertainty: float
+
+    @property
+    def verdict(self) -> str:
+        if self.ratio > 1 + self.uncertainty:
+            return "SLOWER"
+        return "faster" if self.ratio < 1 / (1 + self.uncertainty) else ""
+
+
+def relative_deviation(timing: Mapping[str, float]) -> float:
+    """The standard deviation of a median over the median, from the spread of its samples.
+
+    p20 to p80 of a normal distribution is 1.683 deviations wide, and a median of n samples has
+    sqrt(pi / 2n) of one.
+    """
+    deviation = (timing["p80"] - timing["p20"]) / 1.683
+    return deviation * math.sqrt(math.pi / 2 / timing["samples"]) / timing["median"]
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Every contest that our own call has a time for in both documents.
+
+    The yardstick is the fastest other contestant that both runs timed: it ran interleaved with our
+    call, so that a machine that is slower today slows it as well.
+    """
+    earlier = {_contest(row): row for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        old = earlier.get(_contest(row))
+        if old is None or OURS not in old["timings"] or OURS not in row["timings"]:
+            continue
+        common = [name for name in old["timings"] if name != OURS and name in row["timings"]]
+        yardstick = min(common, key=lambda name: old["timings"][name]["median"], default=None)
+        names = [OURS] if yardstick is None else [OURS, yardstick]
+        variance = sum(relative_deviation(x["timings"][n]) ** 2 for x in (old, row) for n in names)
+        then, now = (
+            x["timings"][OURS]["median"] / (x["timings"][yardstick]["median"] if yardstick else 1.0)
+            for x in (old, row)
+        )
+        found.append(
+            Change(
+                _contest(row),
+                yardstick,
+                old["timings"][OURS]["median"] * 1e3,
+                row["timings"][OURS]["median"] * 1e3,
+                now / then,
+                DEVIATIONS * math.sqrt(variance) + (old["noise"] or 0.0) + (row["noise"] or 0.0),
+            )
+        )
+    return found
+
+
+def losses(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Contests that our call had a time for before, and that both runs held, but has none now."""
+    later = {_contest(row): row for row in after["rows"]}
+    return [
+        " ".join(_contest(row))
+        for row in before["rows"]
+        if OURS in row["timings"]
+        and _contest(row) in later
+        and OURS not in later[_contest(row)]["timings"]
+    ]
+
+
+def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return row["family"], row["case"], row["dtype"], row["mode"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table; returns 1 if anything became slower beyond chance, or wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("before", type=Path, help="a results.json of python -m bench")
+    parser.add_argument("after", type=Path)
+    options = parser.parse_args(arguments)
+    documents = []
+    for path in (options.before, options.after):
+        try:
+            documents.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+    before, after = documents
+    for name in sorted(before["machine"].keys() | after["machine"].keys()):
+        then, now = before["machine"].get(name), after["machine"].get(name)
+        if then != now:
+            print(f"{name}: {then} before, {now} after")
+    found = changes(before, after)
+    if not found:
+        parser.error("the two runs have no contest in common")
+    print("| case | dtype | mode | before ms | after ms | against | time ratio | chance | |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for change in sorted(found, key=lambda change: change.ratio, reverse=True):
+        _, case, dtype, mode = change.contest
+        print(
+            f"| {case} | {dtype} | {mode} | {change.before:.3g} | {change.after:.3g} "
+            f"| {change.yardstick or 'the clock'} | {change.ratio:.3f} "
+            f"| ± {change.uncertainty:.1%} | {change.verdict} |"
+        )
+    lost = losses(before, after)
+    for contest in lost:
+        print(f"- {contest}: no right result any more")
+    slower = [change for change in found if change.verdict == "SLOWER"]
+    print(f"{len(slower)} of {len(found)} contests are slower than chance explains")
+    return int(bool(slower or lost))
