@@ -1,6 +1,7 @@
 """Contrastive losses across gloo processes, against one process that has the whole batch."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -631,3 +632,154 @@ def compiled(group):
 
 def test_compiled_code_breaks_its_graph_around_the_ranks(processes):
     assert all(processes.run(compiled, ranks=(0, 1)))
+
+
+# --- What it costs: docs/scaling.md ---
+
+SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
+
+
+def formulas():
+    """The functions in the document."""
+    found = {}
+    for code in re.findall(r"```python\n(.*?)```", SCALING.read_text(), re.DOTALL):
+        if code.startswith("def "):
+            exec(code, found)
+    return found
+
+
+def human(value, unit=""):
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    raise AssertionError(value)
+
+
+def table():
+    """The table of the document, by its own formulas."""
+    cost = formulas()
+    header = "N | W | FLOP | memory: gather | ring | sent: gather | ring"
+    lines = [f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+    for n in (2**15, 2**18, 2**20, 2**22):
+        for world in (1, 8, 64, 256, 1024):
+            arguments = (n, 512, world, 2)
+            cells = [f"{n:,}", f"{world:,}", human(cost["flops"](*arguments[:3]), "FLOP")]
+            for name in ("memory_gather", "memory_ring", "wire_gather", "wire_ring"):
+                cells.append(human(cost[name](*arguments), "B"))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_table_is_what_the_formulas_give():
+    assert table() in SCALING.read_text(), f"docs/scaling.md needs this table:\n{table()}"
+
+
+@contextlib.contextmanager
+def bytes_sent(group):
+    """Counts what this rank sends in collectives, as rings and pairwise exchange send it."""
+    world, sent = dist.get_world_size(group), [0]
+    originals = {
+        name: getattr(dist, name)
+        for name in ("all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv")
+    }
+    refused = ("all_reduce", "reduce_scatter_tensor", "all_gather_object", "all_gather")
+
+    def all_gather_into_tensor(output, own, group):
+        sent[0] += (world - 1) * own.nbytes
+        return originals["all_gather_into_tensor"](output, own, group=group)
+
+    def all_to_all_single(output, parts, output_split_sizes, input_split_sizes, group):
+        row = parts.nbytes // parts.shape[0]
+        sent[0] += parts.nbytes - row * input_split_sizes[dist.get_rank(group)]
+        splits = (output_split_sizes, input_split_sizes)
+        return originals["all_to_all_single"](output, parts, *splits, group=group)
+
+    def batch_isend_irecv(operations):
+        sent[0] += sum(x.tensor.nbytes for x in operations if x.op is dist.isend)
+        return originals["batch_isend_irecv"](operations)
+
+    def uncounted(*args, **kwargs):
+        raise AssertionError("a collective that the formulas do not know")
+
+    counting = (all_gather_into_tensor, all_to_all_single, batch_isend_irecv)
+    with pytest.MonkeyPatch.context() as patcher:
+        for function in counting:
+            patcher.setattr(dist, function.__name__, function)
+        for name in refused:
+            patcher.setattr(dist, name, uncounted)
+        yield sent
+
+
+def count(group, loss, exchange, n, dim, dtype, frozen):
+    image, text, scale, bias = make_inputs(0, n, dtype, dim)
+    image.requires_grad_(frozen != "image")
+    text.requires_grad_(frozen != "text")
+    with bytes_sent(group) as sent:
+        function = {"clip": VF.clip_loss, "siglip": VF.siglip_loss}[loss]
+        function(image, text, scale, bias, group=by_exchange(group, exchange)).backward()
+    return sent[0]
+
+
+@pytest.mark.parametrize("world", range(1, MOST + 1))
+def test_bytes_on_the_wire(processes, world):
+    cost, n, dim = formulas(), 8, 16
+    for exchange in ("gather", "ring"):
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = (exchange, n, dim, dtype, None)
+            counts = processes.run(count, "clip", *arguments, ranks=range(world))
+            expected = cost[f"wire_{exchange}"](n * world, dim, world, dtype.itemsize)
+            assert counts == [expected] * world
+            counts = processes.run(count, "siglip", *arguments, ranks=range(world))
+            statistics = (world - 1) * n * 16 + (exchange == "ring" and world > 1) * n * 8
+            assert counts == [expected - statistics] * world
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_a_frozen_tower_sends_no_gradients(processes, frozen):
+    world, n, dim = 3, 8, 16
+    arguments = ("clip", "gather", n, dim, torch.float32, frozen)
+    counts = processes.run(count, *arguments, ranks=range(world))
+    assert counts == [(world - 1) * (n * dim * 4 + n * 16 + 24)] * world
+
+
+def peak_memory(group, exchange, pairs_here, dim, dtype):
+    """The most that this process holds during a step, beyond the features."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is gone
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    def step(n, dim):
+        features = [torch.randn(n, dim).to(dtype).requires_grad_() for _ in range(2)]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = status("VmRSS")
+        VF.clip_loss(*features, 1e-3, group=by_exchange(group, exchange)).backward()
+        return status("VmHWM") - before
+
+    step(8, 16)  # whatever is set up once
+    return step(pairs_here, dim)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("world", "exchange", "dtype"),
+    [
+        (1, "gather", torch.float32),
+        (1, "ring", torch.bfloat16),
+        (2, "gather", torch.float32),
+        (3, "gather", torch.bfloat16),
+        (4, "gather", torch.float32),
+        (2, "ring", torch.bfloat16),
+        (3, "ring", torch.float32),
+        (4, "ring", torch.bfloat16),
+    ],
+)
+def test_memory(processes, world, exchange, dtype):
+    n, dim = 1536, 4096
+    expected = formulas()[f"memory_{exchange}"](n, dim, world, dtype.itemsize)
+    arguments = (exchange, n // world, dim, dtype)
+    for measured in processes.run(peak_memory, *arguments, ranks=range(world)):
+        # From above by no more than a kernel's tiles, from below because it is a bound.
+        assert 0.7 * expected < measured < expected + 2**23

@@ -416,7 +416,7 @@ class _RingStatistics(torch.autograd.Function):
         passed: _Passing | None = None
         for owner, block in _circulate(columns, ranks):
             block_max, grad_block_sum = next(of_all_columns)
-            gradients = _block_backward(
+            gradients: Any = _block_backward(
                 (grad_row_sum, grad_row_total, grad_positive, grad_block_sum),
                 (rows, block, scale, bias),
                 (row_max, column_max if block_max is None else block_max),
@@ -428,10 +428,13 @@ class _RingStatistics(torch.autograd.Function):
                 if wanted[index]:
                     sums[index] = _add(sums[index], gradients[index])
             if wanted[1]:
-                so_far = None if passed is None else passed.wait()
                 passed = _pass_on(
-                    _add(so_far, gradients[1]), ranks, _owner_after(owner, ranks), dim=0
+                    _add(None if passed is None else passed.wait(), gradients[1]),
+                    ranks,
+                    _owner_after(owner, ranks),
+                    dim=0,
                 )
+            del gradients  # before the next block's are made
         if passed is not None:
             sums[1] = passed.wait()
         inputs = (rows, columns, scale, bias)
