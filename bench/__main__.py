@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 import vlmfast
 from bench import compare
 from bench.cases import CASES, SELECTION, SWEEPS
@@ -18,6 +20,8 @@ from bench.report import Row, append_csv, machine, markdown, write_json
 from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Sweeps are drawn in one dtype and mode.
+SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
 
 
@@ -36,17 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no case has {options.filter!r} in its name", file=sys.stderr)
         return 2
     swept = [
-        Contest(family, case, "float32", "fwd")
+        Contest(family, case, *SWEPT[options.device], options.device)
         for family in (options.families or SWEEPS)
         if options.sweeps and family in SWEEPS
         for _, case in SWEEPS[family].cases
     ]
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch finds no GPU", file=sys.stderr)
+        return 2
     if not settle_allocator():
         print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
     print("measuring this machine's ceilings", file=sys.stderr)
     dtypes = list(dict.fromkeys(contest.dtype for contest in [*chosen, *swept]))
-    ceilings = measure_ceilings(dtypes, options.ceiling_size, min(options.seconds, 2.0))
+    ceilings = measure_ceilings(
+        dtypes, options.ceiling_size, min(options.seconds, 2.0), options.device
+    )
     try:
         with vlmfast.use_backend(options.backend) if options.backend else nullcontext():
             rows = _race(chosen, options.seconds, options.memory)
@@ -73,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
     for family in options.families or CASES:
-        for contest in contests(family, options.dtype, MODES[options.mode], options.filter):
+        for contest in contests(
+            family, options.dtype, MODES[options.mode], options.filter, options.device
+        ):
             if not options.selection or contest.case.name in SELECTION[family]:
                 yield contest
 
@@ -106,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fwd",
         help="bwd: backward alone; both: forward, and forward with backward (default: %(default)s)",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--filter", default="", help="only cases with this in their name")
     parser.add_argument(
         "--selection", action="store_true", help="only the most telling cases of each family"

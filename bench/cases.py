@@ -71,12 +71,42 @@ FLASH_ATTENTION = (
     AttentionCase("resampler", "Flamingo's Perceiver resampler", 1, 8, 64, 2112, 64),
 )
 
+
+@dataclass(frozen=True)
+class LossCase:
+    """A contrastive loss of a batch: `pairs` images and texts of `dim` features."""
+
+    name: str
+    source: str
+    pairs: int
+    dim: int
+    loss: str = "clip"  # or "siglip"
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "N4096 d512"."""
+        return f"N{self.pairs} d{self.dim}"
+
+
+CONTRASTIVE_LOSS = (
+    LossCase("clip-1024", "CLIP ViT-B", 1024, 512),
+    LossCase("clip-4096", "CLIP ViT-B", 4096, 512),
+    LossCase("clip-8192", "CLIP ViT-B", 8192, 512),
+    LossCase("clip-l-4096", "CLIP ViT-L", 4096, 768),
+    LossCase("siglip-so400m-2048", "SigLIP so400m", 2048, 1152, "siglip"),
+)
+
 # Every family by name: its cases, ...
-CASES: dict[str, Sequence[Case]] = {"flash_attention": FLASH_ATTENTION}
+CASES: dict[str, Sequence[Case]] = {
+    "flash_attention": FLASH_ATTENTION,
+    "contrastive_loss": CONTRASTIVE_LOSS,
+}
 
 # ... those that `make bench` has time for, ...
 SELECTION = {
-    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler")
+    "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler"),
+    "contrastive_loss": ("clip-1024", "clip-4096"),
 }
 
 # ... and what its cost is drawn against.
@@ -87,5 +117,12 @@ SWEEPS = {
             (length, AttentionCase(f"tokens-{length}", "a sweep", 1, 2, length, length, 64))
             for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
         ),
-    )
+    ),
+    "contrastive_loss": Sweep(
+        "pairs",
+        tuple(
+            (pairs, LossCase(f"pairs-{pairs}", "a sweep", pairs, 512))
+            for pairs in (256, 512, 1024, 2048, 4096, 8192, 16384)
+        ),
+    ),
 }

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cases import CASES, Case
-from bench.measure import Call, clock_rate, judge, race
+from bench.measure import (
+    Call,
+    Rotation,
+    captured,
+    clock_rate,
+    cuda_seconds,
+    input_sets,
+    judge,
+    race,
+)
 from bench.peers import CONTESTANTS, OURS, Contestant
 from bench.report import Row
 
@@ -19,10 +28,11 @@ class Contest(NamedTuple):
     case: Case
     dtype: str
     mode: str
+    device: str = "cpu"
 
     @property
     def contestants(self) -> Sequence[Contestant]:
-        return CONTESTANTS[self.family]
+        return [x for x in CONTESTANTS[self.family] if self.device in x.devices]
 
     @property
     def page(self) -> Any:
@@ -34,14 +44,18 @@ class Contest(NamedTuple):
 
 
 def contests(
-    family: str, dtypes: Sequence[str] | None, modes: Sequence[str], name_part: str = ""
+    family: str,
+    dtypes: Sequence[str] | None,
+    modes: Sequence[str],
+    name_part: str = "",
+    device: str = "cpu",
 ) -> Iterator[Contest]:
     """Every contest asked for; dtypes None means those of each case."""
     for case in CASES[family]:
         if name_part in case.name:
             for dtype in dtypes or case.dtypes:
                 for mode in modes:
-                    yield Contest(family, case, dtype, mode)
+                    yield Contest(family, case, dtype, mode, device)
 
 
 def checked_calls(
@@ -59,7 +73,7 @@ def checked_calls(
     """
     family, case, mode = contest.page, contest.case, contest.mode
     dtype = getattr(torch, contest.dtype)
-    inputs = family.make_inputs(case, dtype, mode)
+    inputs = family.make_inputs(case, dtype, mode, device=contest.device)
     row = Row(
         family=contest.family,
         case=case.name,
@@ -67,20 +81,34 @@ def checked_calls(
         source=case.source,
         dtype=contest.dtype,
         mode=mode,
+        device=contest.device,
         backend=family.chosen_backend(case, inputs),
         work=family.work(case, dtype, mode),
     )
     truths = family.reference(case, inputs, mode)
     yardsticks = family.yardsticks(case, dtype, mode)
-    calls = {}
+    spare = [
+        family.make_inputs(case, dtype, mode, seed, contest.device)
+        for seed in range(1, input_sets(row.work, contest.device))
+    ]
+    calls: dict[str, Call] = {}
     for contestant in contest.contestants if contestants is None else contestants:
         name = contestant.name
         refusal = contestant.refusal(case, dtype)
         if refusal is None:
-            call = family.make_call(contestant.prepare(case), inputs, mode)
-            verdict = row.verdicts[name] = judge(call(), truths, yardsticks)
+            function = contestant.prepare(case)
+            call = family.make_call(function, inputs, mode)
+            try:
+                results = call()
+            except RuntimeError as error:
+                if name == OURS:
+                    raise
+                row.refusals[name] = str(error).partition("\n")[0]
+                continue
+            verdict = row.verdicts[name] = judge(results, truths, yardsticks)
             if verdict.passed:
-                calls[name] = call
+                others = [family.make_call(function, x, mode) for x in spare]
+                calls[name] = Rotation([call, *others]) if others else call
                 continue
             refusal = f"WRONG, error {verdict.error:.1e} above its budget {verdict.budget:.1e}"
         row.refusals[name] = refusal
@@ -88,12 +116,21 @@ def checked_calls(
 
 
 def run(contest: Contest, seconds: float, contestants: Sequence[Contestant] | None = None) -> Row:
-    """Checks and races one case; without a right answer of our own there is no race."""
+    """Checks and races one case; without a right answer of our own there is no race.
+
+    On a GPU the calls are raced as CUDA graphs, and what launching them takes is measured apart.
+    """
     row, calls = checked_calls(contest, contestants)
-    if OURS in calls:
-        again = f"{OURS} again"
-        row.timings.update(race({**calls, again: calls[OURS]}, seconds))
-        row.clock_mhz = clock_rate()
-        # Raced against itself, a call shows how much of a ratio is chance.
-        row.noise = abs(row.timings.pop(again).median / row.timings[OURS].median - 1)
+    if OURS not in calls:
+        return row
+    clock = None
+    if contest.device == "cuda":
+        launches = race(calls, seconds / 4)
+        row.launch = {name: timing.median for name, timing in launches.items()}
+        calls, clock = {name: captured(call) for name, call in calls.items()}, cuda_seconds
+    again = f"{OURS} again"
+    row.timings.update(race({**calls, again: calls[OURS]}, seconds, clock))
+    row.clock_mhz = clock_rate() if contest.device == "cpu" else None
+    # Raced against itself, a call shows how much of a ratio is chance.
+    row.noise = abs(row.timings.pop(again).median / row.timings[OURS].median - 1)
     return row

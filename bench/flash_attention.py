@@ -26,7 +26,9 @@ class Inputs:
     grad_out: Tensor
 
 
-def make_inputs(case: AttentionCase, dtype: torch.dtype, mode: str, seed: int = 0) -> Inputs:
+def make_inputs(
+    case: AttentionCase, dtype: torch.dtype, mode: str, seed: int = 0, device: str = "cpu"
+) -> Inputs:
     """Inputs laid out as a model's projections leave them.
 
     The slices are leaves of their own: a gradient of the packed projection would add the same copy
@@ -36,7 +38,7 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, mode: str, seed: int = 
 
     def projection(length: int, parts: int) -> tuple[Tensor, ...]:
         shape = (case.batch, length, parts, case.heads, case.head_dim)
-        packed = torch.randn(shape, generator=generator).to(dtype)
+        packed = torch.randn(shape, generator=generator).to(device, dtype)
         return packed.permute(2, 0, 3, 1, 4).unbind(0)  # parts of (B, H, length, D)
 
     if case.query_length == case.key_length:
@@ -154,7 +156,7 @@ def _exact_attention(case: AttentionCase, first_row: int) -> Attention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mask = None
         if case.is_causal:
-            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            visible = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
             mask = visible.tril(first_row)
         scale = 1 / math.sqrt(case.head_dim)
         return flash_attention(query, key, value, mask, scale=scale)[0]

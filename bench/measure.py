@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmfast.verify.common import budget, relative_error
 
 Call = Callable[[], tuple[Tensor, ...]]
+Clock = Callable[[Call, int], float]  # (call, repeats) -> seconds a call
 
 # A sample shorter than this is made of several calls, so that reading the clock costs nothing.
 SHORTEST_SAMPLE = 1e-3
@@ -88,17 +89,25 @@ def judge(
     return max(failed or verdicts, key=lambda verdict: verdict.error / verdict.budget)
 
 
-def race(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
+def race(
+    calls: Mapping[str, Call], seconds: float, clock: Clock | None = None
+) -> dict[str, Timing]:
     """Times every call in turn, A B C A B C ..., for about `seconds` in all.
 
     Whatever slows the machine down for a while then slows all of them down. Every other round runs
     backwards, so that nobody always runs after the same rival.
+
+    Args:
+        calls: by name.
+        seconds: for all of them together.
+        clock: `wall_seconds`, which None stands for, or `cuda_seconds`.
     """
+    seconds_of = wall_seconds if clock is None else clock
     repeats = {}
     round_seconds = 0.0
     for name, call in calls.items():
         call()
-        once = _seconds(call, 1)
+        once = seconds_of(call, 1)
         repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / once))
         round_seconds += once * repeats[name]
     rounds = max(FEWEST_ROUNDS, round(seconds / round_seconds))
@@ -107,7 +116,7 @@ def race(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
     for turn in range(rounds):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
-            samples[name].append(_seconds(calls[name], repeats[name]))
+            samples[name].append(seconds_of(calls[name], repeats[name]))
     return {name: _summary(values) for name, values in samples.items()}
 
 
@@ -121,11 +130,70 @@ def clock_rate() -> float | None:
     return max(rates, default=None)
 
 
-def _seconds(call: Call, repeats: int) -> float:
+def wall_seconds(call: Call, repeats: int) -> float:
+    """Seconds a call: on the CPU what it takes, on a GPU what it takes to launch it."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def cuda_seconds(call: Call, repeats: int) -> float:
+    """Seconds of the GPU a call, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+class Rotation:
+    """One call on several sets of inputs, one after the other."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.calls = calls
+        self._next = 0
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        call = self.calls[self._next]
+        self._next = (self._next + 1) % len(self.calls)
+        return call()
+
+
+def input_sets(work: Work, device: str) -> int:
+    """How many sets of inputs a race takes turns with.
+
+    On a GPU, where a small input would else stay in the second-level cache from call to call: as
+    many as are twice that cache. On a CPU one: there the last-level cache holds what the layer
+    before has just written in a real model as well.
+    """
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, math.ceil(2 * cache / work.least_bytes))
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph: its kernels without the time to launch each of them."""
+    if isinstance(call, Rotation):
+        return Rotation([captured(part) for part in call.calls])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled or allocated once must not be captured
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def _summary(samples: Sequence[float]) -> Timing:
@@ -167,25 +235,30 @@ class Ceilings:
         return max(limits, key=lambda name: limits[name])
 
 
-def measure_ceilings(dtypes: Sequence[str], size: int = 2048, seconds: float = 2.0) -> Ceilings:
+def measure_ceilings(
+    dtypes: Sequence[str], size: int = 2048, seconds: float = 2.0, device: str = "cpu"
+) -> Ceilings:
     """Measures the ceilings: products of two (size, size) matrices, a copy of 256 MiB, and exp.
 
     Any type may be computed in float32, so no ceiling is below that of float32.
     """
     # The fastest fifth: a ceiling is what the machine can do, not what it does on average.
     rates: dict[str, tuple[float, str]] = {}
-    for dtype in {"float32", *filter(_has_fast_products, dtypes)}:
-        for routine, timing in race(_matrix_products(size, dtype), seconds).items():
+    clock = cuda_seconds if device == "cuda" else wall_seconds
+    is_fast = _has_fast_products if device == "cpu" else lambda dtype: True
+    for dtype in {"float32", *filter(is_fast, dtypes)}:
+        products = _matrix_products(size, dtype, device)
+        for routine, timing in race(products, seconds, clock).items():
             rate = (2 * size**3 / timing.p20, f"{dtype}, {routine}")
             rates[dtype] = max(rate, rates.get(dtype, rate))
     best = {dtype: max(rates["float32"], rates.get(dtype, (0.0, ""))) for dtype in dtypes}
 
-    block = torch.zeros(2**26)
+    block = torch.rand(2**26, device=device)
     target = torch.zeros_like(block)
-    copy = race({"copy": lambda: (target.copy_(block),)}, seconds)["copy"]
-    numbers = -torch.rand(2**18)
+    copy = race({"copy": lambda: (target.copy_(block),)}, seconds, clock)["copy"]
+    numbers = -torch.rand(2**18 if device == "cpu" else 2**22, device=device)
     powers = torch.empty_like(numbers)
-    exp = race({"exp": lambda: (torch.exp(numbers, out=powers),)}, seconds)["exp"]
+    exp = race({"exp": lambda: (torch.exp(numbers, out=powers),)}, seconds, clock)["exp"]
     return Ceilings(
         flops={dtype: rate for dtype, (rate, _) in best.items()},
         flops_source={dtype: source for dtype, (_, source) in best.items()},
@@ -203,8 +276,10 @@ def _has_fast_products(dtype: str) -> bool:
     return True
 
 
-def _matrix_products(size: int, dtype: str) -> dict[str, Call]:
-    left, right = torch.rand(2, size, size).to(getattr(torch, dtype)).unbind()
+def _matrix_products(size: int, dtype: str, device: str) -> dict[str, Call]:
+    left, right = torch.randn(2, size, size, device=device).to(getattr(torch, dtype)).unbind()
+    if device != "cpu":
+        return {"torch.matmul": lambda: (left @ right,)}
     # torch.matmul is not the fastest everywhere: on AMD its library keeps to AVX2.
     packed = torch.ops.mkldnn._reorder_linear_weight(right.t().contiguous(), size)
     return {

@@ -1,8 +1,8 @@
 """Peak memory of calls: each contest in the life of a process that does nothing else.
 
-As a command, reads contests as JSON lists [family, case, dtype, mode], one a line, and prints the
-bytes of each contestant, one JSON object a line. Inputs are made and results are dropped outside of
-what is counted; what a contestant keeps between calls is counted once, in its first call.
+As a command, reads contests as JSON lists [family, case, dtype, mode, device], one a line, and
+prints the bytes of each contestant, one JSON object a line. Inputs are made and results are dropped
+outside of what is counted; what a contestant keeps between calls is counted, in its first call.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ def peak_bytes(contests: Sequence[Contest]) -> Iterator[dict[str, int]]:
     On a GPU by the allocator's statistics, on Linux by the resident set of a fresh process. Empty
     where the system tells neither.
     """
-    if not (torch.cuda.is_available() or Path("/proc/self/clear_refs").exists()):
+    on_cpu = any(contest.device == "cpu" for contest in contests)
+    if on_cpu and not Path("/proc/self/clear_refs").exists():
         yield from ({} for _ in contests)
         return
     child = subprocess.Popen(
@@ -41,7 +42,9 @@ def peak_bytes(contests: Sequence[Contest]) -> Iterator[dict[str, int]]:
     assert child.stdin is not None and child.stdout is not None
     with child:
         for contest in contests:
-            line = json.dumps([contest.family, contest.case.name, contest.dtype, contest.mode])
+            line = json.dumps(
+                [contest.family, contest.case.name, contest.dtype, contest.mode, contest.device]
+            )
             print(line, file=child.stdin, flush=True)
             answer = child.stdout.readline()
             if not answer:
@@ -57,10 +60,10 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status tells no {field}")
 
 
-def _peak(call: Callable[[], object]) -> int:
+def _peak(call: Callable[[], object], device: str) -> int:
     """Bytes that a call adds at its peak; the results of the call included."""
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -73,20 +76,20 @@ def _peak(call: Callable[[], object]) -> int:
     return max(0, _resident("VmHWM:") - before)
 
 
-def _find(family: str, name: str, dtype: str, mode: str) -> Contest:
+def _find(family: str, name: str, dtype: str, mode: str, device: str) -> Contest:
     sweep = [case for _, case in SWEEPS[family].cases] if family in SWEEPS else []
     case = next(case for case in (*CASES[family], *sweep) if case.name == name)
-    return Contest(family, case, dtype, mode)
+    return Contest(family, case, dtype, mode, device)
 
 
 def _measure(contest: Contest) -> dict[str, int]:
     dtype = getattr(torch, contest.dtype)
-    inputs = contest.page.make_inputs(contest.case, dtype, contest.mode)
+    inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
     found = {}
     for contestant in contest.contestants:
         if contestant.refusal(contest.case, dtype) is None:
             call = contest.page.make_call(contestant.prepare(contest.case), inputs, contest.mode)
-            found[contestant.name] = _peak(call)
+            found[contestant.name] = _peak(call, contest.device)
     return found
 
 

@@ -29,6 +29,7 @@ class Row:
         noise: how far the median of our own call raced against itself is from 1.
         clock_mhz: of the fastest core, after the race.
         peak_bytes: what each contestant's call added to the memory of a fresh process.
+        launch: on a GPU, seconds of the CPU that each contestant's call takes without a graph.
     """
 
     family: str
@@ -37,6 +38,7 @@ class Row:
     source: str
     dtype: str
     mode: str
+    device: str
     backend: str
     work: Work
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Row:
     noise: float | None = None
     clock_mhz: float | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    launch: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, peer: str) -> float | None:
         """How many times longer the peer took, or None where one of the two has no time."""
@@ -172,7 +175,7 @@ def append_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _flat(row: Row) -> Iterator[dict[str, object]]:
-    names = ("family", "case", "shape", "dtype", "mode", "backend", "clock_mhz", "noise")
+    names = ("family", "case", "shape", "dtype", "mode", "device", "backend", "clock_mhz", "noise")
     for contestant, timing in row.timings.items():
         yield {
             **{name: getattr(row, name) for name in names},
@@ -181,6 +184,7 @@ def _flat(row: Row) -> Iterator[dict[str, object]]:
             **asdict(row.verdicts[contestant]),
             **asdict(row.work),
             "peak_bytes": row.peak_bytes.get(contestant),
+            "launch": row.launch.get(contestant),
         }
 
 

@@ -228,6 +228,27 @@ _BACKWARD_MASK = _table(
 _BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
 _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
 
+# The feature dimension is walked, so that any fits. PLAIN: one query a row; several keep the
+# largest product and its query beside the running one.
+_CONTRASTIVE_FLOAT = _rows(
+    (UNLIMITED, UNLIMITED, 64, 64, 8, 2, PLAIN),
+    (UNLIMITED, UNLIMITED, 32, 64, 8, 2),
+)
+_CONTRASTIVE_90 = _rows(
+    (UNLIMITED, UNLIMITED, 128, 64, 8, 4, PLAIN),
+    (UNLIMITED, UNLIMITED, 64, 64, 4, 3),
+)
+_CONTRASTIVE = _table(
+    sm_90=_CONTRASTIVE_90,
+    sm_100=_CONTRASTIVE_90,
+    mma_sync=_rows(
+        (UNLIMITED, UNLIMITED, 128, 64, 8, 3, PLAIN),
+        (UNLIMITED, UNLIMITED, 64, 64, 8, 2),
+    ),
+    tf32=_CONTRASTIVE_FLOAT,
+    ieee=_CONTRASTIVE_FLOAT,
+)
+
 TABLE: dict[str, Table] = {
     "flash_attention_fwd": _FORWARD,
     "flash_attention_bwd_statistics": _BACKWARD_STATISTICS,
@@ -236,6 +257,8 @@ TABLE: dict[str, Table] = {
     "flash_attention_bwd_whole": _BACKWARD_WHOLE,
     "flash_attention_bwd_mask": _BACKWARD_MASK,
     "flash_attention_bwd_delta": _BACKWARD_DELTA,
+    "contrastive_loss_fwd": _CONTRASTIVE,
+    "contrastive_loss_bwd": _CONTRASTIVE,
 }
 
 INTERPRETED_ARCHITECTURE = 90  # whose rows CPU tensors take under TRITON_INTERPRET=1

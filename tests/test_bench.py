@@ -1,6 +1,7 @@
 """The benchmark's own correctness: its formulas, its check before the race, its report."""
 
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -17,14 +18,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command_line
+from bench import contrastive_loss as losses_family
 from bench import flash_attention as family
-from bench.cases import CASES, SELECTION, AttentionCase
+from bench import ncu, search
+from bench.cases import CASES, SELECTION, AttentionCase, LossCase
 from bench.compare import changes, losses
 from bench.contest import Contest, contests
 from bench.contest import run as race_contest
-from bench.measure import Call, Ceilings, Verdict, Work, judge, measure_ceilings, race
+from bench.measure import (
+    Call,
+    Ceilings,
+    Rotation,
+    Verdict,
+    Work,
+    input_sets,
+    judge,
+    measure_ceilings,
+    race,
+)
 from bench.memory import peak_bytes
-from bench.peers import CONTESTANTS, EAGER, FLASH_ATTENTION, OURS, SDPA, Contestant, eager_attention
+from bench.peers import (
+    CONTESTANTS,
+    EAGER,
+    FLASH_ATTENTION,
+    OURS,
+    SDPA,
+    Contestant,
+    dense_loss,
+    eager_attention,
+)
 from bench.report import Row, machine, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +56,9 @@ CROSS = replace(SELF, name="tiny-cross", query_length=5, key_length=12)
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9, 1e9)
 
 
-def run(case: AttentionCase, dtype: str, mode: str, contestants: Sequence[Contestant]) -> Row:
+def run(
+    case: AttentionCase, dtype: str, mode: str, contestants: Sequence[Contestant] | None = None
+) -> Row:
     return race_contest(Contest("flash_attention", case, dtype, mode), 0.0, contestants)
 
 
@@ -82,6 +106,25 @@ def test_least_bytes_are_those_of_the_tensors(case: AttentionCase, dtype: torch.
     assert family.work(case, dtype, "fwd+bwd").least_bytes == forward + logsumexp + backward
 
 
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_contrastive_losses_are_right_and_do_the_work_that_is_stated(loss: str, mode: str) -> None:
+    case = LossCase("tiny", "a test", 40, 16, loss)
+    row = race_contest(Contest("contrastive_loss", case, "float32", mode), 0.0)
+    assert not row.refusals and row.verdicts.keys() == {OURS, "dense", "open_clip"}
+    inputs = losses_family.make_inputs(case, torch.float64, mode)
+    by_autograd = losses_family.make_call(dense_loss(case), inputs, mode)()
+    truths = losses_family.reference(case, inputs, mode)
+    for x, y in zip(by_autograd, truths, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-12)
+    ours = next(x for x in CONTESTANTS["contrastive_loss"] if x.name == OURS).prepare(case)
+    inputs = losses_family.make_inputs(case, torch.float32, mode)
+    call = losses_family.make_call(ours, inputs, mode)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == losses_family.work(case, torch.float32, mode).flops
+
+
 def test_inputs_are_slices_of_packed_projections() -> None:
     inputs = family.make_inputs(SELF, torch.bfloat16, "fwd")
     token = SELF.heads * SELF.head_dim
@@ -104,7 +147,7 @@ def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: s
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
 def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
-    row = run(CAUSAL, dtype, mode, CONTESTANTS["flash_attention"])
+    row = run(CAUSAL, dtype, mode)
     assert set(row.timings) == {OURS, "torch SDPA", "eager"}
     assert not row.refusals
     assert row.best_peer in ("torch SDPA", "eager")
@@ -159,6 +202,42 @@ def test_refusals_are_reported() -> None:
     row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, shy))
     assert row.refusals == {"shy": "not today"}
     assert "shy: not today" in markdown([row], CEILINGS)
+
+
+def test_a_peer_that_breaks_does_not_end_the_race() -> None:
+    def broken(case: AttentionCase):
+        def attention(*tensors: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel for this\nand a long trace")
+
+        return attention
+
+    refusal = lambda case, dtype: None  # noqa: E731
+    row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, Contestant("broken", refusal, broken)))
+    assert set(row.timings) == {OURS}
+    assert row.refusals == {"broken": "no kernel for this"}
+    with pytest.raises(RuntimeError, match="no kernel for this"):
+        run(SELF, "float32", "fwd", (Contestant(OURS, refusal, broken),))
+
+
+def test_peers_of_gpus_stay_out_of_races_on_a_cpu() -> None:
+    names = {who.name for who in Contest("flash_attention", SELF, "float32", "fwd").contestants}
+    assert names == {OURS, "torch SDPA", "eager"}
+    contest = Contest("flash_attention", SELF, "float32", "fwd", "cuda")
+    assert names < {who.name for who in contest.contestants}
+
+
+def test_inputs_that_a_gpu_caches_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        L2_cache_size = 1000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert [input_sets(Work(0, size), "cuda") for size in (100, 999, 2000, 10**6)] == [20, 3, 1, 1]
+    assert input_sets(Work(0, 1), "cpu") == 1
+    called: list[int] = []
+    rotation = Rotation([lambda i=i: called.append(i) or () for i in range(3)])
+    for _ in range(4):
+        rotation()
+    assert called == [0, 1, 2, 0]
 
 
 def test_eager_refuses_what_would_not_fit_in_memory() -> None:
@@ -363,3 +442,82 @@ def test_command_line_says_why_a_forced_backend_cannot_run(
     assert "no CUDA C++ kernel of this family exists" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command_line.main([*arguments, "--backend", "gpu"])
+
+
+def gpu_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_gpu_script_dry_run(tmp_path: Path) -> None:
+    result = gpu_script("--dry-run", "--out", str(tmp_path), "--minutes", "10")
+    assert result.returncode == 0, result.stderr
+    steps = re.findall(r"^(\w+): timeout (\d+) ", result.stdout, re.MULTILINE)
+    assert [name for name, _ in steps] == ["build", "tests", "sanitizer", "search", "race", "ncu"]
+    assert sum(int(seconds) for _, seconds in steps) <= 600
+    assert (tmp_path / "summary.txt").read_text() == result.stdout
+    race = result.stdout.split("race: ")[1].splitlines()[0]
+    command_line._parser().parse_args(race.split(" -m bench ")[1].split())
+    for module in re.findall(r"-m (bench[.\w]*)", result.stdout):
+        assert importlib.util.find_spec(module) is not None
+
+
+def test_gpu_script_runs_the_steps_it_is_told_and_keeps_going(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bench.ncu*) exit 3;; esac\n')
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    result = gpu_script("--out", str(out), "--python", str(fake), "build", "ncu", "race")
+    assert result.returncode == 1
+    summary = (out / "summary.txt").read_text()
+    assert re.findall(r"(\w+): exit (\d+)", summary) == [
+        ("build", "0"),
+        ("ncu", "3"),
+        ("race", "0"),
+    ]
+    assert "--device cuda" in (out / "race.log").read_text()
+
+
+def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    for arguments in (["--minutes", "ten"], ["everything"]):
+        result = gpu_script("--out", str(tmp_path / "none"), *arguments)
+        assert result.returncode == 2
+        assert not (tmp_path / "none").exists()
+
+
+def test_searched_rows_have_the_form_of_the_tables() -> None:
+    from vlmfast.kernels import configs
+
+    launch = configs.Launch(128, 64, 8, 3)
+    searched = {
+        (90, configs.ShapeClass("flash_attention_fwd", "half", 64, 197, True)): configs.Row(
+            64, 197, launch, plain_only=True
+        ),
+        (90, configs.ShapeClass("flash_attention_fwd", "half", 64, 577, False)): configs.Row(
+            64, 577, launch
+        ),
+    }
+    text = search.formatted(searched)
+    assert text.startswith("# flash_attention_fwd, sm_90, half\n_rows(\n")
+    names = {"_rows": configs._rows, "PLAIN": configs.PLAIN}
+    assert eval(text, names) == tuple(searched.values())
+
+
+def test_ncu_reports_become_tables(tmp_path: Path) -> None:
+    report = tmp_path / "ncu-flash_attention.csv"
+    report.write_text(
+        '"ID","Kernel Name","gpu__time_duration.sum"\n"","","us"\n"0","flash_attention_fwd","9"\n'
+    )
+    text = ncu.tables([report])
+    assert text.splitlines()[0] == "## flash_attention"
+    assert "| flash_attention_fwd | 9 |" in text
+    command = ncu.command("flash_attention", report)
+    assert command[0] == "ncu" and str(report) in command
+
+
+@pytest.mark.parametrize("module", [search, ncu])
+def test_gpu_programs_say_what_they_lack(module, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ncu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.main([str(tmp_path / "target")]) == 1
+    assert re.search("wants a GPU|is not installed", capsys.readouterr().err)

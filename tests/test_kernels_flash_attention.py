@@ -15,6 +15,7 @@ from vlmfast.verify.common import budget, relative_error
 from vlmfast.verify.flash_attention import CASES, dense_case, normal_bias, packed_case, random_mask
 
 kernels = pytest.importorskip("vlmfast.kernels.flash_attention")
+configs = kernels.configs
 
 pytestmark = pytest.mark.interpreter
 
@@ -150,6 +151,27 @@ def test_repeats_bitwise():
         return torch.autograd.grad(attend(query, key, value).square().sum(), case)[0]
 
     assert torch.equal(gradient(), gradient())
+
+
+def test_autotuned_launches_keep_the_budget(monkeypatch):
+    """Whatever launch autotuning settles on computes the same thing, forward and backward."""
+    search, near = configs.search, configs.candidates
+    tuned = set()
+
+    def search_without_a_gpu(shape, device, run):
+        row = search(shape, device, run, timer=lambda call: call() or 1.0)
+        assert row.launch != configs.lookup(shape, device)
+        tuned.add(shape.kernel)
+        return row
+
+    monkeypatch.setenv("VLMFAST_AUTOTUNE", "1")
+    monkeypatch.setattr(configs, "searched", {})
+    monkeypatch.setattr(configs, "candidates", lambda shipped: list(near(shipped))[1:3])
+    monkeypatch.setattr(configs, "search", search_without_a_gpu)
+    case = dense_case("bias", (1, 2, 40, 32), mask=normal_bias(1, 2, 40, 40))
+    assert_keeps_budget(case, torch.float32, backend="triton")
+    kernels_of_a_bias = {name for name in configs.TABLE if name.startswith("flash_attention")}
+    assert tuned == kernels_of_a_bias - {"flash_attention_bwd_whole"}
 
 
 def test_the_interpreter_takes_cpu_tensors_only_when_asked():

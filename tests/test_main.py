@@ -50,7 +50,7 @@ SMALL = [
 
 
 def test_verify_covers_every_kernel_of_this_machine(monkeypatch, capsys):
-    monkeypatch.setitem(verify.CASES, "flash_attention", SMALL)
+    monkeypatch.setattr(verify, "CASES", {"flash_attention": SMALL})
     assert command.main(["verify", "--seed", "3"]) == 0
     text = capsys.readouterr().out
     isas = torch.ops.vlmfast.cpu_isas().split(",")
@@ -78,7 +78,7 @@ def wrong_by(factor):
     "dtype, factor", [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
 )
 def test_verify_catches_a_wrong_kernel(dtype, factor, monkeypatch, capsys):
-    monkeypatch.setitem(verify.CASES, "flash_attention", [wrong_by(factor)])
+    monkeypatch.setattr(verify, "CASES", {"flash_attention": [wrong_by(factor)]})
     monkeypatch.setattr(verify, "DTYPES", (dtype,))
     assert command.main(["verify"]) == 1
     text = capsys.readouterr().out

@@ -4,7 +4,8 @@
 //
 // Lanes are rows. A tile is kWidth rows by a panel of kPanel columns. Both towers exceed the
 // second-level cache, so that a product takes the feature dimension in parts: a part of a tile's
-// rows stays in the first-level cache while all columns of the panel pass by.
+// rows stays in the first-level cache while all columns of the panel pass by. Sums of parts also
+// round less than one long sum.
 #include "cpu/contrastive_loss.h"
 #include "cpu/tile.h"
 
@@ -14,7 +15,7 @@ namespace {
 constexpr int kGroups = kMaxGroups;
 constexpr int kWidth = kGroups * kLanes;
 constexpr int kPanel = 96;
-constexpr int kPartWords = 8192 / kWidth / kWordStep * kWordStep;  // 32 KiB of packed rows
+constexpr int kPartWords = 128;  // of a product: 32 KiB of packed rows at most
 constexpr int kProductRows = kRegisters == 32 ? 6 : 4;
 static_assert(kPanel % 24 == 0 && 24 % kProductRows == 0 && 24 % kRowStep == 0);
 
@@ -28,14 +29,8 @@ VLMFAST_NOINLINE void multiply_part(const float* __restrict rows, const float* _
     float* target = out + j * kWidth;
     ahead.step();
     Vec sum[kProductRows][kGroups];
-    if (is_first) {
-      VLMFAST_UNROLL for (int r = 0; r < kProductRows; r++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] = zero();
-    } else {
-      VLMFAST_UNROLL for (int r = 0; r < kProductRows; r++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] =
-              load(target + (r * kGroups + g) * kLanes);
-    }
+    VLMFAST_UNROLL for (int r = 0; r < kProductRows; r++)
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] = zero();
     for (int w = 0; w < words; w += kWordStep) {
       VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
         Vec x[kGroups];
@@ -49,8 +44,10 @@ VLMFAST_NOINLINE void multiply_part(const float* __restrict rows, const float* _
       }
     }
     VLMFAST_UNROLL for (int r = 0; r < kProductRows; r++)
-        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-            store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      float* p = target + (r * kGroups + g) * kLanes;
+      store(p, is_first ? sum[r][g] : load(p) + sum[r][g]);
+    }
   }
 }
 

@@ -13,9 +13,10 @@ def assert_keeps_budget(
     backend: str = "cpu",
     kernel: Callable[[Inputs], Tensors] | None = None,
     first_seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Every output and gradient of a case errs at most as its budget allows."""
-    results = measure(case, backend, dtype, first_seed=first_seed, kernel=kernel)
+    results = measure(case, backend, dtype, device, first_seed, kernel)
     over = [
         f"{m.tensor}: error {m.error:.3e}, torch's {m.torch_error:.3e}, budget {m.budget:.3e}"
         for m in results

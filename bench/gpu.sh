@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Everything that wants an NVIDIA GPU, in one command and under ten minutes, most valuable first:
+#
+#   bench/gpu.sh [--out FOLDER] [--python PYTHON] [--minutes N] [--dry-run] [STEP ...]
+#
+# Steps, in this order: build, tests, sanitizer, search, race, ncu. Each has a share of the time;
+# one that fails or runs out of it leaves what it has, and the next one starts. FOLDER (out/gpu) then
+# holds a log for each step, summary.txt, results.json and report.html of the race, searched.py with
+# rows for kernels/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest,
+# ninja; downloads nothing. --dry-run prints the commands.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=out/gpu python=python3 minutes=10 dry_run=0
+steps=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --out) out=${2:?--out: a folder}; shift ;;
+    --python) python=${2:?--python: an interpreter}; shift ;;
+    --minutes) minutes=${2:?--minutes: a number}; shift ;;
+    --dry-run) dry_run=1 ;;
+    build | tests | sanitizer | search | race | ncu) steps+=("$1") ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; echo "unknown: $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+[ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer search race ncu)
+case "$minutes" in '' | *[!0-9]*) echo "--minutes: expected a number, got '$minutes'" >&2; exit 2 ;; esac
+
+# Shares of the time, in percent.
+declare -A share=([build]=12 [tests]=28 [sanitizer]=8 [search]=20 [race]=24 [ncu]=8)
+declare -A command
+command[build]="$python setup.py build_ext --inplace"
+command[tests]="$python -m pytest -q tests/test_kernels_*_cuda.py"
+command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k every_case"
+command[search]="env VLMFAST_AUTOTUNE=1 $python -m bench.search $out/searched.py"
+command[race]="$python -m bench --device cuda --dtype bfloat16 --mode both --selection --sweeps --memory --seconds 1 --ceiling-size 8192 --out $out"
+command[ncu]="$python -m bench.ncu $out"
+
+status=0
+mkdir -p "$out"
+: >"$out/summary.txt"
+for step in "${steps[@]}"; do
+  seconds=$((minutes * 60 * ${share[$step]} / 100))
+  if [ "$dry_run" = 1 ]; then
+    echo "$step: timeout $seconds ${command[$step]}" | tee -a "$out/summary.txt"
+    continue
+  fi
+  start=$SECONDS
+  # shellcheck disable=SC2086  # a command is split into its words
+  PYTHONUNBUFFERED=1 timeout "$seconds" ${command[$step]} >"$out/$step.log" 2>&1
+  code=$?
+  [ $code -eq 0 ] || status=1
+  echo "$step: exit $code after $((SECONDS - start)) s; $out/$step.log" | tee -a "$out/summary.txt"
+done
+exit $status

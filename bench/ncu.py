@@ -1,0 +1,89 @@
+"""What Nsight Compute says of the main kernels: python -m bench.ncu FOLDER.
+
+Runs one forward and backward of the first selected case of each family under ncu, and writes
+FOLDER/ncu-<family>.csv and the tables FOLDER/ncu.md. Clocks are left as they are.
+"""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.cases import CASES, SELECTION
+from bench.contest import Contest
+from bench.peers import CONTESTANTS
+from vlmfast.profile import NCU_METRICS, read_ncu
+
+RUN = "--run"
+
+
+def command(family: str, report: Path) -> list[str]:
+    """The command line that has ncu measure the kernels of a family."""
+    return [
+        *(
+            "ncu",
+            "--csv",
+            "--page",
+            "raw",
+            "--clock-control",
+            "none",
+            "--profile-from-start",
+            "off",
+        ),
+        *("--metrics", ",".join(NCU_METRICS), "--log-file", str(report)),
+        *(sys.executable, "-m", "bench.ncu", RUN, family),
+    ]
+
+
+def _run(family: str) -> None:
+    """One call, of which ncu sees the second time: by then everything is compiled."""
+    case = next(case for case in CASES[family] if case.name in SELECTION[family])
+    contest = Contest(family, case, "bfloat16", "fwd+bwd", "cuda")
+    inputs = contest.page.make_inputs(case, torch.bfloat16, contest.mode, device="cuda")
+    call = contest.page.make_call(CONTESTANTS[family][0].prepare(case), inputs, contest.mode)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def tables(reports: Sequence[Path]) -> str:
+    """A Markdown table of each report."""
+    lines = []
+    for report in reports:
+        header, body = read_ncu(report.read_text().splitlines())
+        lines += [f"## {report.stem.removeprefix('ncu-')}", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where ncu is missing or fails; what it measured before is kept."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[0] == RUN:
+        _run(arguments[1])
+        return 0
+    if shutil.which("ncu") is None:
+        print("ncu is not installed", file=sys.stderr)
+        return 1
+    folder = Path(arguments[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    reports, failures = [], 0
+    for family in CASES:
+        report = folder / f"ncu-{family}.csv"
+        failed = subprocess.run(command(family, report), check=False).returncode != 0
+        failures += failed
+        if not failed:
+            reports.append(report)
+            (folder / "ncu.md").write_text(tables(reports))
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Launch configurations searched on this GPU: VLMFAST_AUTOTUNE=1 python -m bench.search FILE.
+
+Runs the selected cases, forward and backward, with the search of `kernels/configs.py` switched on,
+and writes what it found, after every case, as rows in the form that the tables of that page have.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench.cases import CASES, SELECTION
+from bench.contest import Contest
+from bench.peers import CONTESTANTS
+
+
+def formatted(searched: Mapping[tuple[int, object], object]) -> str:
+    """Rows by kernel, architecture and precision, as `_rows(...)` of `kernels/configs.py`."""
+    tables: dict[str, list[tuple]] = {}
+    for (architecture, shape), row in searched.items():
+        title = f"{shape.kernel}, sm_{architecture}, {shape.precision}"
+        tables.setdefault(title, []).append((row.columns, row.rows, *row.launch, row.plain_only))
+    lines = []
+    for title, rows in sorted(tables.items()):
+        lines += [f"# {title}", "_rows("]
+        for *numbers, is_plain in sorted(rows):
+            mark = ", PLAIN" if is_plain else ""
+            lines.append(f"    ({', '.join(map(str, numbers))}{mark}),")
+        lines.append(")")
+    return "\n".join(lines) + "\n"
+
+
+def contests(device: str) -> list[Contest]:
+    """What is searched with: the selected cases of every family, as they train."""
+    return [
+        Contest(family, case, dtype, "fwd+bwd", device)
+        for family, cases in CASES.items()
+        for case in cases
+        if case.name in SELECTION[family]
+        for dtype in ("bfloat16", "float32")
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where there is nothing to search with."""
+    (target,) = sys.argv[1:] if arguments is None else arguments
+    if not torch.cuda.is_available() or os.environ.get("VLMFAST_AUTOTUNE") != "1":
+        print("the search wants a GPU and VLMFAST_AUTOTUNE=1", file=sys.stderr)
+        return 1
+    from vlmfast.kernels import configs
+
+    for contest in contests("cuda"):
+        print(contest, flush=True)
+        dtype = getattr(torch, contest.dtype)
+        inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device="cuda")
+        ours = CONTESTANTS[contest.family][0].prepare(contest.case)
+        contest.page.make_call(ours, inputs, contest.mode)()
+        Path(target).write_text(formatted(configs.searched))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""python -m vlmfast profile: tables that add up, traces, and what perf and ncu tell."""
+
+import json
+import re
+import sys
+
+import pytest
+
+import vlmfast.__main__ as command
+from vlmfast import profile
+
+NCU = """\
+==PROF== Connected to process 77
+"ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum",\
+"launch__registers_per_thread"
+"","","","usecond","Mbyte","register/thread"
+"0","77","flash_attention_fwd_kernel","41.2","38.6","168"
+"1","77","flash_attention_bwd_whole_kernel","97.5","80.1","255"
+==PROF== Disconnected
+"""
+
+
+def shares(text):
+    return [int(share) for share in re.findall(r"\| (\d+)% \| \d+ \|$", text, re.MULTILINE)]
+
+
+def test_a_case(tmp_path, capsys):
+    arguments = ["profile", "resampler", "--steps", "1", "--patched", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    text = capsys.readouterr().out
+    first, *rest = text.split("the costliest operators, ")
+    assert "| vlmfast |" in first and "| torch SDPA |" in first
+    ours, sdpa, _ = rest
+    assert ours.startswith("vlmfast ") and "vlmfast::flash_attention_cpu" in ours
+    assert sdpa.startswith("torch SDPA ") and "vlmfast::" not in sdpa
+    for part in rest:
+        assert 90 <= sum(shares(part)) <= 110
+    for name in ("resampler-vlmfast", "resampler-torch-SDPA"):
+        events = json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"]
+        names = {event.get("name") for event in events}
+        assert ("vlmfast::flash_attention_cpu" in names) == (name == "resampler-vlmfast")
+
+
+def test_a_model_before_and_after(tmp_path, capsys):
+    target = "vit_tiny_patch16_224"
+    arguments = ["profile", target, "--patched", "--steps", "1", "--batch", "1"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    before, after = text.split("the costliest operators, ")[1:]
+    assert "vlmfast::flash_attention_cpu" not in before
+    assert "vlmfast::flash_attention_cpu" in after
+    rows = re.findall(r"^\| (before|after) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    flops = {name: float(gflop) for name, _, gflop in rows}
+    assert flops["after"] >= flops["before"] > 1  # torch's formulas miss its own CPU attention
+
+
+def test_an_unknown_target(tmp_path):
+    with pytest.raises(SystemExit, match="expected a row of the demo, a model of timm, or one of"):
+        command.main(["profile", "no-such-thing", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        command.main(["profile"])
+    assert stop.value.code == 2
+
+
+def test_counters_or_why_there_are_none(monkeypatch):
+    ran = []
+    text = profile._counters(lambda: ran.append(1), 3)
+    assert text.startswith(("no counters: ", "| counter |"))
+    monkeypatch.setattr(profile.shutil, "which", lambda name: None)
+    assert profile._counters(lambda: None, 1) == "no counters: perf is not installed"
+
+
+def test_counters_are_those_of_a_step(monkeypatch, tmp_path):
+    fake = tmp_path / "perf"
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, sys\n"
+        "def report(*_):\n"
+        "    print('3000,,cycles,1,100.00,,', file=sys.stderr)\n"
+        "    print('<not counted>,,cache-misses,0,0,,', file=sys.stderr)\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGINT, report)\n"
+        "signal.pause()\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(profile.shutil, "which", lambda name: str(fake))
+    text = profile._counters(lambda: None, 3)
+    assert "| cycles | 1000 |" in text and "cache-misses" not in text
+
+
+def test_ncu_table(tmp_path, capsys):
+    report = tmp_path / "ncu.csv"
+    report.write_text(NCU)
+    assert command.main(["profile", "--ncu-report", str(report)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| kernel | time usecond | DRAM bytes Mbyte | registers register/thread |"
+    assert lines[2] == "| flash_attention_fwd_kernel | 41.2 | 38.6 | 168 |"
+    assert len(lines) == 4
+    with pytest.raises(ValueError, match="expected what ncu"):
+        profile.read_ncu(["nothing"])

@@ -1,0 +1,368 @@
+"""Where the time of a model or of one kernel goes, and how far it is from the machine's limits.
+
+A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224; or
+a case of the benchmarks, as clip-text. Cases, and the machine's limits, come from the folder bench/
+of a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import vlmfast
+from vlmfast.ops.common import EXTENSION_ERROR
+
+__all__ = ["main", "read_ncu"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COSTLIEST = 10
+COUNTERS = "cycles,instructions,cache-references,cache-misses,branch-misses"
+
+# What ncu measures of a kernel, and what the table calls it.
+NCU_METRICS = {
+    "gpu__time_duration.sum": "time",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
+    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
+    "dram__bytes.sum": "DRAM bytes",
+    "launch__registers_per_thread": "registers",
+    "launch__shared_mem_per_block": "shared memory",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is profiled; one step is one call of `run`.
+
+    flops: of a step; None to count them.
+    least_bytes: that a step must move; None where there is no formula for it.
+    """
+
+    name: str
+    run: Callable[[], object]
+    dtype: str
+    flops: int | None = None
+    least_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One profiled target: seconds a step, FLOPs a step, its costliest operators."""
+
+    target: Target
+    seconds: float
+    flops: int
+    operators: list[tuple[str, float, int]]  # name, seconds a step by itself, calls a step
+    trace: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Profiles, prints tables, writes traces; returns 0."""
+    options = _parser().parse_args(arguments)
+    if options.ncu_report:
+        print(_table(*read_ncu(options.ncu_report.read_text().splitlines())))
+        return 0
+    if options.target is None:
+        _parser().error("the following arguments are required: TARGET")
+    targets = list(_targets(options))
+    if options.no_trace:
+        for target in targets:
+            for _ in range(options.steps):
+                target.run()
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = [_measure(target, options) for target in targets]
+    print("\n".join(_report(found, options)))
+    if options.counters:
+        for target in targets:
+            print(f"\n{target.name}\n{_counters(target.run, options.steps)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vlmfast profile", description=__doc__)
+    parser.add_argument("target", nargs="?", metavar="TARGET")
+    parser.add_argument(
+        "--patched", action="store_true", help="also after vlmfast.patch, and both side by side"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument(
+        "--mode", choices=("fwd", "bwd", "fwd+bwd"), default="fwd", help="of a case"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="of a timm model (default: 8)")
+    parser.add_argument("--steps", type=int, default=5, help="profiled (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("out/profile"), help="for the traces")
+    parser.add_argument(
+        "--no-trace",
+        action="store_true",
+        help="run the steps alone, as ncu wants it",
+    )
+    parser.add_argument(
+        "--counters", action="store_true", help="also count cycles and cache misses by Linux's perf"
+    )
+    parser.add_argument(
+        "--ncu-report",
+        type=Path,
+        help="print the table of a CSV that the ncu command below a profile on CUDA has written",
+    )
+    return parser
+
+
+def _targets(options: argparse.Namespace) -> Iterator[Target]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, inputs, run, dtype = _find_model(options, device) or (None, None, None, None)
+    if model is None:
+        yield from _case_targets(options, device)
+        return
+    yield Target("before", lambda: run(model, inputs), dtype)
+    if options.patched:
+        patched = copy.deepcopy(model)
+        print(vlmfast.patch(patched))
+        yield Target("after", lambda: run(patched, inputs), dtype)
+
+
+def _find_model(
+    options: argparse.Namespace, device: str
+) -> tuple[nn.Module, Any, Callable[[Any, Any], object], str] | None:
+    """A row of the demo, or a model of timm; None if the name is neither."""
+    try:
+        from vlmfast import demo
+    except ModuleNotFoundError as error:
+        print(f"without {error.name} there are no models to profile, only cases", file=sys.stderr)
+        return None
+    for case in demo.CASES:
+        if options.target in case.name:
+            torch.manual_seed(0)
+            inputs = {
+                name: (x.to(case.dtype) if x.is_floating_point() else x).to(device)
+                for name, x in case.inputs(False).items()
+            }
+            model = case.model(patched=False, quick=False).to(device)
+            return model, inputs, case.run, str(case.dtype).removeprefix("torch.")
+    import timm
+
+    if not timm.is_model(options.target):
+        return None
+    torch.manual_seed(0)
+    model = timm.create_model(options.target, pretrained=False).eval()
+    shape = (options.batch, *model.default_cfg["input_size"])
+    dtype = DTYPES[options.dtype]
+
+    def run(model: nn.Module, x: torch.Tensor) -> object:
+        with torch.inference_mode():
+            return model(x)
+
+    return (
+        model.to(device, dtype),
+        torch.randn(shape, dtype=dtype, device=device),
+        run,
+        options.dtype,
+    )
+
+
+def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
+    """Our call of a benchmark's case; with --patched first that of the fastest library call."""
+    contest = _bench("contest")
+    if contest is None:
+        raise SystemExit(f"no model is called {options.target!r}, and cases need bench/")
+    for family, members in contest.CASES.items():
+        for case in members:
+            if case.name == options.target:
+                found = contest.Contest(family, case, options.dtype, options.mode, device)
+                row, calls = contest.checked_calls(found)
+                for name, call in calls.items():
+                    if name == contest.OURS or options.patched:
+                        yield Target(
+                            name, call, options.dtype, row.work.flops, row.work.least_bytes
+                        )
+                return
+    names = ", ".join(case.name for members in contest.CASES.values() for case in members)
+    raise SystemExit(f"TARGET: expected a row of the demo, a model of timm, or one of {names}")
+
+
+def _bench(module: str) -> Any:
+    """A module of the folder bench/ of the checkout; None where the package is installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "bench" / f"{module}.py").is_file():
+        return None
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(f"bench.{module}")
+
+
+def _measure(target: Target, options: argparse.Namespace) -> Findings:
+    on_gpu = torch.cuda.is_available()
+    for _ in range(2):
+        target.run()
+    times = []
+    for _ in range(options.steps):
+        start = time.perf_counter()
+        target.run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    flops = target.flops
+    if flops is None:
+        with FlopCounterMode(display=False) as counter:
+            target.run()
+        flops = counter.get_total_flops()
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for step in range(options.steps):
+            if on_gpu:
+                torch.cuda.nvtx.range_push(f"vlmfast {target.name} step {step}")
+            target.run()
+            if on_gpu:
+                torch.cuda.nvtx.range_pop()
+    trace = options.out / f"{_file_name(options.target)}-{_file_name(target.name)}.json"
+    profiler.export_chrome_trace(str(trace))
+    operators = [
+        (
+            event.key,
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+            / (1e6 * options.steps),
+            event.count // options.steps,
+        )
+        for event in profiler.key_averages()
+    ]
+    operators.sort(key=lambda operator: operator[1], reverse=True)
+    return Findings(target, statistics.median(times), flops, operators, trace)
+
+
+def _file_name(text: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in text).strip("-")
+
+
+def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[str]:
+    ceilings = None
+    measure = _bench("measure")
+    if measure is None:
+        yield "the machine's ceilings are measured by bench/, which is not here"
+    else:
+        dtypes = list(dict.fromkeys(f.target.dtype for f in found))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ceilings = measure.measure_ceilings(dtypes, seconds=1.0, device=device)
+    body = []
+    for f in found:
+        rate = f.flops / f.seconds
+        line = [
+            f.target.name,
+            f"{f.seconds * 1e3:.3g}",
+            f"{f.flops / 1e9:.3g}",
+            f"{rate / 1e9:.0f}",
+        ]
+        line.append(f"{rate / ceilings.flops[f.target.dtype]:.0%}" if ceilings else "")
+        moved = f.target.least_bytes and f.target.least_bytes / f.seconds
+        line.append(f"{moved / 1e9:.1f}" if moved else "")
+        line.append(f"{moved / ceilings.bandwidth:.0%}" if moved and ceilings else "")
+        body.append([*line, str(f.trace)])
+    header = ["", "ms a step", "GFLOP", "GFLOP/s", "of ceiling", "GB/s", "of ceiling", "trace"]
+    yield _table(header, body)
+    for f in found:
+        total = sum(seconds for _, seconds, _ in f.operators)
+        yield f"\nthe costliest operators, {f.target.name} (time by itself)"
+        yield _table(
+            ["operator", "ms a step", "share", "calls"],
+            [
+                [name, f"{seconds * 1e3:.3g}", f"{seconds / total:.0%}", str(calls)]
+                for name, seconds, calls in f.operators[:COSTLIEST]
+            ],
+        )
+    yield ""
+    yield from _resources()
+    if torch.cuda.is_available():
+        command = f"python -m vlmfast profile {options.target!r} --steps 1"
+        metrics = ",".join(NCU_METRICS)
+        yield f"ncu --csv --page raw --metrics {metrics} --log-file ncu.csv {command} --no-trace"
+        yield "then: python -m vlmfast profile --ncu-report ncu.csv"
+    yield "open a trace at https://ui.perfetto.dev"
+
+
+def _resources() -> Iterator[str]:
+    """What the kernels that ran take: the instruction set, or registers and shared memory."""
+    if EXTENSION_ERROR is None:
+        yield f"CPU kernels: {torch.ops.vlmfast.cpu_isa()}, {torch.get_num_threads()} threads"
+    body = list(_triton_resources())
+    if body:
+        yield _table(["Triton kernel", "registers", "spills", "shared bytes", "warps"], body)
+
+
+def _triton_resources() -> Iterator[list[str]]:
+    """A line for each Triton kernel of ours that this process has compiled for a GPU."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("vlmfast.kernels."):
+            continue
+        for kernel in vars(module).values():
+            for cache in getattr(kernel, "device_caches", {}).values():
+                for compiled in cache[0].values():
+                    yield [
+                        compiled.name,
+                        str(compiled.n_regs),
+                        str(compiled.n_spills),
+                        str(compiled.metadata.shared),
+                        str(compiled.metadata.num_warps),
+                    ]
+
+
+def _counters(run: Callable[[], object], steps: int) -> str:
+    """What Linux counts of this process during some steps, or why it does not."""
+    perf = shutil.which("perf")
+    if perf is None:
+        return "no counters: perf is not installed"
+    command = [perf, "stat", "-x", ",", "-e", COUNTERS, "-p", str(os.getpid())]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)  # until it has attached itself
+    for _ in range(steps):
+        run()
+    child.send_signal(signal.SIGINT)
+    _, output = child.communicate()
+    counts = {}
+    for fields in csv.reader(output.splitlines()):
+        if len(fields) > 2 and fields[0].isdigit():
+            counts[fields[2]] = int(fields[0])
+    if not counts:
+        if "<not supported>" in output:
+            return "no counters: this machine's processor lets perf count nothing"
+        return f"no counters: {output.strip() or 'perf counted nothing'}"
+    return _table(["counter", "a step"], [[k, f"{v / steps:.4g}"] for k, v in counts.items()])
+
+
+def read_ncu(lines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table from the CSV that `ncu --csv --page raw` writes.
+
+    The CSV has a line of names and a line of units above one line for each launch, and lines of
+    ncu's own, which begin with ==, anywhere.
+    """
+    rows = list(csv.reader(line for line in lines if line and not line.startswith("==")))
+    if len(rows) < 2 or "Kernel Name" not in rows[0]:
+        raise ValueError("lines: expected what ncu --csv --page raw writes")
+    names, units, *launches = rows
+    columns = [names.index("Kernel Name"), *(names.index(m) for m in NCU_METRICS if m in names)]
+    header = [
+        " ".join(filter(None, (NCU_METRICS.get(names[c], "kernel"), units[c]))) for c in columns
+    ]
+    return header, [[launch[c] for c in columns] for launch in launches]
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
