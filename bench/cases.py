@@ -1,7 +1,7 @@
 """What is measured: shapes of real models, as data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 INFERENCE_DTYPES = ("float32", "bfloat16")
@@ -59,6 +59,32 @@ class AttentionCase:
         return " ".join([*words, "causal"] if self.is_causal else words)
 
 
+@dataclass(frozen=True)
+class ImageAttentionCase:
+    """Text of a Flamingo-like model that attends to its images, which stand at equal distances.
+
+    Query is a (B, T, H, D) projection; key and value are slices of a packed (B, I, L, 2, H, D) one.
+    """
+
+    name: str
+    source: str
+    batch: int
+    heads: int
+    tokens: int
+    images: int
+    latents: int
+    head_dim: int
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "B4 H8 T512 I33 L64 d64"."""
+        return (
+            f"B{self.batch} H{self.heads} T{self.tokens} I{self.images} L{self.latents} "
+            f"d{self.head_dim}"
+        )
+
+
 FLASH_ATTENTION = (
     AttentionCase("vit-b16", "ViT-B/16, 224 px", 8, 12, 197, 197, 64),
     AttentionCase("vit-l14-336", "CLIP ViT-L/14, 336 px", 1, 16, 577, 577, 64),
@@ -69,6 +95,75 @@ FLASH_ATTENTION = (
     AttentionCase("clip-text", "CLIP ViT-B text tower", 32, 8, 77, 77, 64, is_causal=True),
     AttentionCase("long-4096", "a 1024 px image in 16 px patches", 1, 8, 4096, 4096, 64),
     AttentionCase("resampler", "Flamingo's Perceiver resampler", 1, 8, 64, 2112, 64),
+)
+
+CROSS_ATTENTION = tuple(
+    ImageAttentionCase(f"t{tokens}-i{images}", "Flamingo", 4, 8, tokens, images, 64, 64)
+    for tokens in (512, 2048)
+    for images in (1, 4, 8, 33)
+)
+
+
+@dataclass(frozen=True)
+class WindowCase:
+    """One shifted-window attention layer as a model runs it, on square maps and windows."""
+
+    name: str
+    source: str
+    batch: int
+    size: int
+    heads: int
+    head_dim: int
+    window: int
+    shift: int = 0
+    is_cosine: bool = False
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def channels(self) -> int:
+        """Of the map that the layer returns."""
+        return self.heads * self.head_dim
+
+    @property
+    def windows(self) -> int:
+        """How many cover the maps of a batch."""
+        return self.batch * (-(-self.size // self.window)) ** 2
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "B8 56x56 H3 d32 w7 shifted"."""
+        words = [
+            f"B{self.batch}",
+            f"{self.size}x{self.size}",
+            f"H{self.heads}",
+            f"d{self.head_dim}",
+            f"w{self.window}",
+            *(["shifted"] if self.shift else []),
+            *(["cosine"] if self.is_cosine else []),
+        ]
+        return " ".join(words)
+
+
+def _stage(
+    name: str, source: str, batch: int, size: int, heads: int, window: int, is_cosine: bool = False
+) -> tuple[WindowCase, ...]:
+    """The two layers of a pair of blocks; where one window covers the map, neither shifts."""
+    plain = WindowCase(name, source, batch, size, heads, 32, window, 0, is_cosine)
+    if size <= window:
+        return (plain,)
+    shifted = replace(plain, name=f"{name}-shifted", shift=window // 2)
+    return plain, shifted
+
+
+WINDOW_ATTENTION = (
+    *_stage("swin-t-s1", "Swin-T, 224 px, stage 1", 8, 56, 3, 7),
+    *_stage("swin-t-s2", "Swin-T, 224 px, stage 2", 8, 28, 6, 7),
+    *_stage("swin-t-s3", "Swin-T, 224 px, stage 3", 8, 14, 12, 7),
+    *_stage("swin-t-s4", "Swin-T, 224 px, stage 4", 8, 7, 24, 7),
+    *_stage("swin-b-384-s1", "Swin-B, 384 px, stage 1", 1, 96, 4, 12),
+    *_stage("swin-b-384-s3", "Swin-B, 384 px, stage 3", 1, 24, 16, 12),
+    *_stage("swinv2-t-w8-s1", "Swin V2-T, 256 px, stage 1", 8, 64, 3, 8, True),
+    *_stage("swinv2-b-w16-s1", "Swin V2-B, 256 px, stage 1", 1, 64, 4, 16, True),
 )
 
 
@@ -100,12 +195,16 @@ CONTRASTIVE_LOSS = (
 # Every family by name: its cases, ...
 CASES: dict[str, Sequence[Case]] = {
     "flash_attention": FLASH_ATTENTION,
+    "window_attention": WINDOW_ATTENTION,
+    "cross_attention": CROSS_ATTENTION,
     "contrastive_loss": CONTRASTIVE_LOSS,
 }
 
 # ... those that `make bench` has time for, ...
 SELECTION = {
     "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler"),
+    "window_attention": ("swin-t-s1-shifted", "swin-t-s4", "swin-b-384-s3", "swinv2-b-w16-s1"),
+    "cross_attention": ("t512-i4", "t2048-i1", "t2048-i8", "t2048-i33"),
     "contrastive_loss": ("clip-1024", "clip-4096"),
 }
 
@@ -116,6 +215,20 @@ SWEEPS = {
         tuple(
             (length, AttentionCase(f"tokens-{length}", "a sweep", 1, 2, length, length, 64))
             for length in (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        ),
+    ),
+    "window_attention": Sweep(
+        "tokens on a side",
+        tuple(
+            (size, WindowCase(f"map-{size}", "a sweep", 1, size, 3, 32, 7, 3))
+            for size in (14, 28, 56, 112, 224, 448)
+        ),
+    ),
+    "cross_attention": Sweep(
+        "images",
+        tuple(
+            (images, ImageAttentionCase(f"images-{images}", "a sweep", 1, 8, 1024, images, 64, 64))
+            for images in (1, 2, 4, 8, 16, 32, 64)
         ),
     ),
     "contrastive_loss": Sweep(

@@ -1,5 +1,6 @@
 """Who races, by family: our own call and what it replaces. Each says what it cannot run and why."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vlmfast.functional as VF
-from bench.cases import AttentionCase, LossCase
+from bench.cases import AttentionCase, ImageAttentionCase, LossCase, WindowCase
 
 OURS = "vlmfast"
 
@@ -61,15 +62,16 @@ def _sdpa(case: AttentionCase) -> Attention:
 def eager_attention(case: AttentionCase) -> Attention:
     """softmax(scale q k^T + mask) v with the scores in memory, each step torch's own."""
     scale = 1 / math.sqrt(case.head_dim)
-    hidden: dict[torch.device, Tensor] = {}
+
+    @functools.cache
+    def hidden(device: torch.device) -> Tensor:
+        sizes = (case.query_length, case.key_length)
+        return torch.ones(sizes, dtype=torch.bool, device=device).triu(1)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = (query * scale) @ key.transpose(-2, -1)
         if case.is_causal:
-            if query.device not in hidden:
-                ones = query.new_ones(case.query_length, case.key_length, dtype=torch.bool)
-                hidden[query.device] = ones.triu(1)
-            scores = scores.masked_fill(hidden[query.device], -math.inf)
+            scores = scores.masked_fill(hidden(query.device), -math.inf)
         return scores.softmax(dim=-1) @ value
 
     return attention
@@ -107,18 +109,19 @@ def _compiled(case: AttentionCase) -> Attention:
 
 def _flex(case: AttentionCase) -> Attention:
     compiled = torch.compile(flex_attention, fullgraph=True)
-    masks: dict[torch.device, BlockMask] = {}
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
+    @functools.cache
+    def mask(device: torch.device) -> BlockMask:
+        sizes = (None, None, case.query_length, case.key_length)
+        return create_block_mask(visible, *sizes, device=device)
+
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not case.is_causal:
             return compiled(query, key, value)
-        if query.device not in masks:
-            sizes = (None, None, case.query_length, case.key_length)
-            masks[query.device] = create_block_mask(visible, *sizes, device=query.device)
-        return compiled(query, key, value, block_mask=masks[query.device])
+        return compiled(query, key, value, block_mask=mask(query.device))
 
     return attention
 
@@ -144,6 +147,147 @@ def _xformers(case: AttentionCase) -> Attention:
 FLASH_ATTENTION = Contestant(OURS, _never, _ours)
 SDPA = Contestant("torch SDPA", _never, _sdpa)
 EAGER = Contestant("eager", _eager_refusal, eager_attention)
+
+
+def image_plan(
+    case: ImageAttentionCase, batch: int | None = None, device: torch.device | str = "cpu"
+) -> VF.CrossAttentionPlan:
+    """Of a text with its images at equal distances, the first at its start."""
+    media = torch.zeros(batch or case.batch, case.tokens, dtype=torch.bool, device=device)
+    media[:, [image * case.tokens // case.images for image in range(case.images)]] = True
+    return VF.cross_attention_plan(VF.image_index(media), case.images)
+
+
+def _image_mask(case: ImageAttentionCase, device: torch.device) -> Tensor:
+    """(1, 1, T, I * L) bool: which latents each token sees."""
+    phi = image_plan(case, 1, device).image_index
+    images = torch.arange(1, case.images + 1, device=device).repeat_interleave(case.latents)
+    return (phi[..., None] == images)[:, None]
+
+
+def _our_image_attention(case: ImageAttentionCase) -> Attention:
+    plan = functools.cache(lambda device: image_plan(case, device=device))
+    return lambda q, k, v: VF.image_cross_attention(q, k, v, plan(q.device))
+
+
+def _sdpa_image_attention(case: ImageAttentionCase) -> Attention:
+    mask = functools.cache(functools.partial(_image_mask, case))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = key.flatten(2, 3), value.flatten(2, 3)
+        return F.scaled_dot_product_attention(query, key, value, mask(query.device))
+
+    return attention
+
+
+def eager_image_attention(case: ImageAttentionCase) -> Attention:
+    """flamingo-pytorch's formula: every score, those of other images at the lowest float."""
+    scale = 1 / math.sqrt(case.head_dim)
+    hidden = functools.cache(lambda device: ~_image_mask(case, device))
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query * scale) @ key.flatten(2, 3).transpose(-2, -1)
+        scores = scores.masked_fill(hidden(query.device), -torch.finfo(scores.dtype).max)
+        scores = scores - scores.amax(dim=-1, keepdim=True).detach()
+        return scores.softmax(dim=-1) @ value.flatten(2, 3)
+
+    return attention
+
+
+CROSS_ATTENTION = Contestant(OURS, _never, _our_image_attention)
+IMAGE_SDPA = Contestant("torch SDPA, bool mask", _never, _sdpa_image_attention)
+IMAGE_EAGER = Contestant("flamingo-pytorch", _never, eager_image_attention)
+
+# qkv (B, H, W, 3C), bias (heads, M, M), logit_scale (heads,) or None
+WindowAttention = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _our_windows(case: WindowCase) -> WindowAttention:
+    window, shift = (case.window, case.window), (case.shift, case.shift)
+
+    def attention(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        return VF.shifted_window_attention(
+            qkv, case.heads, window, shift, bias, logit_scale=logit_scale
+        )
+
+    return attention
+
+
+def _region_mask(case: WindowCase, device: torch.device) -> Tensor | None:
+    """(windows of a map, M, M): what a shifted layer adds to its logits."""
+    if not case.shift:
+        return None
+    padded = -(-case.size // case.window) * case.window
+    regions = torch.zeros(1, padded, padded, 1, device=device)
+    regions[:, -case.shift :] += 2
+    regions[:, :, -case.shift :] += 1
+    regions = _cut(regions, case.window).squeeze(-1)
+    return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, -100.0)
+
+
+def _cut(tokens: Tensor, window: int) -> Tensor:
+    """(B, H, W, C) to (B * windows, M, C)."""
+    batch, height, width, channels = tokens.shape
+    grid = tokens.view(batch, height // window, window, width // window, window, channels)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, window * window, channels)
+
+
+def _join(windows: Tensor, batch: int, size: int, window: int) -> Tensor:
+    """(B * windows, M, C) to (B, size, size, C)."""
+    grid = windows.view(batch, size // window, size // window, window, window, -1)
+    return grid.permute(0, 1, 3, 2, 4, 5).reshape(batch, size, size, -1)
+
+
+def window_sequence(case: WindowCase, with_sdpa: bool = False) -> WindowAttention:
+    """torchvision's steps: pad, roll, cut, attend, join, roll back, crop.
+
+    They begin at the output of the projection, as ours does, and so roll and cut its 3C channels.
+    The libraries do that before they project, to C channels.
+    """
+    padding = -case.size % case.window
+    region_mask = functools.cache(functools.partial(_region_mask, case))
+
+    def attention(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
+        batch = qkv.shape[0]
+        mask = region_mask(qkv.device)
+        mask = None if mask is None else mask.to(qkv.dtype)
+        if padding:
+            qkv = F.pad(qkv, (0, 0, 0, padding, 0, padding))
+        if case.shift:
+            qkv = qkv.roll((-case.shift, -case.shift), (1, 2))
+        windows = _cut(qkv, case.window).unflatten(-1, (3, case.heads, case.head_dim))
+        query, key, value = windows.permute(2, 0, 3, 1, 4).unbind(0)
+        if logit_scale is None:
+            query = query * case.head_dim**-0.5
+        else:
+            query = F.normalize(query, dim=-1) * logit_scale[:, None, None]
+            key = F.normalize(key, dim=-1)
+        if with_sdpa:
+            added = bias[None]
+            if mask is not None:
+                added = (added + mask[:, None]).repeat(batch, 1, 1, 1)
+            out = F.scaled_dot_product_attention(query, key, value, added, scale=1.0)
+        else:
+            logits = query @ key.transpose(-2, -1) + bias
+            if mask is not None:
+                logits = logits.unflatten(0, (batch, -1)) + mask[:, None]
+                logits = logits.flatten(0, 1)
+            out = logits.softmax(-1) @ value
+        out = _join(out.transpose(1, 2).flatten(2), batch, case.size + padding, case.window)
+        if case.shift:
+            out = out.roll((case.shift, case.shift), (1, 2))
+        return out[:, : case.size, : case.size].contiguous() if padding else out
+
+    return attention
+
+
+def _window_sdpa(case: WindowCase) -> WindowAttention:
+    return window_sequence(case, with_sdpa=True)
+
+
+WINDOW_ATTENTION = Contestant(OURS, _never, _our_windows)
+WINDOW_SEQUENCE = Contestant("torchvision's steps", _never, window_sequence)
+WINDOW_SDPA = Contestant("steps with SDPA", _never, _window_sdpa)
 
 
 def _our_loss(case: LossCase) -> Loss:
@@ -209,6 +353,8 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
         Contestant("FlexAttention", _never, _flex, _GPU),
         Contestant("xformers", _xformers_refusal, _xformers, _GPU),
     ),
+    "window_attention": (WINDOW_ATTENTION, WINDOW_SEQUENCE, WINDOW_SDPA),
+    "cross_attention": (CROSS_ATTENTION, IMAGE_SDPA, IMAGE_EAGER),
     "contrastive_loss": (
         Contestant(OURS, _never, _our_loss),
         Contestant("dense", _logits_refusal, dense_loss),

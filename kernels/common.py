@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmfast.kernels import configs
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -29,8 +31,10 @@ SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
 MOST_PIECES = 4
 
 
-def split_into_pieces(size: int, largest: int = 256) -> tuple[tuple[int, int], ...]:
-    """Cover `size` columns by at most four power-of-two widths, wasting as little as possible.
+def split_into_pieces(
+    size: int, largest: int = 256, most: int = MOST_PIECES
+) -> tuple[tuple[int, int], ...]:
+    """Cover `size` columns by at most `most` power-of-two widths, wasting as little as possible.
 
     >>> split_into_pieces(88)
     ((0, 64), (64, 32))
@@ -38,13 +42,13 @@ def split_into_pieces(size: int, largest: int = 256) -> tuple[tuple[int, int], .
     widths = [SMALLEST_PIECE << i for i in range(8) if SMALLEST_PIECE << i <= largest]
     choices = (
         choice
-        for count in range(1, MOST_PIECES + 1)
+        for count in range(1, most + 1)
         for choice in itertools.combinations_with_replacement(reversed(widths), count)
         if sum(choice) >= size
     )
     best = min(choices, key=lambda choice: (sum(choice), len(choice)), default=None)
     if best is None:
-        raise ValueError(f"size: expected at most {MOST_PIECES * largest}, got {size}")
+        raise ValueError(f"size: expected at most {most * largest}, got {size}")
     starts = itertools.accumulate(best[:-1], initial=0)
     return tuple(zip(starts, best, strict=True))
 
@@ -100,6 +104,15 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def run_kernel(
+    kernel: triton.JITFunction, programs: int, *args, launch: configs.Launch, **constants
+) -> None:
+    if programs > 0:
+        kernel[(programs,)](
+            *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+        )
+
+
 @triton.jit
 def head_pointer(pointer, strides, batch, head, row, UNIT: tl.constexpr):
     """Address of element (batch, head, row, 0); in 64 bits, since a tensor may exceed 2**31."""
@@ -117,6 +130,45 @@ def segment_bounds(cu_seqlens, segment, total):
 
 
 @triton.jit
+def load_pieces(
+    pointers,
+    column_stride,
+    inside,
+    SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Split tile (M, SIZE) of rows beginning at `pointers` (M, 1); those not `inside` read as 0."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
+        piece_pointers = pointers + columns[None, :].to(tl.int64) * column_stride
+        if PIECES[i][0] + PIECES[i][1] > SIZE:
+            mask = (columns < SIZE)[None, :]
+            if CHECK_ROWS:
+                mask = mask & inside[:, None]
+            tile = tl.load(piece_pointers, mask=mask, other=0.0)
+        elif CHECK_ROWS:
+            tile = tl.load(piece_pointers, mask=inside[:, None], other=0.0)
+        else:
+            tile = tl.load(piece_pointers)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store_pieces(pointers, column_stride, inside, tiles, SIZE: tl.constexpr, PIECES: tl.constexpr):
+    """Write a split tile to the rows that begin at `pointers` (M, 1) and are `inside`."""
+    for i in tl.static_range(len(PIECES)):
+        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
+        mask = inside[:, None]
+        if PIECES[i][0] + PIECES[i][1] > SIZE:
+            mask = mask & (columns < SIZE)[None, :]
+        piece_pointers = pointers + columns[None, :].to(tl.int64) * column_stride
+        tl.store(piece_pointers, tiles[i].to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_rows(
     pointer,
     strides,
@@ -128,22 +180,8 @@ def load_rows(
     CHECK_ROWS: tl.constexpr,
 ):
     """Split tile of the given rows, (len(rows), SIZE); rows from num_rows on read as 0."""
-    row_pointer = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
-    tiles = ()
-    for i in tl.static_range(len(PIECES)):
-        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
-        pointers = row_pointer + columns[None, :].to(tl.int64) * strides[3]
-        if PIECES[i][0] + PIECES[i][1] > SIZE:
-            inside = (columns < SIZE)[None, :]
-            if CHECK_ROWS:
-                inside = inside & (rows < num_rows)[:, None]
-            tile = tl.load(pointers, mask=inside, other=0.0)
-        elif CHECK_ROWS:
-            tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers)
-        tiles = tiles + (tile,)
-    return tiles
+    pointers = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
+    return load_pieces(pointers, strides[3], rows < num_rows, SIZE, PIECES, CHECK_ROWS)
 
 
 @triton.jit
@@ -158,14 +196,8 @@ def store_rows(
     UNIT: tl.constexpr,
 ):
     """Write a split tile to the given rows, but those from num_rows on."""
-    row_pointer = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
-    for i in tl.static_range(len(PIECES)):
-        columns = PIECES[i][0] + tl.arange(0, tl.constexpr(PIECES[i][1]))
-        inside = (rows < num_rows)[:, None]
-        if PIECES[i][0] + PIECES[i][1] > SIZE:
-            inside = inside & (columns < SIZE)[None, :]
-        pointers = row_pointer + columns[None, :].to(tl.int64) * strides[3]
-        tl.store(pointers, tiles[i].to(pointer.dtype.element_ty), mask=inside)
+    pointers = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
+    store_pieces(pointers, strides[3], rows < num_rows, tiles, SIZE, PIECES)
 
 
 @triton.jit

@@ -225,8 +225,138 @@ _BACKWARD_MASK = _table(
     ieee=_BACKWARD_MASK_FLOAT,
 )
 
+_WINDOW_FORWARD_90 = _rows(
+    (64, 64, 64, 64, 4, 2),
+    (32, 144, 64, 64, 4, 2),
+    (32, 256, 128, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
+)
+_WINDOW_FORWARD_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1))
+_WINDOW_FORWARD = _table(
+    sm_90=_WINDOW_FORWARD_90,
+    sm_100=_WINDOW_FORWARD_90,
+    mma_sync=_rows(
+        (64, 64, 64, 64, 4, 2),
+        (32, 256, 64, 64, 4, 2),
+        (128, UNLIMITED, 64, 32, 8, 1),
+    ),
+    tf32=_WINDOW_FORWARD_FLOAT,
+    ieee=_WINDOW_FORWARD_FLOAT,
+)
+
+_WINDOW_BACKWARD_WHOLE_HALF = _rows((32, 64, 64, 64, 8, 2, PLAIN))
+_WINDOW_BACKWARD_WHOLE = _table(
+    sm_90=_WINDOW_BACKWARD_WHOLE_HALF,
+    sm_100=_WINDOW_BACKWARD_WHOLE_HALF,
+    mma_sync=_WINDOW_BACKWARD_WHOLE_HALF,
+    tf32=(),
+    ieee=(),
+)
+
+_WINDOW_BACKWARD_QUERY_90 = _rows(
+    (32, 144, 64, 32, 4, 2),
+    (32, 256, 64, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
+)
+_WINDOW_BACKWARD_QUERY_FLOAT = _rows((128, UNLIMITED, 32, 16, 8, 1))
+_WINDOW_BACKWARD_KEY_VALUE_FLOAT = _rows((128, UNLIMITED, 16, 32, 8, 1))
+_WINDOW_BACKWARD_BIAS_FLOAT = _rows((128, UNLIMITED, 32, 32, 8, 1))
+_WINDOW_BACKWARD_QUERY = _table(
+    sm_90=_WINDOW_BACKWARD_QUERY_90,
+    sm_100=_WINDOW_BACKWARD_QUERY_90,
+    mma_sync=_rows((32, 144, 64, 32, 4, 2), (128, UNLIMITED, 64, 32, 8, 1)),
+    tf32=_WINDOW_BACKWARD_QUERY_FLOAT,
+    ieee=_WINDOW_BACKWARD_QUERY_FLOAT,
+)
+
+_WINDOW_BACKWARD_KEY_VALUE_90 = _rows(
+    (32, 256, 64, 64, 8, 2),
+    (128, UNLIMITED, 64, 32, 8, 1),
+)
+_WINDOW_BACKWARD_KEY_VALUE = _table(
+    sm_90=_WINDOW_BACKWARD_KEY_VALUE_90,
+    sm_100=_WINDOW_BACKWARD_KEY_VALUE_90,
+    mma_sync=_rows((32, 144, 64, 64, 8, 2), (128, UNLIMITED, 64, 32, 8, 1)),
+    tf32=_WINDOW_BACKWARD_KEY_VALUE_FLOAT,
+    ieee=_WINDOW_BACKWARD_KEY_VALUE_FLOAT,
+)
+
+_WINDOW_BACKWARD_BIAS_HALF = _rows((32, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 32, 8, 1))
+_WINDOW_BACKWARD_BIAS = _table(
+    sm_90=_WINDOW_BACKWARD_BIAS_HALF,
+    sm_100=_WINDOW_BACKWARD_BIAS_HALF,
+    mma_sync=_WINDOW_BACKWARD_BIAS_HALF,
+    tf32=_WINDOW_BACKWARD_BIAS_FLOAT,
+    ieee=_WINDOW_BACKWARD_BIAS_FLOAT,
+)
+
 _BACKWARD_DELTA_ROWS = _rows((256, UNLIMITED, 64, 0, 4, 1))
 _BACKWARD_DELTA = _table(*(_BACKWARD_DELTA_ROWS for _ in range(5)))
+
+_CROSS_FORWARD_90 = _rows(
+    (64, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 64, 8, 2), (256, UNLIMITED, 64, 32, 8, 1)
+)
+_CROSS_FORWARD = _table(
+    sm_90=_CROSS_FORWARD_90,
+    sm_100=_CROSS_FORWARD_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 64, 64, 4, 2),
+        (128, UNLIMITED, 64, 32, 4, 2),
+        (256, UNLIMITED, 32, 32, 8, 1),
+    ),
+    tf32=_rows(
+        (64, UNLIMITED, 64, 32, 8, 1),
+        (128, UNLIMITED, 32, 32, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    ieee=_rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+)
+
+_CROSS_KEY_VALUE_90 = _rows(
+    (80, UNLIMITED, 64, 64, 8, 1),
+    (128, UNLIMITED, 32, 64, 8, 1),
+    (256, UNLIMITED, 32, 32, 8, 1),
+)
+_CROSS_KEY_VALUE = _table(
+    sm_90=_CROSS_KEY_VALUE_90,
+    sm_100=_CROSS_KEY_VALUE_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 32, 64, 4, 1),
+        (128, UNLIMITED, 32, 64, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    tf32=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 16, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+)
+
+# The whole image is one block of latents.
+_CROSS_WHOLE = _table(
+    sm_90=_rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    sm_100=_rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    mma_sync=_rows((64, 64, 32, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    tf32=(),
+    ieee=(),
+)
+
+_CROSS_QUERY_90 = _rows(
+    (64, UNLIMITED, 64, 64, 4, 1),
+    (128, UNLIMITED, 64, 32, 8, 1),
+    (256, UNLIMITED, 32, 32, 8, 1),
+)
+_CROSS_QUERY = _table(
+    sm_90=_CROSS_QUERY_90,
+    sm_100=_CROSS_QUERY_90,
+    mma_sync=_rows(
+        (64, UNLIMITED, 64, 32, 4, 1),
+        (128, UNLIMITED, 64, 32, 8, 1),
+        (256, UNLIMITED, 16, 32, 8, 1),
+    ),
+    tf32=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=_rows((128, UNLIMITED, 32, 16, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+)
+
+_CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))
+_CROSS_EVERY_ROW = _table(*(_CROSS_ROWS for _ in range(5)))
 
 # The feature dimension is walked, so that any fits. PLAIN: one query a row; several keep the
 # largest product and its query beside the running one.
@@ -257,6 +387,17 @@ TABLE: dict[str, Table] = {
     "flash_attention_bwd_whole": _BACKWARD_WHOLE,
     "flash_attention_bwd_mask": _BACKWARD_MASK,
     "flash_attention_bwd_delta": _BACKWARD_DELTA,
+    "window_attention_fwd": _WINDOW_FORWARD,
+    "window_attention_bwd_whole": _WINDOW_BACKWARD_WHOLE,
+    "window_attention_bwd_query": _WINDOW_BACKWARD_QUERY,
+    "window_attention_bwd_bias": _WINDOW_BACKWARD_BIAS,
+    "window_attention_bwd_key_value": _WINDOW_BACKWARD_KEY_VALUE,
+    "cross_attention_fwd": _CROSS_FORWARD,
+    "cross_attention_fill": _CROSS_EVERY_ROW,
+    "cross_attention_bwd_key_value": _CROSS_KEY_VALUE,
+    "cross_attention_bwd_whole": _CROSS_WHOLE,
+    "cross_attention_bwd_query": _CROSS_QUERY,
+    "cross_attention_bwd_uniform": _CROSS_EVERY_ROW,
     "contrastive_loss_fwd": _CONTRASTIVE,
     "contrastive_loss_bwd": _CONTRASTIVE,
 }
@@ -307,11 +448,18 @@ def lookup(shape: ShapeClass, device: torch.device) -> Launch | None:
     return row.launch if row is not None else None
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; one for what only interprets or compiles."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def fills_device(device: torch.device, programs: int) -> bool:
     """Whether so many programs occupy at least half of the device's multiprocessors."""
     if device.type != "cuda":
         return True
-    return 2 * programs >= torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * programs >= multiprocessors(device)
 
 
 def launch(shape: ShapeClass, device: torch.device, run: Callable[[Launch], None]) -> None:

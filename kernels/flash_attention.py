@@ -40,6 +40,7 @@ from vlmfast.kernels.common import (
     mask_scores,
     online_softmax_step,
     row_inner_products,
+    run_kernel,
     scale_tiles,
     segment_bounds,
     shifted_exp2,
@@ -1293,15 +1294,6 @@ class Saved(NamedTuple):
     logsumexp: torch.Tensor
     grad_out: torch.Tensor
     grad_logsumexp: torch.Tensor | None
-
-
-def run_kernel(
-    kernel: triton.JITFunction, programs: int, *args, launch: Launch, **constants
-) -> None:
-    if programs > 0:
-        kernel[(programs,)](
-            *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
 
 
 def with_positive_scale(problem: Problem) -> tuple[Problem, float]:

@@ -10,7 +10,7 @@ from PIL import Image
 from vlmfast import demo
 
 
-def test_two_rows(tmp_path, capsys):
+def test_rows_in_bf16(tmp_path, capsys):
     assert demo.main(["--quick", "--only", "bf16", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     table = (tmp_path / "demo.md").read_text()
@@ -41,7 +41,7 @@ def test_a_wrong_number_fails(tmp_path, capsys, monkeypatch):
         return report
 
     monkeypatch.setattr(demo.vlmfast, "patch", wrong_patch)
-    assert demo.main(["--quick", "--only", "(timm), fp32", "--out", str(tmp_path)]) == 1
+    assert demo.main(["--quick", "--only", "16 (timm), fp32", "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert re.search(r"WRONG: ViT-B/16 \(timm\), fp32", captured.err)
     assert "WRONG" in (tmp_path / "demo.md").read_text()

@@ -43,34 +43,6 @@ def test_every_case_keeps_its_budget(case, dtype):
     assert_keeps_budget(case, dtype, backend="triton", device="cuda")
 
 
-# As many heads as fill a GPU, for the kernel that takes a head as a whole.
-BATCH, HEADS = 24, 4
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [8, 64, 72, 80, 88, 104, 128, 256])
-@pytest.mark.parametrize("length", [50, 77, 197, 257, 577])
-def test_shapes_of_vision_transformers(length, dim, dtype):
-    case = dense_case(f"{length} x {dim}", (BATCH, HEADS, length, dim))
-    assert_keeps_budget(case, dtype, backend="triton", device="cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("feature", ["causal", "dropout", "bool mask", "bias", "all"])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("length", [77, 257])
-def test_features(length, dim, feature, dtype):
-    options = {
-        "causal": {"is_causal": True},
-        "dropout": {"dropout_p": 0.2},
-        "bool mask": {"mask": random_mask(BATCH, 1, length, length)},
-        "bias": {"mask": normal_bias(1, HEADS, length, length)},
-        "all": {"mask": normal_bias(BATCH, 1, 1, length), "is_causal": True, "dropout_p": 0.2},
-    }
-    case = dense_case(feature, (BATCH, HEADS, length, dim), **options[feature])
-    assert_keeps_budget(case, dtype, backend="triton", device="cuda")
-
-
 def test_tf32_keeps_the_budget_of_torch_s_tf32(monkeypatch):
     def written_out(inputs):
         weights = inputs["query"] @ inputs["key"].mT * inputs["query"].shape[-1] ** -0.5
@@ -252,3 +224,33 @@ def test_autotune_gives_the_same_numbers(monkeypatch):
     case = dense_case("197 x 64", (2, 4, 197, 64))
     assert_keeps_budget(case, torch.bfloat16, backend="triton", device="cuda")
     assert {shape.kernel for _, shape in configs.searched} >= {"flash_attention_fwd"}
+
+
+# As many heads as fill a GPU, for the kernel that takes a head as a whole.
+BATCH, HEADS = 24, 4
+SHAPES = [
+    *itertools.product((50, 77, 197, 257, 577), (64, 72, 80, 88, 104, 128, 256), (torch.bfloat16,)),
+    *itertools.product((577,), (64, 128, 256), (torch.float16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("length", "dim", "dtype"), SHAPES, ids=str)
+def test_shapes_of_vision_transformers(length, dim, dtype):
+    case = dense_case(f"{length} x {dim}", (BATCH, HEADS, length, dim))
+    assert_keeps_budget(case, dtype, backend="triton", device="cuda")
+
+
+@pytest.mark.parametrize("feature", ["causal", "dropout", "bool mask", "bias", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("length", [77, 257])
+def test_features(length, dim, dtype, feature):
+    options = {
+        "causal": {"is_causal": True},
+        "dropout": {"dropout_p": 0.2},
+        "bool mask": {"mask": random_mask(BATCH, 1, length, length)},
+        "bias": {"mask": normal_bias(1, HEADS, length, length)},
+        "all": {"mask": normal_bias(BATCH, 1, 1, length), "is_causal": True, "dropout_p": 0.2},
+    }
+    case = dense_case(feature, (BATCH, HEADS, length, dim), **options[feature])
+    assert_keeps_budget(case, dtype, backend="triton", device="cuda")

@@ -13,17 +13,23 @@ from torch import nn
 
 import vlmfast
 import vlmfast.nn as vnn
-from tools.models import measure, spy_on_attention
+from tools.models import measure, spy_on_attention, spy_on_windows
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
+from timm.models.swin_transformer import SwinTransformer as TimmSwin  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor  # noqa: E402
+from torchvision.models.swin_transformer import (  # noqa: E402
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
 from torchvision.models.vision_transformer import (  # noqa: E402
     VisionTransformer as TorchvisionTransformer,
 )
-from transformers import ViTConfig, ViTModel  # noqa: E402
+from transformers import Swinv2Config, Swinv2Model, ViTConfig, ViTModel  # noqa: E402
 
 
 def timm_vit():
@@ -32,6 +38,37 @@ def timm_vit():
 
 def torchvision_vit():
     return TorchvisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5)
+
+
+def timm_swin():
+    sizes = {"embed_dim": 16, "depths": (2,), "num_heads": (2,), "window_size": 4}
+    return TimmSwin(32, 4, num_classes=5, drop_path_rate=0.0, **sizes)
+
+
+def torchvision_swin():
+    return SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[2],
+        num_heads=[2],
+        window_size=[4, 4],
+        stochastic_depth_prob=0.0,
+        num_classes=5,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+    )
+
+
+class HuggingFaceSwin(nn.Module):
+    """Its images in, one tensor out, as the others."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2]}
+        self.model = Swinv2Model(Swinv2Config(**sizes, window_size=4, drop_path_rate=0.0))
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state
 
 
 class HuggingFaceVit(nn.Module):
@@ -58,9 +95,12 @@ MODELS = {
     "timm": timm_vit,
     "torchvision": torchvision_vit,
     "transformers": HuggingFaceVit,
+    "timm swin": timm_swin,
+    "torchvision swin": torchvision_swin,
+    "transformers swin": HuggingFaceSwin,
     "torch": lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True),
 }
-LAYERS = {"timm": 2, "torchvision": 2, "transformers": 2, "torch": 2}
+LAYERS = dict.fromkeys(MODELS, 2)
 
 
 @pytest.fixture(params=MODELS)
@@ -172,7 +212,7 @@ def test_copies(model, name, x, copied, monkeypatch):
     vlmfast.patch(model, backend="reference")
     model.eval()
     again = copied(model)
-    calls = spy_on_attention(monkeypatch)
+    calls = spy_on_windows(monkeypatch) if "swin" in name else spy_on_attention(monkeypatch)
     with torch.inference_mode():
         assert torch.equal(again(x), model(x))
     assert {c.backend for c in calls} == {"reference"}
@@ -299,6 +339,12 @@ def test_families():
         "flash_attention is not asked for"
     }
     assert len(vlmfast.patch(model, families=("flash_attention",)).replaced) == 2
+    swin = timm_swin()
+    report = vlmfast.patch(swin, families=["flash_attention"], strict=True)
+    assert not report.replaced and {entry.why for entry in report.skipped} == {
+        "window_attention is not asked for"
+    }
+    assert len(vlmfast.patch(swin, families=["window_attention"], strict=True).replaced) == 2
 
 
 class Scaled(nn.MultiheadAttention):
@@ -311,6 +357,17 @@ def test_strict_raises_before_anything_changes():
         vlmfast.patch(model, strict=True)
     assert type(model[0]) is nn.MultiheadAttention
     assert len(vlmfast.patch(model).replaced) == 1
+
+
+def test_layers_with_a_forward_of_their_own_are_left():
+    # As accelerate makes them. They would not run what their class says.
+    model = nn.Sequential(nn.MultiheadAttention(32, 4), timm_swin())
+    for layer in (model[0], model[1].layers[0].blocks[0]):
+        layer.forward = layer.forward
+    report = vlmfast.patch(model)
+    assert [entry.path for entry in report.replaced] == ["1.layers.0.blocks.1"]
+    left = [entry.path for entry in report.skipped if "a forward of its own" in entry.why]
+    assert left == ["0", "1.layers.0.blocks.0"]
 
 
 def test_strict_does_not_mind_what_was_left_out_on_purpose():

@@ -70,6 +70,13 @@ def test_access_beyond_a_view_is_caught_even_inside_its_storage():
         scale(37, slack=1, capacity=64)
 
 
+def test_access_without_a_mask_is_watched_too():
+    with guard.guarded(), pytest.raises(InterpreterError, match=r"OutOfBounds.*load.*of x"):
+        running_total_kernel[(8,)](torch.ones(7), torch.zeros(8))
+    with guard.guarded(), pytest.raises(InterpreterError, match=r"OutOfBounds.*store.*of out"):
+        last_program_kernel[(4,)](torch.zeros(3), SHARED=False)
+
+
 def test_missing_other_shows_as_nan():
     x, out = torch.ones(32)[:20], torch.zeros(1)
     with guard.guarded():

@@ -214,7 +214,7 @@ def _installed(module: str) -> bool:
 _TRITON_INSTALLED = _installed("triton")
 _TRITON_FAMILIES = frozenset(
     family
-    for family in ("flash_attention", "contrastive_loss")
+    for family in ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
     if _installed(f"vlmfast.kernels.{family}")
 )
 
@@ -268,9 +268,58 @@ def _flash_attention_triton(
     return reasons
 
 
-def _flash_attention_cuda(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
+    reasons = _kernel_dtype(query.dtype, None)
+    names = ("relative_position_bias", "logit_scale", "pad_value")
+    for name, tensor in zip(names, others, strict=True):
+        if tensor is not None and tensor.dtype not in _HALF_OR_FLOAT:
+            reasons.append(f"takes {name} in float32, bfloat16 or float16, got {tensor.dtype}")
+    return reasons
+
+
+def _window_attention_cpu(
+    query: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    head_dim: int,
+    window_size: tuple[int, int],
 ) -> list[str]:
+    reasons = _window_attention_dtypes(query, bias, logit_scale, pad_value)
+    if query.device.type not in ("cpu", "meta"):
+        reasons.append(f"takes CPU tensors, got {query.device.type}")
+    if EXTENSION_ERROR is not None:
+        reasons.append(EXTENSION_ERROR)
+    return reasons
+
+
+def _window_attention_triton(
+    query: Tensor,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    head_dim: int,
+    window_size: tuple[int, int],
+) -> list[str]:
+    reasons = _triton("window_attention", query.device)
+    return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
+
+
+def _cross_attention_cpu(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    return _flash_attention_cpu(query, key, value, None)
+
+
+def _cross_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    reasons = _triton("cross_attention", query.device)
+    reasons += _kernel_dtype(query.dtype, None)
+    if query.shape[3] > 256 or value.shape[4] > 256:
+        reasons.append(
+            f"takes head dims up to 256, got {query.shape[3]} (query) and {value.shape[4]} (value)"
+        )
+    return reasons
+
+
+def _no_cuda_kernel(*inputs: Any) -> list[str]:
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
@@ -293,10 +342,6 @@ def _contrastive_loss_triton(rows: Tensor, columns: Tensor) -> list[str]:
     return _triton("contrastive_loss", rows.device) + _contrastive_loss_dtype(rows)
 
 
-def _contrastive_loss_cuda(rows: Tensor, columns: Tensor) -> list[str]:
-    return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
-
-
 def _always(*inputs: Any) -> list[str]:
     return []
 
@@ -305,13 +350,25 @@ _PREDICATES: dict[str, dict[str, Callable[..., list[str]]]] = {
     "flash_attention": {
         "cpu": _flash_attention_cpu,
         "triton": _flash_attention_triton,
-        "cuda": _flash_attention_cuda,
+        "cuda": _no_cuda_kernel,
+        "reference": _always,
+    },
+    "window_attention": {
+        "cpu": _window_attention_cpu,
+        "triton": _window_attention_triton,
+        "cuda": _no_cuda_kernel,
+        "reference": _always,
+    },
+    "cross_attention": {
+        "cpu": _cross_attention_cpu,
+        "triton": _cross_attention_triton,
+        "cuda": _no_cuda_kernel,
         "reference": _always,
     },
     "contrastive_loss": {
         "cpu": _contrastive_loss_cpu,
         "triton": _contrastive_loss_triton,
-        "cuda": _contrastive_loss_cuda,
+        "cuda": _no_cuda_kernel,
         "reference": _always,
     },
 }
@@ -333,6 +390,11 @@ def _sample_inputs(family: str, device: str) -> tuple[Any, ...]:
     if family == "flash_attention":
         tensor = torch.empty(1, 1, 1, 64, device=device)
         return tensor, tensor, tensor, None
+    if family == "window_attention":
+        return torch.empty(1, 7, 7, 96, device=device), None, None, None, 32, (7, 7)
+    if family == "cross_attention":
+        images = torch.empty(1, 1, 1, 1, 64, device=device)
+        return torch.empty(1, 1, 1, 64, device=device), images, images
     if family == "contrastive_loss":
         tensor = torch.empty(1, 1, 64, device=device)
         return tensor, tensor[0]

@@ -474,7 +474,7 @@ struct Backward : Tiles<Words, T> {
     Prefetcher result;
     if (!wants_columns()) return result;
     const int64_t stride = (int64_t)vectors * kLanes;
-    const float* first = problem.column_sums + (int64_t)panel * kPanel * stride;
+    float* first = problem.column_sums + (int64_t)panel * kPanel * stride;
     result.add(Rows<float>{first, stride, 1}, Base::column_count(panel), vectors * kLanes);
     result.spread_over(Base::steps(Base::column_count(panel)));
     return result;
@@ -593,7 +593,8 @@ struct Backward : Tiles<Words, T> {
       for (int q = 0; q < problem.queries; q++)
         store_transposed<kGroups>(
             row_sums + (t * problem.queries + q) * row_sums_tile, scale,
-            (Out*)problem.grad_rows + first * row_stride + (int64_t)q * problem.dim, row_stride,
+            Rows<Out>{(Out*)problem.grad_rows + first * row_stride + (int64_t)q * problem.dim,
+                      row_stride, 1},
             count, problem.dim);
     }
   }

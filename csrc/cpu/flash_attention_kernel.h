@@ -59,14 +59,7 @@ VLMFAST_INLINE Vec load_mask_row(const bool* row, int64_t stride, int n) {
 }
 
 Philox dropout(const FlashAttentionProblem& problem) {
-  const double threshold = problem.dropout_p * 4294967296.0;
-  return Philox{(uint32_t)problem.dropout_seed, (uint32_t)(problem.dropout_seed >> 32),
-                threshold >= 4294967295.0 ? 4294967295u : (uint32_t)threshold};
-}
-
-// What the weights that dropout keeps are multiplied by.
-float kept_scale(const FlashAttentionProblem& problem) {
-  return problem.dropout_p >= 1 ? 0.f : (float)(1 / (1 - problem.dropout_p));
+  return philox(problem.dropout_p, problem.dropout_seed);
 }
 
 template <class T>
@@ -206,18 +199,6 @@ struct Scores {
   }
 };
 
-// Joins rows 2r and 2r + 1 of the scores into words of bf16 pairs, in place.
-template <class Words, int kGroups>
-VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
-#if VLMFAST_LEVEL >= 3
-  if constexpr (Words::kElements == 2) {
-    store(rows + (j / 2 * kGroups + g) * kLanes, interleave(first, second));
-    return;
-  }
-#endif
-  store(rows + (j * kGroups + g) * kLanes, first);
-}
-
 template <class Words, class T>
 struct Forward {
   const FlashAttentionForward& problem;
@@ -250,25 +231,9 @@ struct Forward {
   }
 
   template <int kGroups>
-  void weights(int n, float factor, const Vec* most, Vec* sum, const float* kept) const {
-    const Vec f = broadcast(factor);
-    constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
-    Vec total[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = zero();
-    for (int j = 0; j < n; j += kStep) {
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        Vec p[2] = {zero(), zero()};
-        VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
-          if (kStep == 2 && j + i >= n) break;
-          const int at = (j + i) * kWidth + g * kLanes;
-          p[i] = exp2<Words::kExpDegree>(fms(f, load(scores + at), most[g]));
-          total[g] = total[g] + p[i];
-          if (kept != nullptr) p[i] = p[i] * load(kept + at);
-        }
-        store_weight<Words, kGroups>(scores, j, g, p[0], p[1]);
-      }
-    }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = sum[g] + total[g];
+  VLMFAST_NOINLINE void weights(int n, float factor, const Vec* most, Vec* sum,
+                                const float* kept) const {
+    exponentiate<Words, kGroups>(scores, n, factor, most, sum, kept);
   }
 
   template <int kGroups>
@@ -334,7 +299,7 @@ struct Forward {
   VLMFAST_INLINE void finish(const FlashAttentionTask& task, int first_query, int count,
                              const Vec* most, const Vec* sum, const float* out) const {
     constexpr int kWidth = kGroups * kLanes;
-    const Vec kept = broadcast(kept_scale(problem));
+    const Vec kept = broadcast(kept_scale(problem.dropout_p));
     float logs[kWidth], tops[kWidth];
     Vec factor[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -350,8 +315,8 @@ struct Forward {
     // A row of nothing but the lowest mask was clamped there in log2 units.
     for (int i = 0; i < count; i++)
       logsumexp[i] = tops[i] == kLowest ? kLowest : (float)(((double)tops[i] + logs[i]) * kLn2);
-    store_transposed<kGroups>(out, factor, problem.out.at<T>(task.batch, task.head, first_query),
-                              problem.out.stride[2], count, problem.value_dim);
+    const auto target = rows_of<T>(problem.out, task.batch, task.head, first_query);
+    store_transposed<kGroups>(out, factor, target, count, problem.value_dim);
   }
 
   // Requests what `next` reads and writes, spread over the last panel of this task.
@@ -578,7 +543,7 @@ struct Backward {
   void whole_rows(const Scores<Words, T>& tile, int n, float factor, const Vec* most, float* delta,
                   float* inverse) const {
     constexpr int kWidth = kGroups * kLanes;
-    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem));
+    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem.dropout_p));
     Vec shift[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       shift[g] = select_eq(most[g], broadcast(-kInfinity), zero(), most[g]);
@@ -612,7 +577,7 @@ struct Backward {
   template <int kGroups, class Weight>
   VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
-    const Vec scale = broadcast(kept_scale(problem));
+    const Vec scale = broadcast(kept_scale(problem.dropout_p));
     for (int j = 0; j < padded; j += kRows) {
       Vec weight[kRows][kGroups], grad[kRows][kGroups];
       VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
@@ -627,7 +592,7 @@ struct Backward {
         }
         if (exact_grad_scores != nullptr) store(exact_grad_scores + at, grad[i][g]);
       }
-      store_rows<kGroups>(j, weight, grad);
+      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
     }
   }
 
@@ -647,35 +612,6 @@ struct Backward {
     gradients<kGroups>(n, padded, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
       return load(scores + at) * load(inverse + g * kLanes);
     });
-  }
-
-  template <int kGroups>
-  VLMFAST_INLINE void store_rows(int j, const Vec (&weight)[Words::kElements][kGroups],
-                                 const Vec (&grad)[Words::kElements][kGroups]) const {
-    constexpr int kWidth = kGroups * kLanes;
-#if VLMFAST_LEVEL >= 3
-    if constexpr (Words::kElements == 2) {
-      VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
-        float *l = left + (j + i) * kWidth / 2, *gl = grad_left + (j + i) * kWidth / 2;
-        VLMFAST_UNROLL for (int g = 0; g + 1 < kGroups; g += 2) {
-          store(l + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(weight[i][g + 1], weight[i][g]));
-          store(gl + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
-        }
-        if constexpr (kGroups % 2 == 1) {
-          constexpr int g = kGroups - 1;
-          _mm256_storeu_si256((__m256i*)(l + g * kLanes / 2), narrow_bf16(weight[i][g]));
-          _mm256_storeu_si256((__m256i*)(gl + g * kLanes / 2), narrow_bf16(grad[i][g]));
-        }
-      }
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-          store(grad_scores + (j / 2 * kGroups + g) * kLanes, interleave(grad[0][g], grad[1][g]));
-      return;
-    }
-#endif
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      store(scores + j * kWidth + g * kLanes, weight[0][g]);
-      store(grad_scores + j * kWidth + g * kLanes, grad[0][g]);
-    }
   }
 
   // Adds the block's dS to the gradient of the mask, summed over the dimensions along which the
@@ -788,12 +724,11 @@ struct Backward {
           problem.grad_query_splits + task.split * problem.grad_query_split_size +
           (((int64_t)task.batch * problem.heads + head) * problem.query_length + first_query) *
               problem.head_dim;
-      store_transposed<kGroups>(grad_query_sum, factors, target, problem.head_dim, count,
-                                problem.head_dim);
+      store_transposed<kGroups>(grad_query_sum, factors, Rows<float>{target, problem.head_dim, 1},
+                                count, problem.head_dim);
     } else {
-      store_transposed<kGroups>(grad_query_sum, factors,
-                                problem.grad_query.at<T>(task.batch, head, first_query),
-                                problem.grad_query.stride[2], count, problem.head_dim);
+      const auto target = rows_of<T>(problem.grad_query, task.batch, head, first_query);
+      store_transposed<kGroups>(grad_query_sum, factors, target, count, problem.head_dim);
     }
   }
 
@@ -911,46 +846,28 @@ struct Backward {
   }
 };
 
-// Runs `body` with the word and element types of the problem.
-template <class Body>
-VLMFAST_INLINE auto with_types(const FlashAttentionProblem& problem, Body body) {
-  switch (problem.dtype) {
-    case ElementType::kFloat:
-      return body(Fp32Words(), float());
-    case ElementType::kHalf:
-      return body(Fp32Words(), Half());
-#if VLMFAST_LEVEL >= 3
-    default:
-      return body(Bf16Words(), BFloat16());
-#else
-    default:
-      return body(Fp32Words(), BFloat16());
-#endif
-  }
-}
-
 int64_t forward_scratch(const FlashAttentionForward& problem) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return Forward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
   });
 }
 
 void forward(const FlashAttentionForward& problem, const FlashAttentionTask& task,
              const FlashAttentionTask& next, float* scratch) {
-  with_types(problem, [&](auto words, auto element) {
+  with_types(problem.dtype, [&](auto words, auto element) {
     Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
 
 int64_t backward_scratch(const FlashAttentionBackward& problem) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return Backward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
   });
 }
 
 void backward(const FlashAttentionBackward& problem, const FlashAttentionTask& task,
               const FlashAttentionTask& next, float* scratch) {
-  with_types(problem, [&](auto words, auto element) {
+  with_types(problem.dtype, [&](auto words, auto element) {
     Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
@@ -958,7 +875,7 @@ void backward(const FlashAttentionBackward& problem, const FlashAttentionTask& t
 // The gradient of one row of queries from its `splits` partial sums, added in order.
 void sum_splits(const FlashAttentionBackward& problem, int splits, int batch, int head,
                 int64_t row) {
-  with_types(problem, [&](auto, auto element) {
+  with_types(problem.dtype, [&](auto, auto element) {
     using T = decltype(element);
     T* out = problem.grad_query.at<T>(batch, head, row);
     const float* partial =

@@ -76,11 +76,23 @@ VLMFAST_INLINE int word_count(int columns) {
 // Rows of a strided matrix in memory.
 template <class T>
 struct Rows {
-  const T* data;
+  using Element = T;
+  T* data;
   int64_t row_stride;
   int64_t column_stride;
 
-  VLMFAST_INLINE const T* row(int i) const { return data + i * row_stride; }
+  VLMFAST_INLINE T* row(int i) const { return data + i * row_stride; }
+};
+
+// Dense rows that lie anywhere, from `column` on.
+template <class T>
+struct ScatteredRows {
+  using Element = T;
+  static constexpr int64_t column_stride = 1;
+  T* const* rows;
+  int64_t column;
+
+  VLMFAST_INLINE T* row(int i) const { return rows[i] + column; }
 };
 
 // Asks for the cache lines of some rows, a few at a time between other work: rows lie far apart in
@@ -148,8 +160,8 @@ VLMFAST_INLINE Vec gather_words(const T* p, int64_t stride, int n) {
 
 // Calls body(word, load) for the rows' words up to word_count, kLanes at a time; load(row) gives
 // those of one row.
-template <class Words, class T, class Body>
-VLMFAST_INLINE void for_each_word(const Rows<T>& rows, int columns, Body body) {
+template <class Words, class Source, class Body>
+VLMFAST_INLINE void for_each_word(const Source& rows, int columns, Body body) {
   constexpr int kStep = kLanes * Words::kElements;
   int first = 0;
   if (rows.column_stride == 1)
@@ -172,8 +184,8 @@ VLMFAST_INLINE void for_each_word(const Rows<T>& rows, int columns, Body body) {
 // out[word][kGroups * kLanes]: the transposed rows, times `scale` (fp32 words) or with the sign of
 // `scale` (bf16 words, which stay unrounded; the caller scales the product). Rows from n_rows on
 // are zero, and so are words up to word_count.
-template <class Words, int kGroups, class T>
-VLMFAST_NOINLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, float scale,
+template <class Words, int kGroups, class Source>
+VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, float scale,
                                       float* out) {
   const Vec factor = broadcast(scale);
   for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
@@ -200,8 +212,8 @@ VLMFAST_NOINLINE void pack_transposed(Rows<T> rows, int n_rows, int columns, flo
 
 // out[row][row_words]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
 // column.
-template <class Words, class T>
-VLMFAST_NOINLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int columns,
+template <class Words, class Source>
+VLMFAST_NOINLINE void pack_rows(Source rows, int n_rows, int padded_rows, int columns,
                                 int row_words, float* out) {
   for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
     float* target = out + word;
@@ -218,8 +230,8 @@ VLMFAST_NOINLINE void pack_rows(Rows<T> rows, int n_rows, int padded_rows, int c
 
 // Operand of a product that sums over rows. out[row / kElements][padded_columns]: with bf16 words,
 // word d holds (row 2r, row 2r + 1) of column d. Zero beyond the last row and column.
-template <class Words, class T>
-VLMFAST_NOINLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, int columns,
+template <class Words, class Source>
+VLMFAST_NOINLINE void pack_row_pairs(Source rows, int n_rows, int padded_rows, int columns,
                                      int padded_columns, float* out) {
   if constexpr (Words::kElements == 1)
     pack_rows<Words>(rows, n_rows, padded_rows, columns, padded_columns, out);
@@ -227,9 +239,9 @@ VLMFAST_NOINLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, 
   else {
     const auto half = [&](int j, int d, int n) VLMFAST_INLINE_LAMBDA {
       if (j >= n_rows) return _mm256_setzero_si256();
-      const T* p = rows.row(j) + d * rows.column_stride;
+      const auto* p = rows.row(j) + d * rows.column_stride;
       if (rows.column_stride == 1) return _mm256_maskz_loadu_epi16(first_lanes(n), p);
-      T buffer[kLanes];
+      typename Source::Element buffer[kLanes];
       for (int i = 0; i < n; i++) buffer[i] = p[i * rows.column_stride];
       return _mm256_maskz_loadu_epi16(first_lanes(n), buffer);
     };
@@ -248,12 +260,11 @@ VLMFAST_NOINLINE void pack_row_pairs(Rows<T> rows, int n_rows, int padded_rows, 
 }
 
 // out rows [0, n_rows) = factor * the transpose of source[column][kGroups * kLanes].
-template <int kGroups, class T>
-VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T* out,
-                                       int64_t row_stride, int n_rows, int columns) {
+template <int kGroups, class Target>
+VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, Target out,
+                                       int n_rows, int columns) {
   for (int g = 0; g < kGroups; g++) {
     const int rows = minimum(kLanes, n_rows - g * kLanes);
-    T* target = out + g * kLanes * row_stride;
     for (int d = 0; d < columns; d += kLanes) {
       const int n = minimum(kLanes, columns - d);
       Vec r[kLanes];
@@ -262,10 +273,10 @@ VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T
       transpose(r);
       if (n == kLanes) {
         VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < rows)
-            store_first(target + i * row_stride + d, r[i], kLanes);
+            store_first(out.row(g * kLanes + i) + d, r[i], kLanes);
       } else {
         VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < rows)
-            store_first(target + i * row_stride + d, r[i], n);
+            store_first(out.row(g * kLanes + i) + d, r[i], n);
       }
     }
   }
@@ -276,20 +287,19 @@ VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T
 template <int kGroups>
 constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups == 1 ? 8 : 4);
 
-// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) rounded up to kRowStep;
-// `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
-template <class Words, int kGroups>
-VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
-                                    int words, int n_rows, float* __restrict scores,
-                                    Vec* running_max, Prefetcher& prefetcher) {
-  constexpr int kRows = kTileRows<kGroups>;
+// Calls body(row, sum) for every kRows rows of keys; sum[r][g] = keys[row + r] . query, in
+// registers. Rows [0, n_rows) rounded up to kRows are read. `between()` is called every kWordStep
+// words.
+template <class Words, int kGroups, int kRows, class Between, class Body>
+VLMFAST_INLINE void for_each_product(const float* __restrict query, const float* __restrict keys,
+                                     int words, int n_rows, Between between, Body body) {
   for (int j = 0; j < n_rows; j += kRows) {
     const float* key = keys + (int64_t)j * words;
-    if (j % kRowStep == 0) prefetcher.step();
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
     for (int w = 0; w < words; w += kWordStep) {
+      between();
       VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
         Vec q[kGroups];
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
@@ -301,21 +311,73 @@ VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* 
         }
       }
     }
-    float* target = scores + j * kGroups * kLanes;
-    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-        store(target + (r * kGroups + g) * kLanes, sum[r][g]);
-    if (running_max != nullptr) {
-      if (j + kRows <= n_rows) {
-        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-            VLMFAST_UNROLL for (int r = 0; r < kRows; r++) running_max[g] =
-                max(running_max[g], sum[r][g]);
-      } else {
-        for (int r = 0; r < n_rows - j; r++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) running_max[g] =
-              max(running_max[g], load(target + (r * kGroups + g) * kLanes));
+    body(j, sum);
+  }
+}
+
+// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) rounded up to kRowStep;
+// `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
+template <class Words, int kGroups>
+VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
+                                    int words, int n_rows, float* __restrict scores,
+                                    Vec* running_max, Prefetcher& prefetcher) {
+  constexpr int kRows = kTileRows<kGroups>;
+  for_each_product<Words, kGroups, kRows>(
+      query, keys, words, n_rows, []() VLMFAST_INLINE_LAMBDA {},
+      [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
+        if (j % kRowStep == 0) prefetcher.step();
+        float* target = scores + j * kGroups * kLanes;
+        VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+        if (running_max == nullptr) return;
+        if (j + kRows <= n_rows) {
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+              VLMFAST_UNROLL for (int r = 0; r < kRows; r++) running_max[g] =
+                  max(running_max[g], sum[r][g]);
+        } else {
+          for (int r = 0; r < n_rows - j; r++)
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) running_max[g] =
+                max(running_max[g], load(target + (r * kGroups + g) * kLanes));
+        }
+      });
+}
+
+// Stores row j of the weights or, with bf16 words, rows j and j + 1 joined into words of pairs.
+template <class Words, int kGroups>
+VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2) {
+    store(rows + (j / 2 * kGroups + g) * kLanes, interleave(first, second));
+    return;
+  }
+#endif
+  store(rows + (j * kGroups + g) * kLanes, first);
+}
+
+// scores[row][kGroups * kLanes] become exp2(factor * score - most), times `kept` (or nullptr), in
+// words of Words; their sums over the rows, before `kept`, are added to `sum`.
+template <class Words, int kGroups>
+VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* most, Vec* sum,
+                                 const float* kept) {
+  const Vec f = broadcast(factor);
+  constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
+  Vec total[kGroups];
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) total[g] = zero();
+  for (int j = 0; j < n; j += kStep) {
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      Vec p[2] = {zero(), zero()};
+      VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
+        if (kStep == 2 && j + i >= n) break;
+        const int at = (j + i) * kWidth + g * kLanes;
+        p[i] = exp2<Words::kExpDegree>(fms(f, load(scores + at), most[g]));
+        total[g] = total[g] + p[i];
+        if (kept != nullptr) p[i] = p[i] * load(kept + at);
       }
+      store_weight<Words, kGroups>(scores, j, g, p[0], p[1]);
     }
   }
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = sum[g] + total[g];
 }
 
 template <class Words, int kGroups, int kColumns>
@@ -354,14 +416,14 @@ VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, in
                                                out + d * kGroups * kLanes, rescale);
 }
 
-template <class Words, int kVectors>
+template <class Words, int kVectors, bool kLeftByColumns>
 VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
                                   const float* __restrict right, int right_stride, int depth,
                                   int n_rows, bool overwrite, float* __restrict out,
                                   int out_stride) {
   constexpr int kRows = 4;
   for (int j = 0; j < n_rows; j += kRows) {
-    const float* l = left + j * left_stride;
+    const float* l = left + (kLeftByColumns ? j : j * left_stride);
     float* o = out + (int64_t)j * out_stride;
     Vec sum[kRows][kVectors];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
@@ -371,7 +433,8 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
       VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
           load(right + i * right_stride + v * kLanes);
       VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-        const Vec weight = broadcast(l[r * left_stride + i]);
+        const Vec weight =
+            broadcast(kLeftByColumns ? l[i * left_stride + r] : l[r * left_stride + i]);
         VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) sum[r][v] =
             Words::multiply_add(weight, x[v], sum[r][v]);
       }
@@ -385,8 +448,9 @@ VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
 }
 
 // out[row][vectors * kLanes] += (or, with `overwrite`, =) the sum over i of left[row][i] *
-// right[i][:]: here the lanes run over features. Rows [0, n_rows) rounded up to 4 are touched.
-template <class Words>
+// right[i][:]: here the lanes run over features. Rows [0, n_rows) rounded up to 4 are touched. With
+// kLeftByColumns the weights are left[i][row].
+template <class Words, bool kLeftByColumns = false>
 VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const float* right,
                                        int depth, int n_rows, bool overwrite, float* out,
                                        int vectors) {
@@ -399,27 +463,66 @@ VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const
     float* o = out + first;
     switch (n) {
       case 1:
-        outer_columns<Words, 1>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 1, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 2:
-        outer_columns<Words, 2>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 2, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
 #if VLMFAST_LEVEL >= 2
       case 3:
-        outer_columns<Words, 3>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 3, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 4:
-        outer_columns<Words, 4>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 4, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 5:
-        outer_columns<Words, 5>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 5, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
       case 6:
-        outer_columns<Words, 6>(left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+        outer_columns<Words, 6, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
+                                                overwrite, o, stride);
         break;
 #endif
     }
     left_over -= n;
+  }
+}
+
+// Rows j (and j + 1 with bf16 words) of P and dS, the operands of the products of a backward pass.
+// With fp32 words `left` gets P and `right` dS; with bf16 words `left` and `grad_left` get them as
+// pairs along the queries, and `right` gets dS as pairs along the keys.
+template <class Words, int kGroups>
+VLMFAST_INLINE void store_gradients(int j, const Vec (&weight)[Words::kElements][kGroups],
+                                    const Vec (&grad)[Words::kElements][kGroups], float* left,
+                                    float* grad_left, float* right) {
+  constexpr int kWidth = kGroups * kLanes;
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2) {
+    VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
+      float *l = left + (j + i) * kWidth / 2, *gl = grad_left + (j + i) * kWidth / 2;
+      VLMFAST_UNROLL for (int g = 0; g + 1 < kGroups; g += 2) {
+        store(l + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(weight[i][g + 1], weight[i][g]));
+        store(gl + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
+      }
+      if constexpr (kGroups % 2 == 1) {
+        constexpr int g = kGroups - 1;
+        _mm256_storeu_si256((__m256i*)(l + g * kLanes / 2), narrow_bf16(weight[i][g]));
+        _mm256_storeu_si256((__m256i*)(gl + g * kLanes / 2), narrow_bf16(grad[i][g]));
+      }
+    }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+        store(right + (j / 2 * kGroups + g) * kLanes, interleave(grad[0][g], grad[1][g]));
+    return;
+  }
+#endif
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    store(left + j * kWidth + g * kLanes, weight[0][g]);
+    store(right + j * kWidth + g * kLanes, grad[0][g]);
   }
 }
 
@@ -459,6 +562,35 @@ struct Philox {
     }
   }
 };
+
+VLMFAST_INLINE Philox philox(double dropout_p, uint64_t seed) {
+  const double threshold = dropout_p * 4294967296.0;
+  return Philox{(uint32_t)seed, (uint32_t)(seed >> 32),
+                threshold >= 4294967295.0 ? 4294967295u : (uint32_t)threshold};
+}
+
+// What the weights that dropout keeps are multiplied by.
+VLMFAST_INLINE float kept_scale(double dropout_p) {
+  return dropout_p >= 1 ? 0.f : (float)(1 / (1 - dropout_p));
+}
+
+// Runs `body` with the word and element types of tensors of a dtype.
+template <class Body>
+VLMFAST_INLINE auto with_types(ElementType dtype, Body body) {
+  switch (dtype) {
+    case ElementType::kFloat:
+      return body(Fp32Words(), float());
+    case ElementType::kHalf:
+      return body(Fp32Words(), Half());
+#if VLMFAST_LEVEL >= 3
+    default:
+      return body(Bf16Words(), BFloat16());
+#else
+    default:
+      return body(Fp32Words(), BFloat16());
+#endif
+  }
+}
 
 // In place: x[i] = log2(x[i]) for normal x > 0; NaN stays NaN.
 VLMFAST_INLINE void log2_in_place(float* x, int n) {

@@ -34,6 +34,7 @@ VLMFAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
 // NaN in the second operand survives, NaN in the first does not.
 VLMFAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 VLMFAST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+VLMFAST_INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
 VLMFAST_INLINE float horizontal_sum(Vec x) { return _mm512_reduce_add_ps(x); }
 VLMFAST_INLINE float horizontal_max(Vec x) { return _mm512_reduce_max_ps(x); }
 VLMFAST_INLINE IntVec lane_index(int32_t first) {
@@ -132,6 +133,7 @@ VLMFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 VLMFAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 VLMFAST_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 VLMFAST_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+VLMFAST_INLINE Vec sqrt(Vec x) { return _mm256_sqrt_ps(x); }
 VLMFAST_INLINE float horizontal_sum(Vec x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -240,6 +242,10 @@ VLMFAST_INLINE Vec select(IntVec mask, Vec yes, Vec no) {
 }
 VLMFAST_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 VLMFAST_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+VLMFAST_INLINE Vec sqrt(Vec x) {
+  return Vec{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]),
+             __builtin_sqrtf(x[3])};
+}
 VLMFAST_INLINE float horizontal_sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 VLMFAST_INLINE float horizontal_max(Vec x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,48 @@ def spy_on_attention(monkeypatch) -> list[AttentionCall]:
     return calls
 
 
+@dataclasses.dataclass
+class WindowCall:
+    """One call of shifted_window_attention, as a spy saw it; `arguments` in full, by name."""
+
+    arguments: dict[str, Any]
+
+    @property
+    def backend(self) -> str | None:
+        return self.arguments["backend"]
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        qkv = self.arguments["qkv"]
+        return tuple((qkv if isinstance(qkv, Tensor) else qkv[0]).shape[1:3])
+
+
+def spy_on_windows(monkeypatch) -> list[WindowCall]:
+    """The list to which every call of shifted_window_attention is added from now on."""
+    calls: list[WindowCall] = []
+    original = VF.shifted_window_attention
+    signature = inspect.signature(original)
+
+    def spy(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        calls.append(WindowCall(bound.arguments))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(VF, "shifted_window_attention", spy)
+    return calls
+
+
+def stir(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Adds noise to every parameter: initial weights leave attention uniform and biases zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 * noise)
+    return model
+
+
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs as fresh tensors: those floating in `dtype`, with gradients to be computed."""
 
@@ -59,7 +102,8 @@ def measure(model: nn.Module, inputs: Inputs, call: Call) -> dict[str, Tensor]:
     """Every output and every gradient of one step, by name.
 
     The gradients of one module's parameters count as one tensor: alone, the gradient to a key
-    bias is zero but for rounding.
+    bias is zero but for rounding. So it can be with a few numbers that sum over all tokens, as
+    Swin V2's logit_scale; those count together with the parameters below the module.
     """
     dtype = next(model.parameters()).dtype
     inputs = cast(inputs, dtype)
@@ -78,9 +122,10 @@ def measure(model: nn.Module, inputs: Inputs, call: Call) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.grad is not None:
             measured[f"gradient to {name}"] = value.grad
     for path, module in model.named_modules():
+        count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         gradients = [
             parameter.grad.flatten()
-            for parameter in module.parameters(recurse=False)
+            for parameter in module.parameters(recurse=0 < count < 32)
             if parameter.grad is not None
         ]
         if gradients:
@@ -128,6 +173,21 @@ def assert_as_right_as(
         error = relative_error(tensor, result_truth[name])
         allowed = budget(errors[name], dtype)
         assert error <= allowed, f"{name}: error {error:.3e}, budget {allowed:.3e}"
+
+
+def assert_same_in_float64(
+    ours: nn.Module,
+    theirs: nn.Module,
+    inputs: Inputs,
+    call: Call = lambda model, inputs: model(**inputs),
+) -> None:
+    """Outputs and all gradients are equal but for the rounding of float64."""
+    ours, theirs = (copy.deepcopy(model).double() for model in (ours, theirs))
+    result, expected = (measure(model, inputs, call) for model in (ours, theirs))
+    assert result.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].norm() > 0, f"{name} is zero and proves nothing"
+        torch.testing.assert_close(result[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _tensors(value: Any) -> list[Tensor]:

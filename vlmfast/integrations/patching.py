@@ -17,7 +17,7 @@ __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
 # Asked in this order; torch comes last, for the other libraries derive from its classes.
 LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "torch")
 
-FAMILIES = ("flash_attention", "contrastive_loss")
+FAMILIES = ("flash_attention", "window_attention", "contrastive_loss")
 
 
 class PatchEntry(NamedTuple):
@@ -102,11 +102,15 @@ def patch(
     report = PatchReport()
     steps: list[_Step] = []
     obstacles: list[PatchEntry] = []
+    covered: set[nn.Module] = set()
     for path, module, rule in _known_layers(model, known):
+        if rule is not None and module in covered:
+            continue
         name = class_name(type(module))
         parent = model.get_submodule(path.rpartition(".")[0])
         if rule is None:
             done = module.__dict__[MARK]
+            covered.update(map(module.get_submodule, done.covers))
             if done.family in wanted and getattr(module, BACKEND) != backend:
                 steps.append(_Step(path, module, None))
             else:
@@ -123,6 +127,7 @@ def patch(
             report.skipped.append(PatchEntry(path, name, why))
             obstacles.append(report.skipped[-1])
         else:
+            covered.update(map(module.get_submodule, rule.covers))
             steps.append(_Step(path, module, rule))
 
     if strict and obstacles:
@@ -166,7 +171,9 @@ def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
     original = type(module)
     restore = rule.replace(module)
     swapped_to = type(module) if type(module) is not original else None
-    done = Replacement(rule.family, rule.what, class_name(original), swapped_to, restore)
+    done = Replacement(
+        rule.family, rule.what, class_name(original), swapped_to, restore, rule.covers
+    )
     setattr(module, MARK, done)
     setattr(module, BACKEND, backend)
     return done

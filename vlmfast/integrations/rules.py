@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
+
+from vlmfast.nn.common import has_hooks
 
 __all__ = [
     "LINEAR",
@@ -50,6 +53,8 @@ class Rule:
         survive pickle and deepcopy together with the module.
     bypassed_by: whether a parent of the module may compute without calling it. Unless that parent
         is replaced, the module stays: what is reported as replaced must run.
+    covers: names of submodules whose work the replacement does without calling them. Once it
+        stands they are neither replaced nor reported; modules within them may be.
     """
 
     family: str
@@ -58,6 +63,7 @@ class Rule:
     refusal: Callable[[nn.Module], str | None]
     replace: Callable[[nn.Module], Callable[[nn.Module], None]]
     bypassed_by: Callable[[nn.Module], bool] = lambda parent: False
+    covers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -69,6 +75,7 @@ class Replacement:
     replaced: str
     swapped_to: type[nn.Module] | None
     restore: Callable[[nn.Module], None]
+    covers: tuple[str, ...] = ()
 
 
 def swap_class(
@@ -77,16 +84,27 @@ def swap_class(
     replacement: type[nn.Module],
     refusal: Callable[[nn.Module], str | None] = lambda module: None,
     bypassed_by: Callable[[nn.Module], bool] = lambda parent: False,
+    covers: Mapping[str, type[nn.Module]] = MappingProxyType({}),
 ) -> Rule:
     """A rule that turns every `original` into `replacement`, and leaves and reports subclasses.
 
     Only the class of the object changes, so parameters, buffers, hooks and flags stay what and
     where they are. `replacement` must be an importable subclass that adds no state.
+
+    `covers` gives submodules whose work `replacement` does without calling them, and the class
+    that each must be of. A layer stays as it is if one of them is something else or if it, or a
+    module within it, has a hook: that would be called no more, or with tensors of other shapes.
     """
 
     def refuse(module: nn.Module) -> str | None:
         if type(module) is not original:
             return "a subclass may compute something else"
+        if "forward" in vars(module):
+            return "it has a forward of its own, not that of its class"
+        for path, cls in covers.items():
+            why = _uncoverable(module, path, cls)
+            if why is not None:
+                return why
         return refusal(module)
 
     return Rule(
@@ -96,7 +114,22 @@ def swap_class(
         refusal=refuse,
         replace=partial(_set_class, replacement),
         bypassed_by=bypassed_by,
+        covers=tuple(covers),
     )
+
+
+def _uncoverable(layer: nn.Module, path: str, cls: type[nn.Module]) -> str | None:
+    """Why a submodule of a layer must go on being called, or None."""
+    try:
+        covered = layer.get_submodule(path)
+    except AttributeError:
+        return f"it has no {path}: another version of the library?"
+    if type(covered) is not cls:
+        return f"its {path} is a {class_name(type(covered))}"
+    for name, module in covered.named_modules(prefix=path):
+        if has_hooks(module):
+            return f"a hook on its {name} would not see what it sees now"
+    return None
 
 
 def _set_class(new: type[nn.Module], module: nn.Module) -> Callable[[nn.Module], None]:

@@ -1,14 +1,41 @@
-"""torchvision. Its ViT holds torch.nn.MultiheadAttention, which the rules of torch replace."""
+"""torchvision: the attention of its Swin and Swin V2.
+
+Its ViT holds torch.nn.MultiheadAttention, which the rules of torch replace.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 
-from vlmfast.integrations.rules import computes_attention, leave_alone
+from torchvision.models import swin_transformer
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-__all__ = ["RULES"]
+import vlmfast.nn as vnn
+from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
+
+__all__ = ["RULES", "ShiftedWindowAttention", "ShiftedWindowAttentionV2"]
+
+FAMILY = "window_attention"
+
+
+class ShiftedWindowAttention(vnn.ShiftedWindowAttention, swin_transformer.ShiftedWindowAttention):
+    """`vnn.ShiftedWindowAttention` that still is torchvision's."""
+
+
+class ShiftedWindowAttentionV2(
+    vnn.ShiftedWindowAttentionV2, swin_transformer.ShiftedWindowAttentionV2
+):
+    """`vnn.ShiftedWindowAttentionV2` that still is torchvision's."""
+
 
 RULES = (
+    swap_class(FAMILY, swin_transformer.ShiftedWindowAttentionV2, ShiftedWindowAttentionV2),
+    swap_class(FAMILY, swin_transformer.ShiftedWindowAttention, ShiftedWindowAttention),
+    leave_alone(
+        FAMILY,
+        lambda module: isinstance(module, ShiftedWindowAttention3d),
+        "no replacement for windows of three dimensions",
+    ),
     leave_alone(
         "flash_attention",
         partial(computes_attention, library="torchvision"),

@@ -1,10 +1,15 @@
-"""transformers: every attention layer that goes through its `AttentionInterface`.
+"""transformers: the layers of Swin and Swin V2, and every attention layer of other models that goes
+through its `AttentionInterface`.
 
-Such a layer looks up its attention function by the name in its config, and its model makes the
-mask by the name in the model's. Both names are registered here, as "vlmfast". A patched layer gets
-a copy of its config that carries the name; the model keeps its own, so that masks come out exactly
-as they did before, and layers left alone, and other models made from the same config, see no
-change.
+Swin's layers roll, pad and cut the map, and hand windows to their attention. All of this is one
+kernel here, so that the layer is what is replaced. Its attention stays where it is, and holds the
+parameters, but is called only for attention weights.
+
+A layer that goes through the interface looks up its attention function by the name in its config,
+and its model makes the mask by the name in the model's. Both names are registered here, as
+"vlmfast". A patched layer gets a copy of its config that carries the name; the model keeps its own,
+so that masks come out exactly as they did before, and layers left alone, and other models made from
+the same config, see no change.
 
 CLIPModel and SiglipModel compute their contrastive loss, if `return_loss` asks for it, without the
 matrix of logits. Their output holds the logits all the same: they are computed when read.
@@ -15,7 +20,8 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -32,6 +38,9 @@ from transformers.integrations.sdpa_attention import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.clip.modeling_clip import CLIPOutput, _get_vector_norm
 from transformers.models.siglip.modeling_siglip import SiglipOutput
+from transformers.models.swin import modeling_swin
+from transformers.models.swin2sr import modeling_swin2sr
+from transformers.models.swinv2 import modeling_swinv2
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _active_collector
 
@@ -45,11 +54,27 @@ from vlmfast.integrations.rules import (
     leave_alone,
     swap_class,
 )
+from vlmfast.nn.window_attention import (
+    bias_from_table,
+    clamped_logit_scale,
+    continuous_bias_table,
+    padding_value,
+)
 
-__all__ = ["NAME", "RULES", "CLIPModel", "SiglipModel", "attention_forward"]
+__all__ = [
+    "NAME",
+    "RULES",
+    "CLIPModel",
+    "SiglipModel",
+    "Swin2SRLayer",
+    "SwinLayer",
+    "Swinv2Layer",
+    "attention_forward",
+]
 
 NAME = "vlmfast"
 FAMILY = "flash_attention"
+WINDOW_FAMILY = "window_attention"
 LOSS_FAMILY = "contrastive_loss"
 
 
@@ -71,11 +96,7 @@ def attention_forward(
     paged cache) is left to transformers' sdpa function.
     """
     config = _model_config(module)
-    if config._attn_implementation not in ("sdpa", "eager", NAME):
-        raise ValueError(
-            f"attn_implementation: expected sdpa or eager, got {config._attn_implementation!r}, "
-            "set after vlmfast.patch; call vlmfast.unpatch before"
-        )
+    _check_implementation(config)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # Made for sdpa, a mask that is only causal is None; made for eager, None masks nothing. One
@@ -134,6 +155,14 @@ class _RestoreConfig:
 def _model_config(module: nn.Module) -> Any:
     mark = getattr(module, MARK, None)
     return module.config if mark is None else mark.restore.original
+
+
+def _check_implementation(config: Any) -> None:
+    if config._attn_implementation not in ("sdpa", "eager", NAME):
+        raise ValueError(
+            f"attn_implementation: expected sdpa or eager, got {config._attn_implementation!r}, "
+            "set after vlmfast.patch; call vlmfast.unpatch before"
+        )
 
 
 def _weights_are_recorded() -> bool:
@@ -212,6 +241,170 @@ def _replace(module: nn.Module) -> Callable[[nn.Module], None]:
     config._attn_implementation_internal = NAME
     module.config = config
     return _RestoreConfig(original)
+
+
+class SwinLayer(modeling_swin.SwinLayer):
+    """A layer of transformers' Swin on vlmfast's kernels.
+
+    The attention weights are computed, and returned, only if `output_attentions` asks for them;
+    then the original does all of the work, with the model's eager function.
+    """
+
+    backend: str | None = None
+
+    # transformers says that a layer returns a tensor. It returns two.
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        always_partition: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        attention: Any = self.attention
+        _check_implementation(_model_config(attention))
+        if kwargs.get("output_attentions") or _weights_are_recorded():
+            with _eager(attention):
+                return super().forward(  # type: ignore[return-value]
+                    hidden_states, input_dimensions, always_partition=always_partition, **kwargs
+                )
+        if not always_partition:
+            self.set_shift_and_window_size(input_dimensions)
+        position_bias = attention.relative_position_bias
+        attended = _attend_windows(
+            self,
+            self.layernorm_before(hidden_states).unflatten(1, tuple(input_dimensions)),
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            attention.num_attention_heads,
+            bias_from_table(
+                position_bias.relative_position_bias_table, position_bias.relative_position_index
+            ),
+            scale=attention.scaling,
+            dropout_p=attention.attention_dropout if attention.training else 0.0,
+        )
+        attended = self.dropout(attention.o_proj(attended.flatten(1, 2)))
+        hidden_states = hidden_states + self.drop_path(attended)
+        out = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return out + hidden_states, None
+
+
+class _LayerV2(nn.Module):
+    """What replaces a layer of Swin V2, over the class of the original."""
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor, ...]:
+        layer: Any = self
+        if output_attentions:
+            return super().forward(hidden_states, input_dimensions, output_attentions)
+        attention = layer.attention.self
+        table = continuous_bias_table(
+            attention.continuous_position_bias_mlp, attention.relative_coords_table
+        )
+        attended = _attend_windows(
+            layer,
+            hidden_states.unflatten(1, tuple(input_dimensions)),
+            (attention.query, attention.key, attention.value),
+            attention.num_attention_heads,
+            bias_from_table(table, attention.relative_position_index),
+            logit_scale=clamped_logit_scale(attention.logit_scale),
+            # The original adds its mask of -100 twice.
+            mask_value=-200.0,
+            dropout_p=attention.dropout.p if attention.dropout.training else 0.0,
+        )
+        attended = layer.attention.output(attended.flatten(1, 2), hidden_states)
+        hidden_states = hidden_states + layer.drop_path(layer.layernorm_before(attended))
+        out = layer.output(layer.intermediate(hidden_states))
+        return (hidden_states + layer.drop_path(layer.layernorm_after(out)),)
+
+
+class Swinv2Layer(_LayerV2, modeling_swinv2.Swinv2Layer):  # type: ignore[misc]
+    """A layer of transformers' Swin V2 on vlmfast's kernels.
+
+    With `output_attentions`, the original does all of the work.
+    """
+
+
+class Swin2SRLayer(_LayerV2, modeling_swin2sr.Swin2SRLayer):  # type: ignore[misc]
+    """A layer of transformers' Swin2SR, which is one of Swin V2, on vlmfast's kernels.
+
+    With `output_attentions`, the original does all of the work.
+    """
+
+
+def _attend_windows(
+    layer: Any,
+    x: Tensor,
+    projections: tuple[nn.Module, nn.Module, nn.Module],
+    num_heads: int,
+    bias: Tensor,
+    **arguments: Any,
+) -> Tensor:
+    """From the map (B, H, W, C) to the input of the output projection, (B, H, W, C)."""
+    query, key, value = (projection(x) for projection in projections)
+    return VF.shifted_window_attention(
+        (query, key, value),
+        num_heads,
+        (int(layer.window_size),) * 2,
+        (int(layer.shift_size),) * 2,
+        bias,
+        pad_value=_padding(projections, x),
+        backend=layer.backend,
+        **arguments,
+    )
+
+
+def _padding(projections: tuple[nn.Module, ...], x: Tensor) -> Tensor | None:
+    """Query, key and value of padded tokens, one after the other: (3C,)."""
+    values = [padding_value(projection, x) for projection in projections]
+    known = next((value for value in values if value is not None), None)
+    if known is None:
+        return None
+    return torch.cat([torch.zeros_like(known) if value is None else value for value in values])
+
+
+@contextmanager
+def _eager(attention: nn.Module) -> Iterator[None]:
+    """Lets an attention layer return its weights, whatever its config says."""
+    if MARK in attention.__dict__:  # it goes through attention_forward, which sees to it
+        yield
+        return
+    config: Any = attention.config
+    eager = copy.copy(config)
+    eager._attn_implementation_internal = "eager"
+    attention.config = eager
+    try:
+        yield
+    finally:
+        attention.config = config
+
+
+def _refuse_swin(module: nn.Module) -> str | None:
+    implementation = _model_config(module.get_submodule("attention"))._attn_implementation
+    if implementation not in ("sdpa", "eager", NAME):
+        return f"attn_implementation is {implementation!r}; only sdpa and eager are replaced"
+    return None
+
+
+def _swap_layer(
+    original: type[nn.Module],
+    replacement: type[nn.Module],
+    covers: dict[str, type[nn.Module]],
+    refusal: Callable[[nn.Module], str | None] = lambda module: None,
+) -> Rule:
+    """swap_class for a layer whose forward differs between versions of transformers."""
+    theirs, ours = (inspect.signature(_forward(cls)).parameters for cls in (original, replacement))
+
+    def refuse(module: nn.Module) -> str | None:
+        if list(theirs) != list(ours):
+            return "its arguments are not those that it has in transformers 5.23"
+        return refusal(module)
+
+    return swap_class(WINDOW_FAMILY, original, replacement, refusal=refuse, covers=covers)
 
 
 class _LogitsUnread:
@@ -434,7 +627,39 @@ def _loss_refusal(model: nn.Module) -> str | None:
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
+_SELF_ATTENTION_V2 = (
+    modeling_swinv2.Swinv2SelfAttention,
+    modeling_swin2sr.Swin2SRSelfAttention,
+)
+
 RULES = (
+    _swap_layer(
+        modeling_swin.SwinLayer,
+        SwinLayer,
+        covers={"attention": modeling_swin.SwinAttention},
+        refusal=_refuse_swin,
+    ),
+    _swap_layer(
+        modeling_swinv2.Swinv2Layer,
+        Swinv2Layer,
+        covers={
+            "attention": modeling_swinv2.Swinv2Attention,
+            "attention.self": modeling_swinv2.Swinv2SelfAttention,
+        },
+    ),
+    _swap_layer(
+        modeling_swin2sr.Swin2SRLayer,
+        Swin2SRLayer,
+        covers={
+            "attention": modeling_swin2sr.Swin2SRAttention,
+            "attention.self": modeling_swin2sr.Swin2SRSelfAttention,
+        },
+    ),
+    leave_alone(
+        WINDOW_FAMILY,
+        lambda module: isinstance(module, _SELF_ATTENTION_V2),
+        "replaced together with the layer around it, or not at all",
+    ),
     swap_class(LOSS_FAMILY, OriginalCLIPModel, CLIPModel, refusal=_loss_refusal),
     swap_class(LOSS_FAMILY, OriginalSiglipModel, SiglipModel, refusal=_loss_refusal),
     Rule(

@@ -2,5 +2,13 @@
 
 from vlmfast.nn.contrastive_loss import ClipLoss, NTXentLoss, SigLipLoss
 from vlmfast.nn.flash_attention import MultiheadAttention
+from vlmfast.nn.window_attention import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-__all__ = ["ClipLoss", "MultiheadAttention", "NTXentLoss", "SigLipLoss"]
+__all__ = [
+    "ClipLoss",
+    "MultiheadAttention",
+    "NTXentLoss",
+    "ShiftedWindowAttention",
+    "ShiftedWindowAttentionV2",
+    "SigLipLoss",
+]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vlmfast.functional as VF
 from vlmfast.functional.common import check_device, check_floating_tensor, reject, reject_type
+from vlmfast.nn.common import check_fits_weight
 
 __all__ = ["MultiheadAttention", "is_causal_mask"]
 
@@ -171,7 +172,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
 
         weight = self.in_proj_weight
-        _check_fits_weight("query", query, weight)
+        check_fits_weight("query", query, weight)
         tokens = F.linear(torch.cat(sequences), weight, self.in_proj_bias)
         packed = tokens.unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = packed.unbind(1)
@@ -189,7 +190,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         """The input projections, in one product where query, key and value are one tensor."""
         if self._qkv_same_embed_dim and query is key and key is value:
             weight: Tensor = self.in_proj_weight
-            _check_fits_weight("query", query, weight)
+            check_fits_weight("query", query, weight)
             projected = F.linear(query, weight, self.in_proj_bias)
             query, key, value = projected.chunk(3, dim=-1)
             return query, key, value
@@ -199,7 +200,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         for name, x, weight in zip(_INPUTS, (query, key, value), weights, strict=True):
-            _check_fits_weight(name, x, weight)
+            check_fits_weight(name, x, weight)
         inputs = zip((query, key, value), weights, biases, strict=True)
         query, key, value = (F.linear(x, weight, bias) for x, weight, bias in inputs)
         return query, key, value
@@ -246,20 +247,6 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 _INPUTS = ("query", "key", "value")
-
-
-def _check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
-    """Whether the projection can take `tensor`, at the one place where the weight is read.
-
-    Reading it a second time would run its parametrisation, if it has one, a second time.
-    """
-    check_device(argument, tensor, "the weights", weight)
-    if tensor.dtype == weight.dtype:
-        return
-    device_type = tensor.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if not autocast or torch.float64 in (tensor.dtype, weight.dtype):  # it never casts float64
-        reject_type(argument, f"the dtype of the weights, {weight.dtype}", tensor.dtype)
 
 
 def _check_mask(argument: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:

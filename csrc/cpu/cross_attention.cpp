@@ -1,0 +1,405 @@
+// The operators cross_attention_cpu and cross_attention_backward_cpu: checks, allocation, division
+// into tasks.
+#include "cpu/cross_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
+
+namespace vlmfast::cpu {
+namespace {
+
+// What partial sums of gradients may take beyond the gradients themselves.
+constexpr int64_t kMostPartialBytes = 128 << 20;
+
+// An uninitialised (B, H, T, columns) tensor in the memory order of `like`: heads inside tokens, or
+// tokens inside heads.
+Tensor tokens_like(const Tensor& like, int64_t columns) {
+  const int64_t batch = like.size(0), heads = like.size(1), tokens = like.size(2);
+  if (like.stride(1) < like.stride(2))
+    return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, columns}),
+                                    1, 2);
+  return torch::stable::new_empty(like, {batch, heads, tokens, columns});
+}
+
+// An uninitialised (B, H, I, L, D) tensor in the memory order of `like`: heads inside latents, or
+// latents inside heads.
+Tensor images_like(const Tensor& like) {
+  const int64_t batch = like.size(0), heads = like.size(1), images = like.size(2),
+                latents = like.size(3), dim = like.size(4);
+  if (like.stride(1) < like.stride(3)) {
+    Tensor heads_inside = torch::stable::new_empty(like, {batch, images, latents, heads, dim});
+    return torch::stable::transpose(torch::stable::transpose(heads_inside, 1, 3), 2, 3);
+  }
+  return torch::stable::new_empty(like, {batch, heads, images, latents, dim});
+}
+
+StridedImages strided_images(const Tensor& tensor) {
+  StridedImages result;
+  result.first.data = tensor.data_ptr();
+  result.image_stride = tensor.stride(2);
+  const int dims[4] = {0, 1, 3, 4};
+  for (int i = 0; i < 4; i++) result.first.stride[i] = tensor.stride(dims[i]);
+  return result;
+}
+
+struct Inputs {
+  const Tensor &query, &key, &value, &image_index;
+  const MaybeTensor& visible;
+  const Tensor &order, &segments;
+  const MaybeTensor& image_lengths;
+  double scale;
+};
+
+const int32_t* check_integers(const char* name, const Tensor& tensor, int64_t dims) {
+  check_cpu(name, tensor);
+  check_dim(name, tensor, dims);
+  VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(), name,
+                ": expected a contiguous int32 tensor");
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+// Everything in a plan that kernels use as an index.
+void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
+  const int32_t* kinds = problem.image_index;
+  for (int64_t i = 0; i < batch * problem.tokens; i++)
+    VLMFAST_CHECK(kinds[i] >= kDenseRow && (problem.several || kinds[i] <= problem.images),
+                  "image_index: expected numbers from -2 to ", problem.images, ", got ", kinds[i]);
+  for (int64_t row = 0; row < batch * problem.images; row++) {
+    const int32_t* segment = problem.segments + row * 3;
+    VLMFAST_CHECK(0 <= segment[0] && segment[0] <= segment[1] && segment[1] <= segment[2] &&
+                      segment[2] <= problem.order_size,
+                  "segments: expected increasing positions of at most ", problem.order_size);
+    VLMFAST_CHECK(problem.several || segment[1] == segment[2],
+                  "segments: expected one list for each image where visible is None");
+    const int32_t* order = problem.order + row / problem.images * problem.order_size;
+    for (int part = 0; part < 2; part++) {
+      int32_t last = -1;
+      for (int32_t i = segment[part]; i < segment[part + 1]; i++) {
+        VLMFAST_CHECK(order[i] > last && order[i] < problem.tokens,
+                      "order: expected an image's tokens to increase from 0 to ",
+                      problem.tokens - 1, ", got ", order[i], " after ", last);
+        last = order[i];
+      }
+    }
+  }
+}
+
+// Fills what forward and backward share, after checking everything that a wrong value of could
+// touch foreign memory.
+void describe(const Inputs& in, CrossAttentionProblem* problem) {
+  check_cpu("query", in.query);
+  check_cpu("key", in.key);
+  check_cpu("value", in.value);
+  check_dim("query", in.query, 4);
+  check_dim("key", in.key, 5);
+  check_dim("value", in.value, 5);
+  const ElementType dtype = element_type("query", in.query, false);
+  VLMFAST_CHECK(element_type("key", in.key, false) == dtype, "key: expected the dtype of query");
+  VLMFAST_CHECK(element_type("value", in.value, false) == dtype,
+                "value: expected the dtype of query");
+  const int64_t batch = in.query.size(0), heads = in.query.size(1), tokens = in.query.size(2);
+  const int64_t key_heads = in.key.size(1), images = in.key.size(2), latents = in.key.size(3);
+  check_size("key", in.key, 0, batch);
+  check_size("key", in.key, 4, in.query.size(3));
+  for (int i = 0; i < 4; i++) check_size("value", in.value, i, in.key.size(i));
+  VLMFAST_CHECK(key_heads > 0 ? heads % key_heads == 0 : heads == 0, "query: expected its ", heads,
+                " heads to be a multiple of the ", key_heads, " heads of key");
+  VLMFAST_CHECK(in.query.size(3) > 0 && in.value.size(4) > 0,
+                "query, value: expected a head dimension of at least 1");
+  constexpr int64_t most = 1 << 24;
+  VLMFAST_CHECK(tokens <= most && images <= most && latents <= most && in.query.size(3) <= 65536 &&
+                    in.value.size(4) <= 65536,
+                "query, key, value: expected lengths of at most ", most,
+                " and head dimensions of at most 65536");
+  problem->dtype = dtype;
+  problem->query = strided(in.query);
+  problem->key = strided_images(in.key);
+  problem->value = strided_images(in.value);
+  problem->heads = static_cast<int>(heads);
+  problem->group = key_heads > 0 ? static_cast<int>(heads / key_heads) : 1;
+  problem->tokens = static_cast<int>(tokens);
+  problem->images = static_cast<int>(images);
+  problem->latents = static_cast<int>(latents);
+  problem->head_dim = static_cast<int>(in.query.size(3));
+  problem->value_dim = static_cast<int>(in.value.size(4));
+  problem->queries_most = problem->tokens;
+  problem->scale = static_cast<float>(in.scale);
+  problem->several = in.visible.has_value();
+
+  problem->image_index = check_integers("image_index", in.image_index, 2);
+  problem->order = check_integers("order", in.order, 2);
+  problem->segments = check_integers("segments", in.segments, 3);
+  check_size("image_index", in.image_index, 0, batch);
+  check_size("image_index", in.image_index, 1, tokens);
+  check_size("order", in.order, 0, batch);
+  check_size("segments", in.segments, 0, batch);
+  check_size("segments", in.segments, 1, images);
+  check_size("segments", in.segments, 2, 3);
+  problem->order_size = in.order.size(1);
+  problem->image_lengths = nullptr;
+  if (in.image_lengths) {
+    problem->image_lengths = check_integers("image_lengths", *in.image_lengths, 2);
+    check_size("image_lengths", *in.image_lengths, 0, batch);
+    check_size("image_lengths", *in.image_lengths, 1, images);
+  }
+  check_plan(*problem, batch);
+}
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+bool heads_inside_latents(const Tensor& key) { return key.stride(1) < key.stride(3); }
+
+// Calls body(batch, key head, image) so that neighbours in memory follow each other.
+template <class Body>
+void for_each_image(const Tensor& key, Body body) {
+  const int batch = static_cast<int>(key.size(0)), heads = static_cast<int>(key.size(1)),
+            images = static_cast<int>(key.size(2));
+  for (int b = 0; b < batch; b++) {
+    if (heads_inside_latents(key)) {
+      for (int image = 0; image < images; image++)
+        for (int head = 0; head < heads; head++) body(b, head, image);
+    } else {
+      for (int head = 0; head < heads; head++)
+        for (int image = 0; image < images; image++) body(b, head, image);
+    }
+  }
+}
+
+// A task for each image that some token sees, of part of its tokens where there are too few images
+// for the threads; at least kTilesPerTask, since every task packs the image afresh.
+std::vector<CrossAttentionTask> image_tasks(const CrossAttentionProblem& problem, const Tensor& key,
+                                            int queries_per_tile) {
+  constexpr int kTilesPerTask = 4;
+  int64_t queries = 0;
+  const int64_t rows = key.size(0) * problem.images;
+  for (int64_t i = 0; i < rows; i++)
+    queries += problem.segments[i * 3 + 2] - problem.segments[i * 3];
+  const int64_t wanted = queries * key.size(1) / (4 * threads());
+  const int step = static_cast<int>(std::max<int64_t>(kTilesPerTask, wanted / queries_per_tile)) *
+                   queries_per_tile;
+  std::vector<CrossAttentionTask> tasks;
+  for_each_image(key, [&](int batch, int head, int image) {
+    const int32_t* segment = problem.segments + ((int64_t)batch * problem.images + image) * 3;
+    const int count = segment[2] - segment[0];
+    const int parts = (count + step - 1) / step;
+    for (int i = 0; i < parts; i++)
+      tasks.push_back({batch, head, image, image + 1,
+                       segment[0] + static_cast<int>((int64_t)count * i / parts),
+                       segment[0] + static_cast<int>((int64_t)count * (i + 1) / parts)});
+  });
+  return tasks;
+}
+
+// A task for each run of tokens, short enough for its partial results to stay in a cache.
+std::vector<CrossAttentionTask> token_tasks(const CrossAttentionProblem& problem, int64_t batch,
+                                            int64_t key_heads, int queries_per_tile) {
+  constexpr int64_t kCachedFloats = 64 * 1024;
+  const int64_t cached = kCachedFloats / (problem.group * (problem.value_dim + 2));
+  const int64_t wanted =
+      batch * key_heads * problem.tokens / (4 * threads());  // tokens of a task, all heads alike
+  const int64_t most = std::min(std::max<int64_t>(wanted, 4 * queries_per_tile), cached);
+  const int step = static_cast<int>(std::max<int64_t>(most, queries_per_tile));
+  std::vector<CrossAttentionTask> tasks;
+  for (int b = 0; b < batch; b++)
+    for (int head = 0; head < key_heads; head++)
+      for (int first = 0; first < problem.tokens; first += step)
+        tasks.push_back(
+            {b, head, 0, problem.images, first, std::min(first + step, problem.tokens)});
+  return tasks;
+}
+
+void set_most(const std::vector<CrossAttentionTask>& tasks, CrossAttentionProblem* problem) {
+  problem->queries_most = 0;
+  for (const auto& task : tasks)
+    problem->queries_most = std::max(problem->queries_most, task.end - task.begin);
+}
+
+// Which batch elements have rows of a kind.
+std::vector<bool> batches_with(const CrossAttentionProblem& problem, int64_t batch,
+                               bool (*is_kind)(int32_t)) {
+  std::vector<bool> result(batch);
+  for (int64_t b = 0; b < batch; b++) {
+    const int32_t* first = problem.image_index + b * problem.tokens;
+    result[b] = std::any_of(first, first + problem.tokens, is_kind);
+  }
+  return result;
+}
+
+bool is_uniform(int32_t kind) { return kind == kUniformRow; }
+bool is_unseeing(int32_t kind) { return kind == kUniformRow || kind == kZeroRow; }
+
+std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& key,
+                                           const Tensor& value, const Tensor& image_index,
+                                           MaybeTensor visible, const Tensor& order,
+                                           const Tensor& segments, MaybeTensor image_lengths,
+                                           double scale) {
+  CrossAttentionForward problem;
+  describe({query, key, value, image_index, visible, order, segments, image_lengths, scale},
+           &problem);
+  const int64_t batch = query.size(0), key_heads = key.size(1);
+  Tensor out = tokens_like(query, value.size(4));
+  Tensor logsumexp =
+      torch::stable::new_empty(query, {batch, query.size(1), query.size(2)}, ScalarType::Float);
+  problem.out = strided(out);
+  problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  problem.prefetch = exceeds_cache({&query, &key, &value, &out});
+  const CrossAttentionKernel& run = VLMFAST_CURRENT_VARIANT(cross_attention_kernel);
+  const auto tasks = problem.several ? token_tasks(problem, batch, key_heads, run.queries_per_tile)
+                                     : image_tasks(problem, key, run.queries_per_tile);
+  set_most(tasks, &problem);
+  const int64_t scratch_size = run.forward_scratch(problem);
+  for_each_task(static_cast<int64_t>(tasks.size()), scratch_size,
+                [&](int64_t i, int64_t next, float* scratch) {
+                  run.forward(problem, tasks[i], tasks[next], scratch);
+                });
+  const auto has_rows = batches_with(problem, batch, problem.several ? is_uniform : is_unseeing);
+  for_each_task(batch * key_heads, scratch_size, [&](int64_t i, int64_t, float* scratch) {
+    if (has_rows[i / key_heads])
+      run.fill_rows(problem, static_cast<int>(i / key_heads), static_cast<int>(i % key_heads),
+                    scratch);
+  });
+  return {out, logsumexp};
+}
+
+// Where a token may see several images, a task runs them all for one key head, and the partial sums
+// of grad_query have one writer. With too few heads for the threads the images are split, and the
+// partial sums added in order afterwards.
+int64_t image_splits(const CrossAttentionProblem& problem, int64_t units, int64_t split_bytes) {
+  if (units == 0 || units >= threads()) return 1;
+  const int64_t wanted = (2 * threads() + units - 1) / units;
+  const int64_t most = kMostPartialBytes / std::max<int64_t>(split_bytes, 1);
+  return std::max<int64_t>(1, std::min({wanted, most, static_cast<int64_t>(problem.images)}));
+}
+
+std::vector<CrossAttentionTask> split_tasks(const CrossAttentionProblem& problem, int64_t batch,
+                                            int64_t key_heads, int64_t splits) {
+  std::vector<CrossAttentionTask> tasks;
+  for (int b = 0; b < batch; b++)
+    for (int head = 0; head < key_heads; head++)
+      for (int64_t i = 0; i < splits; i++)
+        tasks.push_back({b, head, static_cast<int>(problem.images * i / splits),
+                         static_cast<int>(problem.images * (i + 1) / splits), 0, problem.tokens,
+                         static_cast<int>(i)});
+  return tasks;
+}
+
+std::vector<CrossAttentionTask> gradient_tasks(const CrossAttentionProblem& problem,
+                                               const Tensor& key) {
+  std::vector<CrossAttentionTask> tasks;
+  for_each_image(key, [&](int batch, int head, int image) {
+    const int32_t* segment = problem.segments + ((int64_t)batch * problem.images + image) * 3;
+    tasks.push_back({batch, head, image, image + 1, segment[0], segment[2]});
+  });
+  return tasks;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
+    const Tensor& grad_out, MaybeTensor grad_logsumexp, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& logsumexp, const Tensor& image_index,
+    MaybeTensor visible, const Tensor& order, const Tensor& segments, MaybeTensor image_lengths,
+    double scale, bool query_grad, bool key_value_grad) {
+  CrossAttentionBackward problem;
+  describe({query, key, value, image_index, visible, order, segments, image_lengths, scale},
+           &problem);
+  const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2),
+                head_dim = query.size(3), key_heads = key.size(1);
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const Tensor&>{"grad_out", grad_out}, {"out", out}}) {
+    check_cpu(name, tensor);
+    check_dim(name, tensor, 4);
+    VLMFAST_CHECK(element_type(name, tensor, false) == problem.dtype, name,
+                  ": expected the dtype of query");
+    for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
+    check_size(name, tensor, 3, value.size(4));
+  }
+  VLMFAST_CHECK(out.stride(3) == 1 || value.size(4) <= 1,
+                "out: expected a last dimension of stride 1");
+  const auto check_rows = [&](const char* name, const Tensor& tensor) {
+    check_cpu(name, tensor);
+    check_dim(name, tensor, 3);
+    for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
+    VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  ": expected a contiguous float32 tensor");
+    return static_cast<const float*>(tensor.const_data_ptr());
+  };
+  problem.logsumexp = check_rows("logsumexp", logsumexp);
+  MaybeTensor grad_rows;
+  if (grad_logsumexp) grad_rows = torch::stable::contiguous(*grad_logsumexp);
+  problem.grad_logsumexp = grad_rows ? check_rows("grad_logsumexp", *grad_rows) : nullptr;
+  problem.grad_out = strided(grad_out);
+  problem.out = strided(out);
+  problem.wants_query = query_grad;
+  problem.wants_key_value = key_value_grad;
+
+  Tensor grad_query = query_grad ? tokens_like(query, head_dim) : nothing(query);
+  Tensor grad_key = key_value_grad ? images_like(key) : nothing(key);
+  Tensor grad_value = key_value_grad ? images_like(value) : nothing(value);
+  problem.prefetch =
+      exceeds_cache({&query, &key, &value, &out, &grad_out, &grad_query, &grad_key, &grad_value});
+  if (query_grad) problem.grad_query = strided(grad_query);
+  if (key_value_grad) {
+    problem.grad_key = strided_images(grad_key);
+    problem.grad_value = strided_images(grad_value);
+  }
+
+  const CrossAttentionKernel& run = VLMFAST_CURRENT_VARIANT(cross_attention_kernel);
+  const auto for_each_head = [&](const auto& body) {
+    for_each_task(batch * key_heads, 0, [&](int64_t i, int64_t, float*) {
+      body(static_cast<int>(i / key_heads), static_cast<int>(i % key_heads));
+    });
+  };
+  MaybeTensor uniform_gradient;
+  const auto has_uniform = batches_with(problem, batch, is_uniform);
+  if (key_value_grad &&
+      std::find(has_uniform.begin(), has_uniform.end(), true) != has_uniform.end()) {
+    uniform_gradient =
+        torch::stable::new_empty(query, {batch, key_heads, value.size(4)}, ScalarType::Float);
+    problem.uniform_gradient = static_cast<float*>(uniform_gradient->mutable_data_ptr());
+    for_each_head([&](int b, int head) { run.sum_uniform_rows(problem, b, head); });
+  }
+
+  problem.grad_query_split_size = batch * heads * tokens * head_dim;
+  const int64_t splits =
+      problem.several ? image_splits(problem, batch * key_heads, problem.grad_query_split_size * 4)
+                      : 1;
+  MaybeTensor partial;
+  if (problem.several && query_grad) {
+    partial =
+        torch::stable::new_empty(query, {splits, problem.grad_query_split_size}, ScalarType::Float);
+    problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  const auto tasks = problem.several ? split_tasks(problem, batch, key_heads, splits)
+                                     : gradient_tasks(problem, key);
+  for_each_task(static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
+                [&](int64_t i, int64_t next, float* scratch) {
+                  run.backward(problem, tasks[i], tasks[next], scratch);
+                });
+  if (problem.several && query_grad) {
+    for_each_task(batch * heads, 0, [&](int64_t i, int64_t, float*) {
+      for (int token = 0; token < tokens; token++)
+        run.sum_splits(problem, static_cast<int>(splits), static_cast<int>(i / heads),
+                       static_cast<int>(i % heads), token);
+    });
+  } else if (query_grad) {
+    for_each_head([&](int b, int head) { run.clear_grad_rows(problem, b, head); });
+  }
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace vlmfast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(vlmfast, CPU, m) {
+  m.impl("cross_attention_cpu", TORCH_BOX(&vlmfast::cpu::cross_attention));
+  m.impl("cross_attention_backward_cpu", TORCH_BOX(&vlmfast::cpu::cross_attention_backward));
+}

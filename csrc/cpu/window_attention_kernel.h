@@ -1,0 +1,1040 @@
+// Attention within windows of a map that is shifted and padded by index arithmetic alone.
+//
+// Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", 2021; with
+// `logit_scale` "Swin Transformer V2: Scaling Up Capacity and Resolution", 2022. A task gathers the
+// rows of a window by their addresses, head after head, and scatters results the same way. All keys
+// of a window form one block, so that softmax needs no second look. Everything is computed in units
+// of log2, so that exp2 needs no further factor.
+#include "cpu/tile.h"
+#include "cpu/window_attention.h"
+
+namespace vlmfast::cpu::VLMFAST_VARIANT {
+namespace {
+
+constexpr int kMaxTile = kMaxGroups * kLanes;
+constexpr float kSmallestNorm = 1e-12f;  // of torch.nn.functional.normalize
+
+// How the queries of a window are spread over the lanes: in tiles of nearly equal size, and a last
+// one, which would have a vector to itself, apart (7 x 7 = 3 x 16 + 1).
+struct Tiling {
+  int tokens, vectors, tiles, padded_tokens;
+  bool has_last;
+
+  explicit Tiling(int tokens)
+      : tokens(tokens),
+        vectors((tokens + kLanes - 1) / kLanes),
+        padded_tokens(round_up(tokens, maximum(kLanes, kRowStep))),
+        has_last(tokens % kLanes == 1) {
+    if (has_last) vectors--;
+    tiles = (vectors + kMaxGroups - 1) / kMaxGroups;
+  }
+  VLMFAST_INLINE int first_vector(int tile) const { return vectors * tile / tiles; }
+  VLMFAST_INLINE int tiled_queries() const { return has_last ? tokens - 1 : tokens; }
+
+  // A packed bias holds [key][vectors * kLanes], and then the last query's row [padded_tokens].
+  VLMFAST_INLINE int bias_stride() const { return vectors * kLanes; }
+  VLMFAST_INLINE int64_t bias_tiles_size() const { return (int64_t)tokens * bias_stride(); }
+  VLMFAST_INLINE int64_t bias_size() const {
+    return bias_tiles_size() + (has_last ? padded_tokens : 0);
+  }
+};
+
+// Where the tokens of one window lie, and in which region of the map.
+template <class T, int kTensors>
+struct Window {
+  T** rows[kTensors];  // [tokens] of each tensor
+  float* regions;      // [padded_tokens]
+  bool wraps, has_padding;
+  bool* is_padding;  // [tokens]
+
+  static constexpr int kFloatsPerPointer = (sizeof(T*) + sizeof(float) - 1) / sizeof(float);
+
+  void take(Arena* arena, const Tiling& tiling) {
+    for (int i = 0; i < kTensors; i++)
+      rows[i] = (T**)arena->take((int64_t)tiling.tokens * kFloatsPerPointer);
+    regions = arena->take(tiling.padded_tokens);
+    is_padding = (bool*)arena->take(tiling.tokens);
+  }
+};
+
+// One side of the map: where the place `at` of the shifted, padded map lies, or -1 for padding.
+struct Side {
+  int size, padded, shift;
+  bool wrap_padded;
+
+  Side(int size, int windows, int window, int shift, bool wrap_padded)
+      : size(size), padded(windows * window), shift(shift), wrap_padded(wrap_padded) {}
+  VLMFAST_INLINE int place(int at) const {
+    if (wrap_padded) {
+      at += shift;
+      if (at >= padded) at -= padded;
+      return at < size ? at : -1;
+    }
+    return at < size ? (at + shift) % size : -1;
+  }
+  VLMFAST_INLINE bool came_round(int at) const { return at >= padded - shift; }
+};
+
+// A tensor (B, H, W, C) and the row that stands for it where there is padding.
+template <class T>
+struct Map {
+  Strided tensor;
+  T* padding;
+};
+
+template <class T, int kTensors>
+VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t index,
+                             const Map<T> (&maps)[kTensors], Window<T, kTensors>* window) {
+  const int windows = problem.windows_down * problem.windows_across;
+  const int64_t image = index / windows;
+  const int down = (int)(index % windows) / problem.windows_across;
+  const int across = (int)(index % windows) % problem.windows_across;
+  const Side rows(problem.height, problem.windows_down, problem.window_height, problem.shift_height,
+                  problem.wrap_padded);
+  const Side columns(problem.width, problem.windows_across, problem.window_width,
+                     problem.shift_width, problem.wrap_padded);
+  const int top = down * problem.window_height, left = across * problem.window_width;
+  window->wraps = (problem.shift_height > 0 && down == problem.windows_down - 1) ||
+                  (problem.shift_width > 0 && across == problem.windows_across - 1);
+  window->has_padding = false;
+  int token = 0;
+  for (int i = 0; i < problem.window_height; i++) {
+    const int y = rows.place(top + i);
+    T* row[kTensors];
+    VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) row[t] =
+        maps[t].tensor.template at<T>(image, y < 0 ? 0 : y, 0);
+    const float region = rows.came_round(top + i) ? 2.f : 0.f;
+    for (int j = 0; j < problem.window_width; j++, token++) {
+      const int x = columns.place(left + j);
+      const bool padding = y < 0 || x < 0;
+      VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) window->rows[t][token] =
+          padding ? maps[t].padding : row[t] + x * maps[t].tensor.stride[2];
+      window->regions[token] = region + (columns.came_round(left + j) ? 1.f : 0.f);
+      window->is_padding[token] = padding;
+      window->has_padding |= padding;
+    }
+  }
+  for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
+}
+
+// Asks for the rows of the next window, a few lines at a time between other work: they lie too far
+// apart for the hardware to foresee them, also where a cache holds them.
+class WindowPrefetcher {
+ public:
+  template <class T>
+  VLMFAST_INLINE void add(T* const* rows, int column, int columns) {
+    ranges_[count_++] = {(const char* const*)rows, column * (int64_t)sizeof(T)};
+    bytes_ = columns * (int64_t)sizeof(T);
+  }
+  // Spreads the lines over the logits of `heads` heads: more at once than the core can ask for
+  // would stall it.
+  VLMFAST_INLINE void spread_over(const Tiling& tiling, int heads, int words) {
+    tokens_ = tiling.tokens;
+    const int64_t lines = (int64_t)count_ * tokens_ * ((bytes_ + 63) / 64);
+    const int64_t steps =
+        (int64_t)heads * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
+    per_step_ = (int)(lines / (steps > 0 ? steps : 1)) + 1;
+  }
+  VLMFAST_INLINE void step() {
+    for (int i = 0; i < per_step_ && at_ < count_; i++) {
+      __builtin_prefetch(ranges_[at_].rows[token_] + ranges_[at_].begin + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ < bytes_) continue;
+      offset_ = 0;
+      if (++token_ < tokens_) continue;
+      token_ = 0;
+      at_++;
+    }
+  }
+
+ private:
+  struct Range {
+    const char* const* rows;
+    int64_t begin;
+  };
+  Range ranges_[8];
+  int count_ = 0, at_ = 0, token_ = 0, tokens_ = 0, per_step_ = 0;
+  int64_t offset_ = 0, bytes_ = 0;
+};
+
+// out[row] = the sum over words of left(row, word, n) . right(row, word, n), each of which loads n
+// words; here the lanes of `out` are rows.
+template <class Words, class Left, class Right>
+VLMFAST_INLINE void sum_rows(int n_rows, int words, Left left, Right right, float* out) {
+  for (int j = 0; j < n_rows; j += kLanes) {
+    Vec r[kLanes];
+    VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] = zero();
+    if (j + kLanes <= n_rows && words % kLanes == 0) {
+      for (int w = 0; w < words; w += kLanes)
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            Words::multiply_add(left(j + i, w, kLanes), right(j + i, w, kLanes), r[i]);
+    } else {
+      for (int i = 0; i < kLanes && j + i < n_rows; i++) {
+        Vec sum = zero();
+        for (int w = 0; w < words; w += kLanes) {
+          const int n = minimum(kLanes, words - w);
+          sum = Words::multiply_add(left(j + i, w, n), right(j + i, w, n), sum);
+        }
+        r[i] = sum;
+      }
+    }
+    transpose(r);
+    VLMFAST_UNROLL for (int step = kLanes / 2; step > 0; step /= 2)
+        VLMFAST_UNROLL for (int i = 0; i < step; i++) r[i] = r[i] + r[i + step];
+    store(out + j, r[0]);
+  }
+}
+
+// out[row] = row . rows[row], of packed rows.
+template <class Words>
+VLMFAST_NOINLINE void multiply_row(const float* row, const float* rows, int words, int n_rows,
+                                   float* out) {
+  sum_rows<Words>(
+      n_rows, words,
+      [&](int, int w, int n) VLMFAST_INLINE_LAMBDA { return load_first(row + w, n); },
+      [&](int j, int w, int n)
+          VLMFAST_INLINE_LAMBDA { return load_first(rows + (int64_t)j * words + w, n); },
+      out);
+}
+
+// 1 / max(|x|, 1e-12) from |x|^2.
+VLMFAST_INLINE Vec inverse_norm(Vec square) {
+  return broadcast(1.f) / max(broadcast(kSmallestNorm), sqrt(square));
+}
+
+// out[row] = the inverse norm of each packed row.
+template <class Words>
+VLMFAST_NOINLINE void inverse_norms(const float* rows, int words, int n_rows, float* out) {
+  const auto load_row = [&](int j, int w, int n) VLMFAST_INLINE_LAMBDA {
+    return load_first(rows + (int64_t)j * words + w, n);
+  };
+  sum_rows<Words>(n_rows, words, load_row, load_row, out);
+  for (int j = 0; j < n_rows; j += kLanes) store(out + j, inverse_norm(load(out + j)));
+}
+
+// The squared norms of a tile's queries, from pack_transposed.
+template <class Words, int kGroups>
+VLMFAST_INLINE void square_norms(const float* query, int words, Vec* squares) {
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) squares[g] = zero();
+  for (int w = 0; w < words; w++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      const Vec q = load(query + (w * kGroups + g) * kLanes);
+      squares[g] = Words::multiply_add(q, q, squares[g]);
+    }
+}
+
+// out[column] = sum over rows of words of weights[row] * rows[row][column].
+template <class Words>
+VLMFAST_NOINLINE void combine_rows(const float* weights, const float* rows, int stride, int n_rows,
+                                   int columns, float* out) {
+  for (int d = 0; d < columns; d += kLanes) {
+    Vec sum[4] = {zero(), zero(), zero(), zero()};
+    int r = 0;
+    for (; r + 4 <= n_rows; r += 4)
+      VLMFAST_UNROLL for (int i = 0; i < 4; i++) sum[i] = Words::multiply_add(
+          broadcast(weights[r + i]), load(rows + (int64_t)(r + i) * stride + d), sum[i]);
+    for (; r < n_rows; r++)
+      sum[0] =
+          Words::multiply_add(broadcast(weights[r]), load(rows + (int64_t)r * stride + d), sum[0]);
+    store(out + d, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+// out[j][:] = weights[j] * row, of `vectors` vectors.
+VLMFAST_INLINE void set_outer(const float* weights, const float* row, int n, int vectors,
+                              float* out) {
+  for (int j = 0; j < n; j++) {
+    const Vec weight = broadcast(weights[j]);
+    for (int v = 0; v < vectors; v++)
+      store(out + ((int64_t)j * vectors + v) * kLanes, weight * load(row + v * kLanes));
+  }
+}
+
+// Rounds fp32 weights to words of Words, in place; beyond the n there are zeros.
+template <class Words>
+VLMFAST_INLINE void round_weights(float* weights, int n) {
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2)
+    for (int j = 0; j < n; j += kLanes)
+      _mm256_storeu_si256((__m256i*)(weights + j / 2), narrow_bf16(load(weights + j)));
+#endif
+}
+
+// Rows of keys that one register tile of the scores holds: one less than usual where that wastes
+// less of the last tile (49 = 7 * 7).
+template <int kGroups>
+constexpr int kFewerRows = kTileRows<kGroups> == 8 && kRegisters == 32 ? 7 : kTileRows<kGroups>;
+
+// The logits of one head in one window, in log2 units.
+template <class Words>
+struct Logits {
+  const Tiling& tiling;
+  const float* keys;         // pack_rows
+  const float* key_factors;  // inverse norms, or nullptr
+  int words;
+  const float* bias;     // packed
+  const float* regions;  // nullptr where the window does not wrap
+  float mask;
+
+  // logits[key][lane] for the tile's queries from the vector `first` on, and their maxima.
+  template <int kGroups>
+  VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
+                           Vec* most, WindowPrefetcher& ahead) const {
+    constexpr int kMany = kTileRows<kGroups>, kFew = kFewerRows<kGroups>;
+    const bool few = round_up(tiling.tokens, kFew) < round_up(tiling.tokens, kMany);
+    const bool plain = key_factors == nullptr && regions == nullptr;
+    if (few && plain)
+      tile<kGroups, kFew, true>(query, first, factor, logits, most, ahead);
+    else if (few)
+      tile<kGroups, kFew, false>(query, first, factor, logits, most, ahead);
+    else if (plain)
+      tile<kGroups, kMany, true>(query, first, factor, logits, most, ahead);
+    else
+      tile<kGroups, kMany, false>(query, first, factor, logits, most, ahead);
+  }
+
+  template <int kGroups, int kRows, bool kPlain>
+  VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
+                             Vec* most, WindowPrefetcher& ahead) const {
+    const int stride = tiling.bias_stride(), n = tiling.tokens;
+    Vec top[kGroups];  // in registers, which `most` cannot be
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
+    const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
+      Vec f = factor[g];
+      if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j]);
+      Vec x = fma(sum, f, load(bias + (int64_t)j * stride + (first + g) * kLanes));
+      if (!kPlain && regions != nullptr)
+        x = x + masked(load(regions + (first + g) * kLanes), regions[j]);
+      store(logits + (j * kGroups + g) * kLanes, x);
+      top[g] = max(top[g], x);
+    };
+    for_each_product<Words, kGroups, kRows>(
+        query, keys, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
+        [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
+          if (j + kRows <= n) {
+            VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+                VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) finish(j + r, g, sum[r][g]);
+            return;
+          }
+          float* target = logits + j * kGroups * kLanes;
+          VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                  store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+          for (int r = 0; r < n - j; r++)
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                finish(j + r, g, load(target + (r * kGroups + g) * kLanes));
+        });
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g];
+  }
+
+  VLMFAST_INLINE Vec masked(Vec regions_of_lanes, float region) const {
+    return select_eq(regions_of_lanes, broadcast(region), zero(), broadcast(mask));
+  }
+
+  // The last query's logits[key]; lanes beyond the keys are -inf.
+  VLMFAST_INLINE void last(const float* query, float factor, float* logits) const {
+    const int n = tiling.tokens;
+    multiply_row<Words>(query, keys, words, n, logits);
+    const float* added = bias + tiling.bias_tiles_size();
+    for (int j = 0; j < n; j += kLanes) {
+      Vec f = broadcast(factor);
+      if (key_factors != nullptr) f = f * load(key_factors + j);
+      Vec x = fma(load(logits + j), f, load(added + j));
+      if (regions != nullptr) x = x + masked(load(regions + j), regions[n - 1]);
+      store(logits + j, select_ge(lane_index(j), n, broadcast(-kInfinity), x));
+    }
+  }
+};
+
+// In place: exp2(logits - their maximum), and their sum, of one row.
+template <class Words>
+VLMFAST_INLINE float exponentiate_row(float* logits, int n, float* most) {
+  Vec top = broadcast(-kInfinity), sum = zero();
+  for (int j = 0; j < n; j += kLanes) top = max(top, load(logits + j));
+  *most = horizontal_max(top);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec p = exp2<Words::kExpDegree>(load(logits + j) - broadcast(*most));
+    sum = sum + p;
+    store(logits + j, p);
+  }
+  return horizontal_sum(sum);
+}
+
+// Calls body(Groups<groups>()) for a tile of that many vectors.
+template <int kGroups>
+struct Groups {
+  static constexpr int kCount = kGroups;
+};
+template <class Body>
+VLMFAST_INLINE void with_groups(int groups, Body body) {
+  switch (groups) {
+    case 1:
+      return body(Groups<1>());
+    case 2:
+      return body(Groups<2>());
+#if VLMFAST_LEVEL >= 1
+    case 3:
+      return body(Groups<3>());
+#endif
+#if VLMFAST_LEVEL >= 2
+    case 4:
+      return body(Groups<4>());
+#endif
+  }
+}
+
+template <class Words, class T>
+struct Forward {
+  enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
+  const WindowAttentionForward& problem;
+  Tiling tiling;
+  int words, value_columns, row_words;
+  float *keys, *values, *key_factors, *query, *scores, *keep, *sums, *row, *row_scores;
+  mutable Window<T, kTensors> windows[2];
+  T* sink;
+  int64_t scratch_size;
+
+  Forward(const WindowAttentionForward& p, float* scratch)
+      : problem(p), tiling(p.window_height * p.window_width) {
+    words = word_count<Words>(p.head_dim);
+    value_columns = round_up(p.head_dim, kRowStep);
+    row_words = round_up(words, kLanes);
+    Arena arena{scratch};
+    const int64_t padded = tiling.padded_tokens;
+    keys = arena.take(padded * words);
+    values = arena.take(padded / Words::kElements * value_columns + kLanes);
+    key_factors = p.logit_scale == nullptr ? nullptr : arena.take(padded);
+    query = arena.take((int64_t)row_words * kMaxTile);
+    scores = arena.take(padded * kMaxTile);
+    keep = p.dropout_p > 0 ? arena.take(padded * kMaxTile) : nullptr;
+    sums = arena.take((int64_t)value_columns * kMaxTile);
+    row = arena.take(maximum(row_words, round_up(p.head_dim, kLanes)));
+    row_scores = arena.take(padded);
+    sink = (T*)arena.take((int64_t)p.heads * p.head_dim);
+    for (auto& window : windows) window.take(&arena, tiling);
+    scratch_size = arena.used;
+  }
+
+  VLMFAST_INLINE void locate_window(int64_t index, Window<T, kTensors>* window) const {
+    const int channels = problem.heads * problem.head_dim;
+    T* pad = (T*)problem.pad_value;
+    const Map<T> maps[kTensors] = {{problem.query, pad},
+                                   {problem.key, pad + channels},
+                                   {problem.value, pad + 2 * channels},
+                                   {problem.out, sink}};
+    locate(problem, index, maps, window);
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
+                             int head, int first, uint32_t dropout_row, float* logsumexp,
+                             WindowPrefetcher& ahead) const {
+    constexpr int kWidth = kGroups * kLanes;
+    const int column = head * problem.head_dim, n = tiling.tokens;
+    const int first_query = first * kLanes,
+              count = minimum(kWidth, tiling.tiled_queries() - first_query);
+    const ScatteredRows<T> rows{window.rows[kQuery] + first_query, column};
+    pack_transposed<Words, kGroups>(rows, count, problem.head_dim, 1.f, query);
+    Vec factor[kGroups], most[kGroups], sum[kGroups];
+    if (problem.logit_scale == nullptr) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
+          broadcast(problem.scale * kLog2E);
+    } else {
+      square_norms<Words, kGroups>(query, words, factor);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
+          inverse_norm(factor[g]) * broadcast(problem.logit_scale[head] * kLog2E);
+    }
+    logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = zero();
+    if (keep != nullptr)
+      philox(problem.dropout_p, problem.dropout_seed)
+          .keep(0, n, first_query, kWidth, dropout_row, keep);
+    if (keep != nullptr)
+      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, keep);
+    else
+      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, nullptr);
+    weighted_sum<Words, kGroups>(scores, values, value_columns,
+                                 (n + Words::kElements - 1) / Words::kElements, value_columns, sums,
+                                 nullptr);
+    const Vec kept = broadcast(kept_scale(problem.dropout_p));
+    float logs[kWidth], tops[kWidth];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      factor[g] = kept / sum[g];
+      store(logs + g * kLanes, sum[g]);
+      store(tops + g * kLanes, most[g]);
+    }
+    log2_in_place(logs, kWidth);
+    for (int i = 0; i < count; i++) logsumexp[first_query + i] = (tops[i] + logs[i]) * (float)kLn2;
+    const ScatteredRows<T> target{window.rows[kOut] + first_query, column};
+    store_transposed<kGroups>(sums, factor, target, count, problem.head_dim);
+  }
+
+  VLMFAST_NOINLINE void last_query(const Window<T, kTensors>& window, const Logits<Words>& logits,
+                                   int head, uint32_t dropout_row, float* logsumexp) const {
+    const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
+    pack_rows<Words>(ScatteredRows<T>{window.rows[kQuery] + q, column}, 1, 1, problem.head_dim,
+                     row_words, row);
+    float factor = problem.scale * kLog2E;
+    if (problem.logit_scale != nullptr) {
+      float norm[kLanes];
+      inverse_norms<Words>(row, words, 1, norm);
+      factor = norm[0] * problem.logit_scale[head] * kLog2E;
+    }
+    logits.last(row, factor, row_scores);
+    float most, sum = exponentiate_row<Words>(row_scores, n, &most);
+    if (keep != nullptr) {
+      philox(problem.dropout_p, problem.dropout_seed).keep(0, n, q, 1, dropout_row, keep);
+      for (int j = 0; j < n; j++) row_scores[j] *= keep[j];
+    }
+    round_weights<Words>(row_scores, n);
+    combine_rows<Words>(row_scores, values, value_columns,
+                        (n + Words::kElements - 1) / Words::kElements, problem.head_dim, row);
+    T* out = window.rows[kOut][q] + column;
+    const Vec scaled = broadcast(kept_scale(problem.dropout_p) / sum);
+    for (int d = 0; d < problem.head_dim; d += kLanes)
+      store_first(out + d, scaled * load(row + d), minimum(kLanes, problem.head_dim - d));
+    log2_in_place(&sum, 1);
+    logsumexp[q] = (most + sum) * (float)kLn2;
+  }
+
+  void run_head(const Window<T, kTensors>& window, int64_t index, int head,
+                WindowPrefetcher& ahead) const {
+    const int column = head * problem.head_dim, n = tiling.tokens;
+    pack_rows<Words>(ScatteredRows<T>{window.rows[kKey], column}, n, tiling.padded_tokens,
+                     problem.head_dim, words, keys);
+    pack_row_pairs<Words>(ScatteredRows<T>{window.rows[kValue], column}, n,
+                          round_up(n, Words::kElements), problem.head_dim, value_columns, values);
+    if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
+    const Logits<Words> logits{tiling,
+                               keys,
+                               key_factors,
+                               words,
+                               problem.bias + head * problem.bias_head_stride,
+                               window.wraps ? window.regions : nullptr,
+                               problem.mask};
+    const int64_t at = index * problem.heads + head;
+    float* logsumexp = problem.logsumexp + at * n;
+    for (int t = 0; t < tiling.tiles; t++) {
+      const int first = tiling.first_vector(t);
+      with_groups(tiling.first_vector(t + 1) - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+        tile<decltype(groups)::kCount>(window, logits, head, first, (uint32_t)at, logsumexp, ahead);
+      });
+    }
+    if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);
+  }
+
+  // `next` is what this thread will probably run afterwards.
+  void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
+    Window<T, kTensors>*window = windows, *following = windows + 1;
+    locate_window(task.window_begin, window);
+    for (int64_t index = task.window_begin; index < task.window_end; index++) {
+      const bool is_last = index + 1 == task.window_end;
+      const WindowAttentionTask& upcoming = is_last ? next : task;
+      locate_window(is_last ? next.window_begin : index + 1, following);
+      const int column = upcoming.head_begin * problem.head_dim;
+      const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
+      WindowPrefetcher ahead;
+      for (T** rows : following->rows) ahead.add(rows, column, columns);
+      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      for (int head = task.head_begin; head < task.head_end; head++)
+        run_head(*window, index, head, ahead);
+      Window<T, kTensors>* free = window;
+      window = following;
+      following = free;
+    }
+  }
+};
+
+template <class Words, class T>
+struct Backward {
+  enum Tensors { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kTensors };
+  static constexpr bool kPairs = Words::kElements == 2;
+  const WindowAttentionBackward& problem;
+  Tiling tiling;
+  bool wants_products;
+  int words, columns, vectors, row_words;
+  float *keys, *values, *key_pairs, *key_factors, *grad_keys, *grad_values;
+  float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left,
+      *keep, *grad_query;
+  float *row, *grad_row, *exact_row, *exact_grad_row, *row_scores, *row_grads;
+  mutable Window<T, kTensors> windows[2];
+  T *sink, *zeros;
+  int64_t scratch_size;
+
+  Backward(const WindowAttentionBackward& p, float* scratch)
+      : problem(p), tiling(p.window_height * p.window_width) {
+    wants_products = p.wants_qkv || p.grad_pad != nullptr || p.grad_logit_scale != nullptr;
+    words = word_count<Words>(p.head_dim);
+    columns = round_up(p.head_dim, kRowStep);
+    vectors = (p.head_dim + kLanes - 1) / kLanes;
+    row_words = round_up(words, kLanes);
+    Arena arena{scratch};
+    const int64_t padded = tiling.padded_tokens;
+    keys = arena.take(padded * words);
+    values = arena.take(padded * words);
+    key_pairs = kPairs ? arena.take(padded / 2 * columns + kLanes) : keys;
+    key_factors = p.logit_scale == nullptr ? nullptr : arena.take(padded);
+    grad_keys = arena.take(padded * vectors * kLanes);
+    grad_values = arena.take(padded * vectors * kLanes);
+    query = arena.take((int64_t)row_words * kMaxTile);
+    grad_out = arena.take((int64_t)row_words * kMaxTile);
+    query_rows = arena.take((int64_t)kMaxTile / Words::kElements * vectors * kLanes);
+    grad_out_rows = arena.take((int64_t)kMaxTile / Words::kElements * vectors * kLanes);
+    scores = arena.take(padded * kMaxTile);
+    grad_scores = arena.take(padded * kMaxTile);
+    left = kPairs ? arena.take(padded * kMaxTile / 2) : scores;
+    grad_left = kPairs ? arena.take(padded * kMaxTile / 2) : grad_scores;
+    keep = p.dropout_p > 0 ? arena.take(padded * kMaxTile) : nullptr;
+    grad_query = arena.take((int64_t)columns * kMaxTile);
+    row = arena.take(row_words);
+    grad_row = arena.take(row_words);
+    exact_row = arena.take((int64_t)vectors * kLanes);
+    exact_grad_row = arena.take((int64_t)vectors * kLanes);
+    row_scores = arena.take(padded);
+    row_grads = arena.take(padded);
+    sink = (T*)arena.take((int64_t)p.heads * p.head_dim);
+    zeros = (T*)arena.take((int64_t)p.heads * p.head_dim);
+    for (auto& window : windows) window.take(&arena, tiling);
+    scratch_size = arena.used;
+  }
+
+  VLMFAST_INLINE void locate_window(int64_t index, Window<T, kTensors>* window) const {
+    const int channels = problem.heads * problem.head_dim;
+    T* pad = (T*)problem.pad_value;
+    Strided nowhere;
+    nowhere.data = sink;
+    const bool wanted = problem.wants_qkv;
+    const Map<T> maps[kTensors] = {{problem.query, pad},
+                                   {problem.key, pad + channels},
+                                   {problem.value, pad + 2 * channels},
+                                   {problem.grad_out, zeros},
+                                   {wanted ? problem.grad_query : nowhere, sink},
+                                   {wanted ? problem.grad_key : nowhere, sink},
+                                   {wanted ? problem.grad_value : nowhere, sink}};
+    locate(problem, index, maps, window);
+  }
+
+  // P (after dropout) and dS of a tile, from its logits in `scores` and its dP in `grad_scores`, as
+  // store_gradients leaves them. dS is times the inverse norms of query and key where there are
+  // any, but not in the gradient of the bias.
+  template <int kGroups>
+  VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor,
+                                  float* grad_bias) const {
+    constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
+    const int n = tiling.tokens, stride = tiling.bias_stride();
+    const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
+    Vec sum[kGroups], delta[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = delta[g] = zero();
+    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = j * kWidth + g * kLanes;
+        const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
+        Vec grad = load(grad_scores + at);
+        if (keep != nullptr) {
+          grad = grad * (load(keep + at) * kept_factor);
+          store(grad_scores + at, grad);
+        }
+        store(scores + at, p);
+        sum[g] = sum[g] + p;
+        delta[g] = fma(p, grad, delta[g]);
+      }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      sum[g] = broadcast(1.f) / sum[g];
+      delta[g] = delta[g] * sum[g];
+    }
+    for (int j = 0; j < n; j += kRows) {
+      Vec weight[kRows][kGroups], grad[kRows][kGroups];
+      VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = (j + i) * kWidth + g * kLanes;
+        weight[i][g] = grad[i][g] = zero();
+        if (kRows == 1 || j + i < n) {
+          weight[i][g] = load(scores + at) * sum[g];
+          grad[i][g] = weight[i][g] * (load(grad_scores + at) - delta[g]);
+          if (grad_bias != nullptr) {
+            float* target = grad_bias + (int64_t)(j + i) * stride + g * kLanes;
+            store(target, load(target) + grad[i][g]);
+          }
+          if (keep != nullptr) weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
+          if (key_factors != nullptr)
+            grad[i][g] = grad[i][g] * (query_factor[g] * broadcast(key_factors[j + i]));
+        }
+      }
+      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
+    }
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
+                             int head, int first, uint32_t dropout_row, bool overwrite,
+                             float* grad_bias, Vec* grad_logit_scale,
+                             WindowPrefetcher& ahead) const {
+    constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
+    const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
+    const int first_query = first * kLanes,
+              count = minimum(kWidth, tiling.tiled_queries() - first_query);
+    const ScatteredRows<T> query_in{window.rows[kQuery] + first_query, column};
+    const ScatteredRows<T> grad_in{window.rows[kGradOut] + first_query, column};
+    pack_transposed<Words, kGroups>(query_in, count, dim, 1.f, query);
+    pack_transposed<Words, kGroups>(grad_in, count, dim, 1.f, grad_out);
+    pack_row_pairs<Words>(query_in, count, kWidth, dim, vectors * kLanes, query_rows);
+    pack_row_pairs<Words>(grad_in, count, kWidth, dim, vectors * kLanes, grad_out_rows);
+    Vec factor[kGroups], inverse[kGroups], square[kGroups], most[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) inverse[g] = broadcast(1.f);
+    if (key_factors == nullptr) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
+          broadcast(problem.scale * kLog2E);
+    } else {
+      square_norms<Words, kGroups>(query, words, square);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        inverse[g] = inverse_norm(square[g]);
+        factor[g] = inverse[g] * broadcast(problem.logit_scale[head] * kLog2E);
+      }
+    }
+    logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
+    Prefetcher none;
+    multiply_rows<Words, kGroups>(grad_out, values, words, n, grad_scores, nullptr, none);
+    if (keep != nullptr)
+      philox(problem.dropout_p, problem.dropout_seed)
+          .keep(0, n, first_query, kWidth, dropout_row, keep);
+    gradients<kGroups>(most, inverse, grad_bias == nullptr ? nullptr : grad_bias + first_query);
+    if (!wants_products) return;
+    outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n, overwrite, grad_values,
+                            vectors);
+    outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, n, overwrite, grad_keys,
+                            vectors);
+    weighted_sum<Words, kGroups>(grad_scores, key_pairs, columns,
+                                 (n + Words::kElements - 1) / Words::kElements, columns, grad_query,
+                                 nullptr);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] = broadcast(problem.scale);
+    if (key_factors != nullptr) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
+          broadcast(problem.logit_scale[head]);
+      project_queries<kGroups>(square, inverse, grad_logit_scale);
+    }
+    store_transposed<kGroups>(grad_query, factor,
+                              ScatteredRows<T>{window.rows[kGradQuery] + first_query, column},
+                              count, dim);
+  }
+
+  // Calls body(column, x) with the fp32 vectors of a column of the packed queries.
+  template <int kGroups, class Body>
+  VLMFAST_INLINE void for_each_column(Body body) const {
+    for (int w = 0; w < words; w++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const Vec x = load(query + (w * kGroups + g) * kLanes);
+#if VLMFAST_LEVEL >= 3
+        if constexpr (kPairs) {
+          const __m512i bits = _mm512_castps_si512(x);
+          body(2 * w, g, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+          body(2 * w + 1, g,
+               _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000))));
+          continue;
+        }
+#endif
+        body(w, g, x);
+      }
+  }
+
+  // The gradient of q from that of q / |q|, times 1 / |q|: what lies along q drops out, and is the
+  // gradient of the logits' scale.
+  template <int kGroups>
+  VLMFAST_NOINLINE void project_queries(const Vec* square, const Vec* inverse,
+                                        Vec* grad_logit_scale) const {
+    Vec along[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) along[g] = zero();
+    for_each_column<kGroups>([&](int d, int g, Vec x) VLMFAST_INLINE_LAMBDA {
+      along[g] = fma(x, load(grad_query + (d * kGroups + g) * kLanes), along[g]);
+    });
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      *grad_logit_scale = *grad_logit_scale + along[g];
+      along[g] = projected(along[g], square[g], inverse[g]);
+    }
+    for_each_column<kGroups>([&](int d, int g, Vec x) VLMFAST_INLINE_LAMBDA {
+      float* target = grad_query + (d * kGroups + g) * kLanes;
+      store(target, load(target) - along[g] * x);
+    });
+  }
+
+  // What of x to subtract from a gradient that is `along` in the direction of x. Below the smallest
+  // norm x is divided by a constant, and nothing drops out.
+  VLMFAST_INLINE Vec projected(Vec along, Vec square, Vec inverse) const {
+    const Vec smallest = broadcast(kSmallestNorm);
+    const Vec is_small = max(smallest, sqrt(square));
+    return select_eq(is_small, smallest, zero(), along * inverse * inverse);
+  }
+
+  VLMFAST_INLINE void load_exact_row(T* const* rows, int column, float* out) const {
+    pack_rows<Fp32Words>(ScatteredRows<T>{rows, column}, 1, 1, problem.head_dim, vectors * kLanes,
+                         out);
+  }
+
+  // The query that has no tile: it comes first, so that grad_keys and grad_values start from it.
+  VLMFAST_NOINLINE void last_query(const Window<T, kTensors>& window, const Logits<Words>& logits,
+                                   int head, uint32_t dropout_row, float* grad_bias,
+                                   Vec* grad_logit_scale) const {
+    const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
+    const int dim = problem.head_dim;
+    pack_rows<Words>(ScatteredRows<T>{window.rows[kQuery] + q, column}, 1, 1, dim, row_words, row);
+    pack_rows<Words>(ScatteredRows<T>{window.rows[kGradOut] + q, column}, 1, 1, dim, row_words,
+                     grad_row);
+    load_exact_row(window.rows[kQuery] + q, column, exact_row);
+    load_exact_row(window.rows[kGradOut] + q, column, exact_grad_row);
+    float inverse = 1.f, factor = problem.scale;
+    if (key_factors != nullptr) {
+      float norm[kLanes];
+      inverse_norms<Words>(row, words, 1, norm);
+      inverse = norm[0];
+      factor = problem.logit_scale[head];
+    }
+    logits.last(row, factor * inverse * kLog2E, row_scores);
+    multiply_row<Words>(grad_row, values, words, n, row_grads);
+    float most;
+    const float normalise = 1.f / exponentiate_row<Words>(row_scores, n, &most);
+    if (keep != nullptr) {
+      philox(problem.dropout_p, problem.dropout_seed).keep(0, n, q, 1, dropout_row, keep);
+      const float kept = kept_scale(problem.dropout_p);
+      for (int j = 0; j < n; j++) {
+        keep[j] *= kept;
+        row_grads[j] *= keep[j];
+      }
+    }
+    Vec sum = zero();
+    for (int j = 0; j < n; j += kLanes) {
+      const Vec p = load(row_scores + j) * broadcast(normalise);
+      store(row_scores + j, p);
+      sum = fma(p, load(row_grads + j), sum);
+    }
+    const Vec delta = broadcast(horizontal_sum(sum));
+    for (int j = 0; j < n; j += kLanes) {
+      Vec grad = load(row_scores + j) * (load(row_grads + j) - delta);
+      if (grad_bias != nullptr) {
+        float* target = grad_bias + tiling.bias_tiles_size() + j;
+        store(target, load(target) + grad);
+      }
+      if (key_factors != nullptr)
+        grad =
+            select_ge(lane_index(j), n, zero(), grad * broadcast(inverse) * load(key_factors + j));
+      store(row_grads + j, grad);
+    }
+    if (!wants_products) return;
+    if (keep != nullptr)
+      for (int j = 0; j < n; j++) row_scores[j] *= keep[j];
+    set_outer(row_scores, exact_grad_row, n, vectors, grad_values);
+    set_outer(row_grads, exact_row, n, vectors, grad_keys);
+    round_weights<Words>(row_grads, n);
+    float* gradient = exact_grad_row;
+    combine_rows<Words>(row_grads, key_pairs, columns,
+                        (n + Words::kElements - 1) / Words::kElements, dim, gradient);
+    store_row(exact_row, gradient, factor, window.rows[kGradQuery][q] + column, grad_logit_scale);
+  }
+
+  // Writes a row of the gradient of queries or keys; with cosines, from that of x / |x|, as in
+  // project_queries. `gradient` becomes what is written.
+  VLMFAST_INLINE void store_row(const float* x, float* gradient, float factor, T* out,
+                                Vec* grad_logit_scale) const {
+    const int dim = problem.head_dim;
+    Vec coefficient = zero();
+    if (key_factors != nullptr) {
+      Vec along = zero(), square = zero();
+      for (int d = 0; d < dim; d += kLanes) {
+        const int left_over = minimum(kLanes, dim - d);
+        const Vec v = load_first(x + d, left_over);
+        along = fma(v, load_first(gradient + d, left_over), along);
+        square = fma(v, v, square);
+      }
+      if (grad_logit_scale != nullptr) *grad_logit_scale = *grad_logit_scale + along;
+      const Vec total = broadcast(horizontal_sum(square));
+      coefficient = projected(broadcast(horizontal_sum(along)), total, inverse_norm(total));
+    }
+    for (int d = 0; d < dim; d += kLanes) {
+      Vec grad = load(gradient + d);
+      if (key_factors != nullptr) grad = grad - coefficient * load(x + d);
+      grad = grad * broadcast(factor);
+      store(gradient + d, grad);
+      store_first(out + d, grad, minimum(kLanes, dim - d));
+    }
+  }
+
+  VLMFAST_NOINLINE void store_keys_and_values(const Window<T, kTensors>& window,
+                                              const WindowAttentionTask& task, int head) const {
+    const int column = head * problem.head_dim, dim = problem.head_dim;
+    const float factor = key_factors == nullptr ? problem.scale : problem.logit_scale[head];
+    for (int j = 0; j < tiling.tokens; j++) {
+      float* grad_key = grad_keys + (int64_t)j * vectors * kLanes;
+      float* grad_value = grad_values + (int64_t)j * vectors * kLanes;
+      if (key_factors != nullptr) load_exact_row(window.rows[kKey] + j, column, exact_row);
+      store_row(exact_row, grad_key, factor, window.rows[kGradKey][j] + column, nullptr);
+      for (int d = 0; d < dim; d += kLanes)
+        store_first(window.rows[kGradValue][j] + column + d, load(grad_value + d),
+                    minimum(kLanes, dim - d));
+      if (problem.grad_pad == nullptr || !window.is_padding[j]) continue;
+      const int channels = problem.heads * dim;
+      float* sum = problem.grad_pad + (int64_t)task.split * 2 * channels + column;
+      for (int d = 0; d < dim; d++) {
+        sum[d] += grad_key[d];
+        sum[channels + d] += grad_value[d];
+      }
+    }
+  }
+
+  void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
+                int head, WindowPrefetcher& ahead) const {
+    const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
+    const ScatteredRows<T> key_rows{window.rows[kKey], column};
+    const ScatteredRows<T> value_rows{window.rows[kValue], column};
+    pack_rows<Words>(key_rows, n, tiling.padded_tokens, dim, words, keys);
+    pack_rows<Words>(value_rows, n, tiling.padded_tokens, dim, words, values);
+    if (kPairs) pack_row_pairs<Words>(key_rows, n, round_up(n, 2), dim, columns, key_pairs);
+    if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
+    const Logits<Words> logits{tiling,
+                               keys,
+                               key_factors,
+                               words,
+                               problem.bias + head * problem.bias_head_stride,
+                               window.wraps ? window.regions : nullptr,
+                               problem.mask};
+    float* grad_bias = problem.grad_bias;
+    if (grad_bias != nullptr)
+      grad_bias += ((int64_t)task.split * problem.heads + head) * tiling.bias_size();
+    const uint32_t at = (uint32_t)(index * problem.heads + head);
+    Vec grad_logit_scale = zero();
+    if (tiling.has_last) last_query(window, logits, head, at, grad_bias, &grad_logit_scale);
+    for (int t = 0; t < tiling.tiles; t++) {
+      const int first = tiling.first_vector(t);
+      with_groups(tiling.first_vector(t + 1) - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+        tile<decltype(groups)::kCount>(window, logits, head, first, at, t == 0 && !tiling.has_last,
+                                       grad_bias, &grad_logit_scale, ahead);
+      });
+    }
+    if (problem.grad_logit_scale != nullptr)
+      problem.grad_logit_scale[(int64_t)task.split * problem.heads + head] +=
+          horizontal_sum(grad_logit_scale);
+    if (wants_products) store_keys_and_values(window, task, head);
+  }
+
+  // `next` is what this thread will probably run afterwards.
+  void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
+    const int channels = problem.heads * problem.head_dim;
+    for (int i = 0; i < channels; i++) zeros[i] = T();
+    Window<T, kTensors>*window = windows, *following = windows + 1;
+    locate_window(task.window_begin, window);
+    for (int64_t index = task.window_begin; index < task.window_end; index++) {
+      const bool is_last = index + 1 == task.window_end;
+      const WindowAttentionTask& upcoming = is_last ? next : task;
+      locate_window(is_last ? next.window_begin : index + 1, following);
+      const int column = upcoming.head_begin * problem.head_dim;
+      const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
+      WindowPrefetcher ahead;
+      for (T** rows : following->rows) ahead.add(rows, column, columns);
+      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      for (int head = task.head_begin; head < task.head_end; head++)
+        run_head(*window, task, index, head, ahead);
+      Window<T, kTensors>* free = window;
+      window = following;
+      following = free;
+    }
+  }
+};
+
+// Runs `body` with the element type of a bias.
+template <class Body>
+VLMFAST_INLINE void with_element(ElementType dtype, Body body) {
+  switch (dtype) {
+    case ElementType::kFloat:
+      return body(float());
+    case ElementType::kHalf:
+      return body(Half());
+    default:
+      return body(BFloat16());
+  }
+}
+
+int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
+
+void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
+  with_element(bias.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Tiling tiling(tokens);
+    const Vec factor = broadcast(kLog2E);
+    const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
+    const auto load_keys = [&](int query, int key) VLMFAST_INLINE_LAMBDA {
+      const T* p = base + query * bias.query_stride + key * bias.key_stride;
+      const int n = minimum(kLanes, tokens - key);
+      return factor * (bias.key_stride == 1 ? load_first(p, n)
+                                            : gather_words<Fp32Words>(p, bias.key_stride, n));
+    };
+    for (int v = 0; v < tiling.vectors; v++)
+      for (int key = 0; key < tokens; key += kLanes) {
+        Vec r[kLanes];
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            v * kLanes + i < tokens ? load_keys(v * kLanes + i, key) : zero();
+        transpose(r);
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < tokens - key)
+            store(packed + (int64_t)(key + i) * tiling.bias_stride() + v * kLanes, r[i]);
+      }
+    if (tiling.has_last)
+      for (int key = 0; key < tokens; key += kLanes)
+        store(packed + tiling.bias_tiles_size() + key, load_keys(tokens - 1, key));
+  });
+}
+
+void sum_bias(const float* partial, int splits, int heads, int tokens, int head,
+              const WindowBias& gradient) {
+  with_element(gradient.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Tiling tiling(tokens);
+    const float* base = partial + head * tiling.bias_size();
+    const auto total = [&](int64_t at) {
+      Vec sum = load(base + at);
+      for (int split = 1; split < splits; split++)
+        sum = sum + load(base + (int64_t)split * heads * tiling.bias_size() + at);
+      return sum;
+    };
+    T* out = static_cast<T*>(gradient.data) + head * gradient.head_stride;
+    for (int key = 0; key < tokens; key += kLanes) {
+      const int n = minimum(kLanes, tokens - key);
+      for (int v = 0; v < tiling.vectors; v++) {
+        Vec r[kLanes];
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            i < n ? total((int64_t)(key + i) * tiling.bias_stride() + v * kLanes) : zero();
+        transpose(r);
+        for (int i = 0; i < minimum(kLanes, tiling.tiled_queries() - v * kLanes); i++)
+          store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
+      }
+      if (tiling.has_last)
+        store_first(out + (tokens - 1) * gradient.query_stride + key,
+                    total(tiling.bias_tiles_size() + key), n);
+    }
+  });
+}
+
+int64_t forward_scratch(const WindowAttentionForward& problem) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
+    return Forward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
+  });
+}
+
+void forward(const WindowAttentionForward& problem, const WindowAttentionTask& task,
+             const WindowAttentionTask& next, float* scratch) {
+  with_types(problem.dtype, [&](auto words, auto element) {
+    Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
+  });
+}
+
+int64_t backward_scratch(const WindowAttentionBackward& problem) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
+    return Backward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
+  });
+}
+
+void backward(const WindowAttentionBackward& problem, const WindowAttentionTask& task,
+              const WindowAttentionTask& next, float* scratch) {
+  with_types(problem.dtype, [&](auto words, auto element) {
+    Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
+  });
+}
+
+}  // namespace
+
+extern const WindowAttentionKernel window_attention_kernel = {
+    bias_size, pack_bias, forward_scratch, forward, backward_scratch, backward, sum_bias};
+
+}  // namespace vlmfast::cpu::VLMFAST_VARIANT

@@ -1,0 +1,325 @@
+"""The operators, and through them the CPU kernels, in every instruction set of this machine."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from tools.budget import assert_keeps_budget
+from vlmfast.functional.cross_attention import cross_attention_plan
+from vlmfast.ops import cross_attention as ops
+from vlmfast.reference.cross_attention import cross_attention as reference
+from vlmfast.verify.cross_attention import CASES, image_case, random_bits, shuffled
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORWARD, BACKWARD = ops.FORWARD["cpu"], ops.BACKWARD["cpu"]
+
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+PLANS = {
+    "last": lambda phi: cross_attention_plan(phi, 3),
+    "uniform": lambda phi: cross_attention_plan(phi, 3, "last", "uniform", "uniform"),
+    "all previous": lambda phi: cross_attention_plan(phi, 3, "all_previous"),
+    "dense, lengths": lambda phi: cross_attention_plan(
+        phi, 3, empty_rows="dense", image_lengths=torch.tensor([[6, 0, 2], [1, 6, 9]])
+    ),
+}
+
+
+def sample(plan, requires_grad=False):
+    """Small inputs with heads inside tokens and latents, grouped heads and a value dim of its own.
+
+    Returns the operator's arguments, in order.
+    """
+    query = normal(2, 7, 4, 8).transpose(1, 2)
+    key = normal(2, 3, 6, 2, 8).permute(0, 3, 1, 2, 4)
+    value = normal(2, 2, 3, 6, 5)
+    tensors = [x.requires_grad_(requires_grad) for x in (query, key, value)]
+    return (*tensors, *PLANS[plan](torch.randint(0, 5, (2, 7))), 0.3)
+
+
+def backward_arguments(args, grad_out, grad_logsumexp=None, wanted=(True, True)):
+    query, key, value, *rest = args
+    out, logsumexp = FORWARD(*args)
+    return (grad_out, grad_logsumexp, query, key, value, out, logsumexp, *rest, *wanted)
+
+
+# --- what torch asks of an operator -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_opcheck_forward(plan, requires_grad):
+    torch.library.opcheck(FORWARD, sample(plan, requires_grad))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_opcheck_backward(plan):
+    args = sample(plan)
+    out, logsumexp = FORWARD(*args)
+    grad_out, grad_logsumexp = torch.randn_like(out), torch.randn_like(logsumexp)
+    torch.library.opcheck(BACKWARD, backward_arguments(args, grad_out, grad_logsumexp))
+    torch.library.opcheck(BACKWARD, backward_arguments(args, grad_out, None, (False, True)))
+    torch.library.opcheck(BACKWARD, backward_arguments(args, grad_out, None, (True, False)))
+
+
+def test_gradients_not_asked_for_are_empty():
+    args = sample("last")
+    grad_out = torch.randn_like(FORWARD(*args)[0])
+    sizes = [x.shape for x in BACKWARD(*backward_arguments(args, grad_out, None, (False, True)))]
+    assert sizes == [(0,), args[1].shape, args[2].shape]
+    sizes = [x.shape for x in BACKWARD(*backward_arguments(args, grad_out, None, (True, False)))]
+    assert sizes == [args[0].shape, (0,), (0,)]
+
+
+def test_double_backward_says_that_there_is_none():
+    args = sample("last", requires_grad=True)
+    out, _ = FORWARD(*args)
+    (grad,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        grad.sum().backward()
+
+
+def test_flops_are_those_of_the_pairs_attended_to():
+    phi = torch.tensor([[0, 0, 1, 1, 3]])
+    plan = cross_attention_plan(phi, 3)
+    query, key = normal(1, 4, 5, 8).requires_grad_(), normal(1, 2, 3, 6, 8)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = FORWARD(query, key, key, *plan, 1.0)
+    assert counter.get_total_flops() == 2 * 4 * 3 * 6 * (8 + 8)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 3 * 6 * (8 + 8 + 8)
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+def in_layout(layout, *shape, heads_at=1):
+    """A tensor whose memory is laid out in one of several ways, `heads_at` the heads' dimension."""
+    if layout == "dense":
+        return normal(*shape)
+    if layout == "sliced":
+        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "reversed":
+        return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
+    if layout == "expanded":
+        return normal(1, 1, *shape[2:]).expand(shape)
+    inside = [*range(heads_at), *range(heads_at + 1, len(shape) - 1), heads_at, len(shape) - 1]
+    x = normal(*(shape[i] for i in inside))
+    return x.permute(*(inside.index(i) for i in range(len(shape))))
+
+
+@pytest.mark.parametrize("layout", ["dense", "heads inside", "sliced", "reversed", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_are_free_and_results_dense(layout, dtype, cpu_isa):
+    query, key, value = (
+        in_layout(layout, *shape).to(dtype)
+        for shape in ((2, 4, 21, 20), (2, 2, 3, 10, 20), (2, 2, 3, 10, 12))
+    )
+    plan = cross_attention_plan(torch.randint(0, 5, (2, 21)), 3)
+    dense = [x.contiguous() for x in (query, key, value)]
+    out, logsumexp = FORWARD(query, key, value, *plan, 0.3)
+    expected, expected_logsumexp = FORWARD(*dense, *plan, 0.3)
+    assert torch.equal(out, expected)
+    assert torch.equal(logsumexp, expected_logsumexp)
+    grad_out = in_layout(layout, *out.shape).to(dtype)
+    gradients = BACKWARD(*backward_arguments((query, key, value, *plan, 0.3), grad_out))
+    wanted = BACKWARD(*backward_arguments((*dense, *plan, 0.3), grad_out.contiguous()))
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert torch.equal(gradient, other)
+
+    assert logsumexp.is_contiguous()
+    for result, like in ((out, query), (gradients[0], query)):
+        inside = like.stride(1) < like.stride(2)
+        assert (result.transpose(1, 2) if inside else result).is_contiguous()
+    for result, like in ((gradients[1], key), (gradients[2], value)):
+        inside = like.stride(1) < like.stride(3)
+        assert (result.permute(0, 2, 3, 1, 4) if inside else result).is_contiguous()
+
+
+def test_gradient_of_stride_0():
+    args = sample("last", requires_grad=True)
+    out, _ = FORWARD(*args)
+    leaves = args[:3]
+    from_sum = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    from_ones = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for a, b in zip(from_sum, from_ones, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_keeps_its_budget(case, dtype):
+    assert_keeps_budget(case, dtype)
+
+
+# Between them they take every path through the kernels.
+ISA_CASES = [
+    image_case("no order, uniform rows, lengths", (1, 4, 75, 40), (2, 3, 37), 21,
+               phi=shuffled(1, 75, 4), lengths=(37, 0, 5), empty_rows="uniform"),
+    image_case("several images, dense rows, lengths", (1, 2, 50, 64), (1, 3, 64),
+               phi=random_bits(1, 50, 3), lengths=(64, 9, 20), empty_rows="dense"),
+    image_case("long images, large logits", (1, 2, 40, 17), (1, 1, 150), scale=5.0),
+    image_case("few tokens", (1, 2, 1, 33), (2, 2, 50)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ISA_CASES, ids=lambda case: case.name)
+def test_every_instruction_set_keeps_the_budget(case, dtype, cpu_isa):
+    assert_keeps_budget(case, dtype)
+
+
+MORE_CASES = [
+    image_case("one latent", (2, 2, 40, 32), (2, 3, 1)),
+    image_case("one image of 2000", (1, 1, 20, 64), (1, 1, 2000)),
+    image_case("head dims 9 and 130", (1, 2, 37, 9), (1, 3, 50), 130),
+    image_case("large logits", (1, 2, 50, 64), (2, 3, 64), scale=5.0),
+    image_case("large logits, long images", (1, 2, 50, 64), (1, 2, 200), scale=5.0),
+    image_case(
+        "large logits, several images", (1, 2, 50, 64), (1, 3, 64), mode="all_previous", scale=5.0
+    ),
+    image_case("negative scale", (1, 2, 50, 24), (1, 3, 64), scale=-0.4),
+    image_case("few tokens of several heads", (1, 6, 5, 40), (3, 9, 33), phi=shuffled(1, 5, 9)),
+    image_case("bits, many tokens", (1, 2, 300, 32), (1, 4, 20), phi=random_bits(1, 300, 4)),
+]
+
+
+@pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_cases(case, dtype):
+    assert_keeps_budget(case, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_shape_agrees_with_the_reference(data):
+    def number(least, most):
+        return data.draw(st.integers(least, most))
+
+    batch, key_heads, group = number(0, 2), number(1, 2), number(1, 3)
+    tokens, images, latents = number(0, 70), number(0, 5), number(0, 140)
+    dim, value_dim = number(1, 70), number(1, 70)
+    torch.manual_seed(number(0, 1000))
+    bits = data.draw(st.booleans())
+    index = torch.randint(0, images + 3, (batch, tokens))
+    if bits:
+        index = torch.rand(batch, tokens, images) < 0.5
+    lengths = torch.randint(0, latents + 2, (batch, images)) if data.draw(st.booleans()) else None
+    plan = cross_attention_plan(
+        index,
+        images,
+        "last" if bits else data.draw(st.sampled_from(["last", "all_previous"])),
+        data.draw(st.sampled_from(["zero", "uniform", "dense"])),
+        data.draw(st.sampled_from(["zero", "uniform"])),
+        lengths,
+    )
+    leaves = [
+        normal(batch, key_heads * group, tokens, dim),
+        normal(batch, key_heads, images, latents, dim),
+        normal(batch, key_heads, images, latents, value_dim),
+    ]
+    results = []
+    grads = None
+    for compute, dtype in ((reference, torch.float64), (FORWARD, torch.float32)):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        out, logsumexp = compute(*inputs, *plan, 0.2)
+        finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+        grads = grads or (torch.randn_like(out), torch.randn_like(finite))
+        wanted = [x.to(dtype) for x in grads]
+        gradients = torch.autograd.grad((out, finite), inputs, wanted)
+        results.append([x.double() for x in (out, logsumexp, *gradients)])
+    for actual, truth in zip(results[1], results[0], strict=True):
+        assert_close(actual, truth, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("plan", ["uniform", "dense, lengths"])
+def test_repeats_bitwise_whatever_the_threads(plan):
+    args = sample(plan, requires_grad=True)
+    threads = torch.get_num_threads()
+
+    def results():
+        out, _ = FORWARD(*args)
+        return out, *torch.autograd.grad(out.square().sum(), args[:3])
+
+    try:
+        first = results()
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            for a, b in zip(first, results(), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_one_head_is_shared_among_threads():
+    case = image_case("", (1, 2, 300, 32), (1, 5, 64), mode="all_previous")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert_keeps_budget(case, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+MEMORY_PROBE = """
+import resource, torch
+from vlmfast.functional import cross_attention_plan, image_cross_attention
+tokens, images, latents = 8192, 128, 64  # scores would be 8192 x 8192 floats a head, 256 MiB
+query = torch.randn(1, 2, tokens, 32, requires_grad=True)
+key = torch.randn(1, 2, images, latents, 32, requires_grad=True)
+plan = cross_attention_plan(torch.randint(0, images, (1, tokens)).sort()[0], images, MODE)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image_cross_attention(query, key, key, plan).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("mode", ["last", "all_previous"])
+def test_memory_does_not_hold_the_scores(mode):
+    code = MEMORY_PROBE.replace("MODE", repr(mode))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) < 64
+
+
+# --- wrong arguments ----------------------------------------------------------------------------
+
+
+IMAGE_INDEX, ORDER, SEGMENTS = 3, 5, 6  # positions among the operator's arguments
+
+
+@pytest.mark.parametrize(
+    "position, number, message",
+    [
+        (ORDER, 7, "order"),
+        (ORDER, -1, "order"),
+        (ORDER, 2, "order"),  # the same token again and again
+        (SEGMENTS, 99, "segments"),
+        (SEGMENTS, -1, "segments"),
+        (IMAGE_INDEX, 4, "image_index"),
+        (IMAGE_INDEX, -3, "image_index"),
+    ],
+)
+def test_a_broken_plan_touches_no_foreign_memory(position, number, message):
+    args = list(sample("last"))
+    phi = torch.tensor([[1, 1, 1, 2, 2, 3, 3]]).expand(2, -1)
+    args[IMAGE_INDEX : SEGMENTS + 1] = cross_attention_plan(phi, 3)[:4]
+    args[position] = torch.full_like(args[position], number)
+    with pytest.raises(RuntimeError, match=message):
+        FORWARD(*args)

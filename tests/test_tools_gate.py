@@ -1,0 +1,171 @@
+"""Each guard of the compile gate catches a planted bug."""
+
+import dataclasses
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from tools import compile_gate as gate  # noqa: E402
+from tools.compile_cases.common import CompileCase  # noqa: E402
+from vlmfast.kernels import configs  # noqa: E402
+
+
+@triton.jit
+def product_kernel(
+    a, b, out, SIZE: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr
+):
+    rows, inner = tl.arange(0, SIZE), tl.arange(0, INNER)
+    left = tl.load(a + rows[:, None] * INNER + inner[None, :])
+    right = tl.load(b + inner[:, None] * SIZE + rows[None, :])
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    product = tl.dot(left, right, input_precision=PRECISION)
+    tl.store(out + rows[:, None] * SIZE + rows[None, :], product)
+
+
+@triton.jit
+def normalise_kernel(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    values = tl.load(x + at)
+    tl.store(out + at, values / tl.sum(values * values))
+
+
+@triton.jit
+def wrong_kernel(x, out):
+    tl.store(out, tl.load(x) + tl.arange(0, 3))  # not a power of two
+
+
+def product(
+    size=64, inner=64, dtype=torch.bfloat16, precision="ieee", widen=False, warps=4
+) -> CompileCase:
+    """A product of two matrices as a case that the gate should judge."""
+
+    def launch():
+        a = torch.empty(size, inner, dtype=dtype, device="meta")
+        out = torch.empty(size, size, device="meta")
+        options = {"SIZE": size, "INNER": inner, "PRECISION": precision, "WIDEN": widen}
+        product_kernel[(1,)](a, a.T, out, **options, num_warps=warps)
+
+    return CompileCase("product", launch, "half" if dtype != torch.float32 else precision)
+
+
+def normalise(size, warps) -> CompileCase:
+    def launch():
+        x = torch.empty(size, device="meta")
+        normalise_kernel[(1,)](x, x, SIZE=size, num_warps=warps)
+
+    return CompileCase("normalise", launch)
+
+
+def complaints(case, arch):
+    return gate.complaints(gate.compile_case(case, arch))
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_sound_kernels_pass(arch):
+    assert complaints(product(), arch) == []
+    assert complaints(product(size=32), arch) == []
+    assert complaints(product(dtype=torch.float32, precision="tf32"), arch) == []
+    assert complaints(product(size=32, dtype=torch.float32), arch) == []
+    assert complaints(normalise(1024, warps=4), arch) == []
+
+
+def test_each_architecture_shows_its_own_matrix_instruction():
+    found = [gate.compile_case(product(), arch).kernels[0] for arch in (80, 90, 100)]
+    assert [k.instructions for k in found] == [{"mma.sync"}, {"wgmma"}, {"tcgen05"}]
+
+
+def test_too_much_shared_memory_is_caught_where_it_is_too_much():
+    case = product(size=128, inner=256, warps=8)
+    assert complaints(case, 90) == []
+    (line,) = complaints(case, 86)
+    assert line.startswith("product, sm_86, product_kernel: needs ")
+    assert line.endswith("bytes of shared memory; a block may have 101376")
+
+
+def test_too_much_tensor_memory_is_caught():
+    report = gate.compile_case(product(), 100)
+    (compiled,) = report.kernels
+    assert compiled.tensor_memory > 0
+    report.kernels = [dataclasses.replace(compiled, tensor_memory=513)]
+    (line,) = gate.complaints(report)
+    assert line.endswith("needs 513 columns of tensor memory; there are 512")
+
+
+def test_spills_are_caught():
+    assert complaints(normalise(16384, warps=8), 90) == []
+    (line,) = complaints(normalise(16384, warps=1), 90)
+    assert "normalise_kernel: spills: " in line
+
+
+def test_product_that_misses_its_tensor_core_is_caught():
+    (line,) = complaints(product(warps=2), 90)  # wgmma takes four warps
+    assert line.endswith("matrix instructions: expected wgmma, found mma.sync")
+
+
+def test_product_without_tensor_cores_is_caught():
+    (line,) = complaints(product(size=32, widen=True), 90)
+    assert line.endswith("products: expected narrow and wide, found ieee")
+
+
+@pytest.mark.parametrize(("wanted", "used"), [("ieee", "tf32"), ("tf32", "ieee")])
+def test_float32_rounded_in_the_wrong_way_is_caught(wanted, used):
+    case = product(dtype=torch.float32, precision=used)._replace(precision=wanted)
+    (line,) = complaints(case, 80)
+    assert line.endswith(f"products: expected {wanted}, found {used}")
+
+
+def test_kernel_that_does_not_compile_is_caught():
+    def launch():
+        x = torch.empty(4, device="meta")
+        wrong_kernel[(1,)](x, x)
+
+    (line,) = complaints(CompileCase("wrong", launch), 80)
+    assert line.startswith("wrong, sm_80: CompilationError")
+
+
+def test_registers_that_moved_are_caught(monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "SNAPSHOT", tmp_path / "registers.json")
+    monkeypatch.setattr(gate, "CASES", {"family": []})
+    few, many = (gate.compile_case(normalise(4096, warps), 90) for warps in (8, 2))
+    assert gate.registers_moved("family", [few]) == []  # a Triton version without a snapshot
+    gate.write_snapshot("family", [few])
+    assert gate.registers_moved("family", [few]) == []
+    line, advice = gate.registers_moved("family", [many])
+    (a,), (b,) = few.kernels, many.kernels
+    name = "normalise, sm_90, normalise_kernel"
+    assert line == f"{name}: {b.registers} registers, {a.registers} in the snapshot"
+    assert advice.endswith('make gates GATE_ARGS="--family family --update"')
+
+
+def test_kernels_that_appear_or_vanish_are_caught(monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "SNAPSHOT", tmp_path / "registers.json")
+    report = gate.compile_case(normalise(1024, warps=4), 90)
+    gate.write_snapshot("family", [report])
+    (line, _) = gate.registers_moved("family", [])
+    assert line.endswith("in the snapshot, but not compiled")
+    (line, _) = gate.registers_moved("other", [report])
+    assert line.endswith("not in the snapshot")
+
+
+def test_configuration_row_that_no_case_compiles_is_caught(monkeypatch):
+    row = configs.Row(64, 64, configs.Launch(64, 64, 4, 1))
+    monkeypatch.setattr(configs, "TABLE", {"family_fwd": {(90, "half"): (row,)}})
+    shape = configs.ShapeClass("family_fwd", "half", 64, 64, plain=True)
+
+    def launch():
+        configs.launch(shape, torch.device("meta"), lambda found: None)
+
+    report = gate.compile_case(CompileCase("covers", launch), 90)
+    assert gate.uncovered_rows("family", [report]) == []
+    (line,) = gate.uncovered_rows("family", [])
+    assert line == f"family_fwd, sm_90, half: no case compiles {row}"
+
+
+def test_nothing_is_left_behind():
+    before = configs.find_row, torch.backends.cuda.matmul.fp32_precision
+    gate.compile_case(product(dtype=torch.float32, precision="tf32"), 90)
+    assert (configs.find_row, torch.backends.cuda.matmul.fp32_precision) == before

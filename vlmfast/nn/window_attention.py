@@ -1,0 +1,391 @@
+"""Attention layers built on the window_attention family."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+import vlmfast.functional as VF
+from vlmfast.functional.common import (
+    check_dropout,
+    check_floating_tensor,
+    may_read_values,
+    reject,
+    reject_type,
+)
+from vlmfast.nn.common import check_fits_weight, has_hooks
+
+__all__ = [
+    "ShiftedWindowAttention",
+    "ShiftedWindowAttentionV2",
+    "bias_from_table",
+    "clamped_logit_scale",
+    "continuous_bias_table",
+    "kept_table",
+    "padding_value",
+    "relative_position_index",
+]
+
+CPB_WIDTH = 512
+
+
+class ShiftedWindowAttention(nn.Module):
+    r"""torchvision's `ShiftedWindowAttention` (Swin) on vlmfast's attention kernels.
+
+    .. math::
+        \text{out} = \text{concat}_h\left(\text{softmax}(Q_h K_h^T / \sqrt{D} + B_h + M) V_h\right)
+        W_O, \quad (Q, K, V) = X W_{QKV}
+
+    within each window; :math:`B_h` comes from `relative_position_bias_table` by the offset of two
+    tokens, :math:`M` is -100 between tokens that only the cyclic shift brought into one window.
+    Sizes that the window does not divide are padded below and at the right; the padded tokens are
+    keys like any other. An axis that one window covers is not shifted.
+
+    Constructor, state-dict keys and numbers are those of
+    `torchvision.models.swin_transformer.ShiftedWindowAttention`; torchvision need not be there.
+
+    Args:
+        dim: channels C of the map.
+        window_size, shift_size: two ints each, of height and width; 0 <= shift < window.
+        num_heads: divides dim.
+        qkv_bias, proj_bias: whether the projections have a bias.
+        attention_dropout: of the attention weights, in training.
+        dropout: of the output, in training.
+
+    Attributes:
+        backend: the backend of the attention kernels (see `vlmfast.use_backend`); None, the
+            default, chooses by the inputs.
+
+    Shapes: x (B, H, W, C), out as x.
+
+    Raises:
+        TypeError: an argument is of the wrong type; x is not floating or, outside autocast, not of
+            the dtype of the weights.
+        ValueError: a size, a shift, a number of heads or a probability that cannot be; x is not
+            (B, H, W, C) or on another device.
+
+    Source: Liu et al., "Swin Transformer" (2021).
+    """
+
+    backend: str | None = None
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: Sequence[int],
+        shift_size: Sequence[int],
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        dim, num_heads = _positive_int("dim", dim), _positive_int("num_heads", num_heads)
+        if dim % num_heads:
+            reject("num_heads", f"a number that divides dim, {dim}", num_heads)
+        self.window_size = _two_ints("window_size", window_size)
+        self.shift_size = _two_ints("shift_size", shift_size)
+        if min(self.window_size) < 1:
+            reject("window_size", "at least 1 token in each direction", self.window_size)
+        if any(not 0 <= s < w for s, w in zip(self.shift_size, self.window_size, strict=True)):
+            expected = f"at least 0 and below window_size, {self.window_size}"
+            reject("shift_size", expected, self.shift_size)
+        self.num_heads = num_heads
+        self.attention_dropout = check_dropout("attention_dropout", attention_dropout)
+        self.dropout = check_dropout("dropout", dropout)
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self._define_relative_position_bias()
+        self.register_buffer("relative_position_index", relative_position_index(self.window_size))
+
+    def _define_relative_position_bias(self) -> None:
+        offsets = math.prod(2 * size - 1 for size in self.window_size)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def get_relative_position_bias(self) -> Tensor:
+        """The bias of all pairs of tokens of a window, (1, num_heads, M, M)."""
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        return bias_from_table(table, index)[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        return self._attend(_project(self.qkv, x), self.qkv.bias, logit_scale=None)
+
+    def _check_input(self, x: Tensor) -> None:
+        check_floating_tensor("x", x)
+        dim = self.qkv.in_features
+        if x.dim() != 4 or x.shape[3] != dim:
+            reject("x", f"shape (batch, height, width, {dim})", tuple(x.shape))
+        # A parameter rather than the weight: that may be computed from it, each time it is read.
+        check_fits_weight("x", x, next(self.qkv.parameters()))
+
+    def _attend(self, qkv: Tensor, qkv_bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
+        height, width = qkv.shape[1:3]
+        window_height, window_width = self.window_size
+        shift_down, shift_right = self.shift_size
+        out = VF.shifted_window_attention(
+            qkv,
+            self.num_heads,
+            (window_height, window_width),
+            (
+                shift_down if height > window_height else 0,
+                shift_right if width > window_width else 0,
+            ),
+            self.get_relative_position_bias()[0],
+            logit_scale=logit_scale,
+            pad_value=qkv_bias,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return F.dropout(_project(self.proj, out), p=self.dropout, training=self.training)
+
+
+class ShiftedWindowAttentionV2(ShiftedWindowAttention):
+    r"""torchvision's `ShiftedWindowAttentionV2` (Swin V2) on vlmfast's attention kernels.
+
+    As `ShiftedWindowAttention`, but with logits
+
+    .. math::
+        \tau_h \cos(Q_h, K_h) + B_h + M, \quad \tau_h = \exp(\min(s_h, \log 100))
+
+    with `logit_scale` :math:`s_h`, and with a bias :math:`B_h = 16\,\sigma(\text{MLP}(\Delta))`
+    computed by the network `cpb_mlp` from the logarithmic offset of two tokens. The key has no
+    bias: that third of `qkv.bias` is taken as zero and gets a zero gradient.
+
+    The network runs once for each offset, (2w - 1)^2 of them, not for each pair of tokens; and,
+    on a CPU where nothing of it needs a gradient, only when a weight of it has changed since.
+
+    Constructor, state-dict keys and numbers are those of
+    `torchvision.models.swin_transformer.ShiftedWindowAttentionV2`; only that here a window that is
+    one token wide gives numbers, there NaN. Arguments, shapes and errors: see
+    `ShiftedWindowAttention`.
+
+    Source: Liu et al., "Swin Transformer V2" (2022).
+    """
+
+    relative_coords_table: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: Sequence[int],
+        shift_size: Sequence[int],
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            dim,
+            window_size,
+            shift_size,
+            num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attention_dropout=attention_dropout,
+            dropout=dropout,
+        )
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones((num_heads, 1, 1))))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, CPB_WIDTH),
+            nn.ReLU(inplace=True),
+            nn.Linear(CPB_WIDTH, num_heads, bias=False),
+        )
+        if qkv_bias:
+            with torch.no_grad():
+                self.qkv.bias[dim : 2 * dim] = 0
+
+    def _define_relative_position_bias(self) -> None:
+        height, width = (
+            torch.arange(1 - size, size, dtype=torch.float32) / max(size - 1, 1)
+            for size in self.window_size
+        )
+        offsets = 8 * torch.stack(torch.meshgrid(height, width, indexing="ij"), dim=-1)
+        # log2(1 + |offset|), with the sign of the offset, over log2(8)
+        table = torch.sign(offsets) * torch.log2(torch.abs(offsets) + 1.0) / 3.0
+        self.register_buffer("relative_coords_table", table[None])
+
+    def get_relative_position_bias(self) -> Tensor:
+        """The bias of all pairs of tokens of a window, (1, num_heads, M, M)."""
+        table = continuous_bias_table(self.cpb_mlp, self.relative_coords_table)
+        return bias_from_table(table, self.relative_position_index)[None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        bias: Tensor | None = self.qkv.bias
+        if bias is not None:
+            query_bias, key_bias, value_bias = bias.chunk(3)
+            bias = torch.cat([query_bias, torch.zeros_like(key_bias), value_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        return self._attend(qkv, bias, clamped_logit_scale(self.logit_scale))
+
+
+def relative_position_index(
+    window_size: Sequence[int], device: torch.device | None = None
+) -> Tensor:
+    """For each pair of tokens of a window the number of its offset, (M * M,) int64.
+
+    Offsets are counted row by row from (-(h - 1), -(w - 1)), of the query minus the key.
+    """
+    rows, columns = (torch.arange(size, device=device) for size in window_size)
+    down = rows[:, None] - rows + window_size[0] - 1
+    right = columns[:, None] - columns + window_size[1] - 1
+    # (query row, query column, key row, key column)
+    index = down[:, None, :, None] * (2 * window_size[1] - 1) + right[None, :, None, :]
+    return index.flatten()
+
+
+def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
+    """The bias (heads, M, M) from `table` (offsets, heads) and `index`, M * M numbers of offsets.
+
+    Its gradient to the table is summed in one order: by gather on a CPU, where indexing would add
+    atomically, and by indexing on a GPU, where gather would.
+    """
+    tokens = math.isqrt(index.numel())
+    if table.device.type == "cpu":
+        bias = table.t().gather(1, index.view(1, -1).expand(table.shape[1], -1))
+    else:
+        bias = table[index.view(-1)].t().contiguous()
+    return bias.view(-1, tokens, tokens)
+
+
+def _project(projection: nn.Module, x: Tensor) -> Tensor:
+    """A projection by its weight, as torchvision does it, but by itself if it is a Linear.
+
+    One that keeps its weight packed is faster that way.
+    """
+    if isinstance(projection, nn.Linear):
+        return projection(x)
+    return F.linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+
+
+def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
+    """What `projection` makes of a token of zeros, which models pad x with: None for zeros."""
+    if isinstance(projection, nn.Linear):
+        return projection.bias
+    return projection(x.new_zeros(1, x.shape[-1]))[0]
+
+
+def clamped_logit_scale(logarithm: Tensor) -> Tensor:
+    """Swin V2's factor of the cosines, at most 100: (heads,), from any shape of heads elements."""
+    return torch.clamp(logarithm, max=math.log(100.0)).exp().flatten()
+
+
+def continuous_bias_table(network: nn.Module, coordinates: Tensor) -> Tensor:
+    """Swin V2's bias of each offset, 16 * sigmoid(network(coordinates)): (offsets, heads)."""
+
+    def compute() -> Tensor:
+        return 16 * torch.sigmoid(network(coordinates).flatten(0, -2))
+
+    return kept_table(network, coordinates, compute)
+
+
+@dataclass
+class _Kept:
+    """A table, and what it was computed from: copies, so that any change of the values shows."""
+
+    layers: list[type[nn.Module]]
+    sources: list[Tensor]
+    autocast_dtype: torch.dtype | None
+    table: Tensor
+
+
+# Beside the modules rather than in them: copies and pickles of a module do not carry it.
+_kept_tables: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def kept_table(network: nn.Module, coordinates: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """`compute()`, a function of `network` and `coordinates`, or its result of last time.
+
+    That is given only if it would be the same: every weight is compared by value, as a version
+    counter does not see what is written through `.data`. So results are kept on a CPU alone; on a
+    GPU, a comparison would synchronise. Nor are they kept where a gradient is needed, where
+    a graph is traced, or where the network is not one of plain layers.
+    """
+    sources = [coordinates, *network.parameters(), *network.buffers()]
+    if not _may_be_kept(network, sources):
+        return compute()
+    autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    layers = [type(layer) for layer in network.modules()]
+    kept = _kept_tables.get(network)
+    if (
+        kept is not None
+        and kept.autocast_dtype == autocast_dtype
+        and kept.layers == layers
+        and len(kept.sources) == len(sources)
+        and all(map(_equal, kept.sources, sources))
+    ):
+        return kept.table
+    table = compute()
+    copies = [source.detach().clone() for source in sources]
+    _kept_tables[network] = _Kept(layers, copies, autocast_dtype, table)
+    return table
+
+
+_PLAIN_LAYERS = (nn.Linear, nn.ReLU, nn.Identity, nn.Dropout)
+
+
+def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if _get_current_dispatch_mode() is not None:  # fake tensors, or somebody counts
+        return False
+    if not all(source.device.type == "cpu" and may_read_values(source) for source in sources):
+        return False
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return False
+    for layer in network.modules():
+        if has_hooks(layer):
+            return False
+        if layer is not network and not _is_plain(layer):
+            return False
+        if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
+            return False
+    return True
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is torch's, or ours in its place, and no subclass that may do anything."""
+    home = type(layer).__module__.partition(".")[0]
+    return isinstance(layer, _PLAIN_LAYERS) and home in ("torch", "vlmfast")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _positive_int(argument: str, number: Any) -> int:
+    try:
+        value = operator.index(number)
+    except TypeError:
+        reject_type(argument, "an int", type(number).__name__)
+    if value < 1:
+        reject(argument, "at least 1", value)
+    return value
+
+
+def _two_ints(argument: str, pair: Any) -> list[int]:
+    if not isinstance(pair, (tuple, list)):
+        reject_type(argument, "a list of two ints", type(pair).__name__)
+    if len(pair) != 2:
+        reject(argument, "two ints", pair)
+    try:
+        return [operator.index(number) for number in pair]
+    except TypeError:
+        reject_type(argument, "a list of two ints", pair)
