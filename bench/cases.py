@@ -166,11 +166,38 @@ WINDOW_ATTENTION = (
     *_stage("swinv2-b-w16-s1", "Swin V2-B, 256 px, stage 1", 1, 64, 4, 16, True),
 )
 
+
+@dataclass(frozen=True)
+class LossCase:
+    """A contrastive loss of a batch: `pairs` images and texts of `dim` features."""
+
+    name: str
+    source: str
+    pairs: int
+    dim: int
+    loss: str = "clip"  # or "siglip"
+    dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def shape(self) -> str:
+        """The shape in words, e.g. "N4096 d512"."""
+        return f"N{self.pairs} d{self.dim}"
+
+
+CONTRASTIVE_LOSS = (
+    LossCase("clip-1024", "CLIP ViT-B", 1024, 512),
+    LossCase("clip-4096", "CLIP ViT-B", 4096, 512),
+    LossCase("clip-8192", "CLIP ViT-B", 8192, 512),
+    LossCase("clip-l-4096", "CLIP ViT-L", 4096, 768),
+    LossCase("siglip-so400m-2048", "SigLIP so400m", 2048, 1152, "siglip"),
+)
+
 # Every family by name: its cases, ...
 CASES: dict[str, Sequence[Case]] = {
     "flash_attention": FLASH_ATTENTION,
     "window_attention": WINDOW_ATTENTION,
     "cross_attention": CROSS_ATTENTION,
+    "contrastive_loss": CONTRASTIVE_LOSS,
 }
 
 # ... those that `make bench` has time for, ...
@@ -178,6 +205,7 @@ SELECTION = {
     "flash_attention": ("vit-b16", "vit-l14-336", "siglip-so400m", "clip-text", "resampler"),
     "window_attention": ("swin-t-s1-shifted", "swin-t-s4", "swin-b-384-s3", "swinv2-b-w16-s1"),
     "cross_attention": ("t512-i4", "t2048-i1", "t2048-i8", "t2048-i33"),
+    "contrastive_loss": ("clip-1024", "clip-4096"),
 }
 
 # ... and what its cost is drawn against.
@@ -201,6 +229,13 @@ SWEEPS = {
         tuple(
             (images, ImageAttentionCase(f"images-{images}", "a sweep", 1, 8, 1024, images, 64, 64))
             for images in (1, 2, 4, 8, 16, 32, 64)
+        ),
+    ),
+    "contrastive_loss": Sweep(
+        "pairs",
+        tuple(
+            (pairs, LossCase(f"pairs-{pairs}", "a sweep", pairs, 512))
+            for pairs in (256, 512, 1024, 2048, 4096, 8192, 16384)
         ),
     ),
 }

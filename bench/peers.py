@@ -15,11 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import vlmfast.functional as VF
-from bench.cases import AttentionCase, ImageAttentionCase, WindowCase
+from bench.cases import AttentionCase, ImageAttentionCase, LossCase, WindowCase
 
 OURS = "vlmfast"
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of image, text, scale
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Contestant:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
-def _never(case: AttentionCase, dtype: torch.dtype) -> str | None:
+def _never(case: AttentionCase | LossCase, dtype: torch.dtype) -> str | None:
     return None
 
 
@@ -288,6 +289,56 @@ WINDOW_ATTENTION = Contestant(OURS, _never, _our_windows)
 WINDOW_SEQUENCE = Contestant("torchvision's steps", _never, window_sequence)
 WINDOW_SDPA = Contestant("steps with SDPA", _never, _window_sdpa)
 
+
+def _our_loss(case: LossCase) -> Loss:
+    if case.loss == "siglip":
+        return lambda image, text, scale: VF.siglip_loss(image, text, scale, -10.0)
+    return VF.clip_loss
+
+
+def dense_loss(case: LossCase) -> Loss:
+    """The loss by one matrix of logits, each step torch's own."""
+
+    def clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * image @ text.T
+        labels = torch.arange(case.pairs, device=image.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    def siglip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        logits = scale * image @ text.T - 10.0
+        signs = 2 * torch.eye(case.pairs, dtype=logits.dtype, device=image.device) - 1
+        return -F.logsigmoid(signs * logits).sum() / case.pairs
+
+    return siglip if case.loss == "siglip" else clip
+
+
+def _logits_refusal(case: LossCase, dtype: torch.dtype) -> str | None:
+    # Logits, softmaxes along rows and columns and their gradients are alive at once in backward.
+    matrices = 5 * case.pairs**2 * dtype.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if matrices > memory // 2:
+        return f"five N x N matrices take {matrices / 2**30:.1f} GiB, over half of the memory"
+    return None
+
+
+def _open_clip_refusal(case: LossCase, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("open_clip") is None:
+        return "not installed"
+    return _logits_refusal(case, dtype)
+
+
+def _open_clip(case: LossCase) -> Loss:
+    from vlmfast._torchvision_ops import import_torchvision
+
+    import_torchvision()
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    if case.loss == "siglip":
+        module = SigLipLoss()
+        return lambda image, text, scale: module(image, text, scale, -10.0)
+    return ClipLoss()
+
+
 _GPU = ("cuda",)
 
 CONTESTANTS: dict[str, Sequence[Contestant]] = {
@@ -304,5 +355,10 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
     ),
     "window_attention": (WINDOW_ATTENTION, WINDOW_SEQUENCE, WINDOW_SDPA),
     "cross_attention": (CROSS_ATTENTION, IMAGE_SDPA, IMAGE_EAGER),
+    "contrastive_loss": (
+        Contestant(OURS, _never, _our_loss),
+        Contestant("dense", _logits_refusal, dense_loss),
+        Contestant("open_clip", _open_clip_refusal, _open_clip),
+    ),
 }
 """By family; the first one is ours. What must be compiled first races on GPUs alone."""

@@ -362,6 +362,27 @@ _CROSS_QUERY = _table(
 _CROSS_ROWS = _rows((256, UNLIMITED, 32, 32, 4, 1))
 _CROSS_EVERY_ROW = _table(*(_CROSS_ROWS for _ in range(5)))
 
+# The feature dimension is walked, so that any fits. PLAIN: one query a row; several keep the
+# largest product and its query beside the running one.
+_CONTRASTIVE_FLOAT = _rows(
+    (UNLIMITED, UNLIMITED, 64, 64, 8, 2, PLAIN),
+    (UNLIMITED, UNLIMITED, 32, 64, 8, 2),
+)
+_CONTRASTIVE_90 = _rows(
+    (UNLIMITED, UNLIMITED, 128, 64, 8, 4, PLAIN),
+    (UNLIMITED, UNLIMITED, 64, 64, 8, 3),
+)
+_CONTRASTIVE = _table(
+    sm_90=_CONTRASTIVE_90,
+    sm_100=_CONTRASTIVE_90,
+    mma_sync=_rows(
+        (UNLIMITED, UNLIMITED, 128, 64, 8, 3, PLAIN),
+        (UNLIMITED, UNLIMITED, 64, 64, 8, 2),
+    ),
+    tf32=_CONTRASTIVE_FLOAT,
+    ieee=_CONTRASTIVE_FLOAT,
+)
+
 TABLE: dict[str, Table] = {
     "flash_attention_fwd": _FORWARD,
     "flash_attention_bwd_statistics": _BACKWARD_STATISTICS,
@@ -381,6 +402,8 @@ TABLE: dict[str, Table] = {
     "cross_attention_bwd_whole": _CROSS_WHOLE,
     "cross_attention_bwd_query": _CROSS_QUERY,
     "cross_attention_bwd_uniform": _CROSS_EVERY_ROW,
+    "contrastive_loss_fwd": _CONTRASTIVE,
+    "contrastive_loss_bwd": _CONTRASTIVE,
 }
 
 INTERPRETED_ARCHITECTURE = 90  # whose rows CPU tensors take under TRITON_INTERPRET=1

@@ -18,9 +18,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command_line
+from bench import contrastive_loss as losses_family
 from bench import flash_attention as family
 from bench import ncu, search
-from bench.cases import CASES, SELECTION, AttentionCase
+from bench.cases import CASES, SELECTION, AttentionCase, LossCase
 from bench.compare import changes, losses
 from bench.contest import Contest, contests
 from bench.contest import run as race_contest
@@ -36,7 +37,16 @@ from bench.measure import (
     race,
 )
 from bench.memory import peak_bytes
-from bench.peers import CONTESTANTS, EAGER, FLASH_ATTENTION, OURS, SDPA, Contestant, eager_attention
+from bench.peers import (
+    CONTESTANTS,
+    EAGER,
+    FLASH_ATTENTION,
+    OURS,
+    SDPA,
+    Contestant,
+    dense_loss,
+    eager_attention,
+)
 from bench.report import Row, machine, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +104,25 @@ def test_least_bytes_are_those_of_the_tensors(case: AttentionCase, dtype: torch.
     assert family.work(case, dtype, "fwd").least_bytes == forward
     assert family.work(case, dtype, "bwd").least_bytes == backward
     assert family.work(case, dtype, "fwd+bwd").least_bytes == forward + logsumexp + backward
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_contrastive_losses_are_right_and_do_the_work_that_is_stated(loss: str, mode: str) -> None:
+    case = LossCase("tiny", "a test", 40, 16, loss)
+    row = race_contest(Contest("contrastive_loss", case, "float32", mode), 0.0)
+    assert not row.refusals and row.verdicts.keys() == {OURS, "dense", "open_clip"}
+    inputs = losses_family.make_inputs(case, torch.float64, mode)
+    by_autograd = losses_family.make_call(dense_loss(case), inputs, mode)()
+    truths = losses_family.reference(case, inputs, mode)
+    for x, y in zip(by_autograd, truths, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-12)
+    ours = next(x for x in CONTESTANTS["contrastive_loss"] if x.name == OURS).prepare(case)
+    inputs = losses_family.make_inputs(case, torch.float32, mode)
+    call = losses_family.make_call(ours, inputs, mode)
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == losses_family.work(case, torch.float32, mode).flops
 
 
 def test_inputs_are_slices_of_packed_projections() -> None:

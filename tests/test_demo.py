@@ -15,7 +15,7 @@ def test_rows_in_bf16(tmp_path, capsys):
     printed = capsys.readouterr().out
     table = (tmp_path / "demo.md").read_text()
     assert table in printed
-    assert "vlmfast.patch: 4 replaced, 0 left" in printed
+    assert "vlmfast.patch: 5 replaced, 0 left" in printed
     lines = table.splitlines()
     assert len({line.count("|") for line in lines}) == 1
 

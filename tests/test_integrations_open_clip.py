@@ -1,4 +1,4 @@
-"""patch on open_clip's towers."""
+"""patch on open_clip's towers and losses."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
 from open_clip.coca_model import CoCa  # noqa: E402
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss  # noqa: E402
 from open_clip.model import CLIP, CustomTextCLIP  # noqa: E402
 from open_clip.transformer import Attention, AttentionalPooler, TextTransformer  # noqa: E402
 
@@ -134,3 +135,72 @@ def test_gradient_checkpointing():
         return model(**inputs)
 
     assert_patched_model_right(make_clip(), pairs, call)
+
+
+def loss_inputs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(21, 16, generator=generator)
+    text = image + 2 * torch.randn(21, 16, generator=generator)
+    return {"image_features": image, "text_features": text}
+
+
+class Head(torch.nn.Module):
+    """A loss of open_clip with what it learns beside the towers."""
+
+    def __init__(self, loss, *bias):
+        super().__init__()
+        self.loss = loss
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.bias = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor(b)) for b in bias)
+
+    def forward(self, image_features, text_features):
+        features = (
+            torch.nn.functional.normalize(x, dim=-1) for x in (image_features, text_features)
+        )
+        return self.loss(*features, self.logit_scale.exp(), *self.bias, output_dict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "bias"), [(ClipLoss, ()), (ClipLoss, (1.0,)), (SigLipLoss, (-2.0,))]
+)
+def test_losses(cls, bias, dtype):
+    assert_patched_model_right(Head(cls(), *bias).to(dtype), loss_inputs)
+
+
+def test_coca_loss():
+    """Its caption loss stays; its contrastive one is fused."""
+    loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=0.5)
+
+    class CoCaHead(Head):
+        def forward(self, image_features, text_features):
+            words = torch.arange(8).view(2, 4)
+            logits = image_features[:2, None, :] * text_features[:4]  # (2, 4, 16): batch, words
+            features = (
+                torch.nn.functional.normalize(x, dim=-1) for x in (image_features, text_features)
+            )
+            return self.loss(*features, logits, words, self.logit_scale.exp())
+
+    head = CoCaHead(loss)
+    assert_patched_model_right(head, loss_inputs)
+    report = vlmfast.patch(head, families=["contrastive_loss"])
+    assert [entry.what for entry in report.replaced] == ["vlmfast.integrations.open_clip.CoCaLoss"]
+    vlmfast.unpatch(head)
+    assert type(loss) is CoCaLoss
+
+
+def test_losses_that_stay():
+    report = vlmfast.patch(torch.nn.ModuleList([DistillClipLoss(), ClipLoss(use_horovod=True)]))
+    assert not report.replaced
+    subclass, horovod = (entry.why for entry in report.skipped)
+    assert "subclass" in subclass and "horovod" in horovod
+
+
+def test_a_loss_obeys_its_backend():
+    loss = ClipLoss()
+    vlmfast.patch(loss, backend="reference")
+    features = loss_inputs(0).values()
+    assert vlmfast.explain(loss, *features, torch.tensor(10.0)).backend == "reference"
+    loss.world_size = 2
+    with pytest.raises(ValueError, match="init_process_group"):
+        loss(*features, torch.tensor(10.0))

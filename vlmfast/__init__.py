@@ -6,6 +6,7 @@ torch alone and costs next to nothing:
     vlmfast.patch(model)            replace the attention layers of a model, in place
     vlmfast.functional as VF        functions with the calls of torch and xformers
     vlmfast.nn as vnn               drop-in modules
+    vlmfast.distributed.Ring        how contrastive losses span the ranks of a process group
     vlmfast.use_backend, vlmfast.explain, vlmfast.info
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmfast import functional, nn, ops, reference
+    from vlmfast import distributed, functional, nn, ops, reference
     from vlmfast.backends import explain, info, use_backend
     from vlmfast.integrations import PatchReport, patch, unpatch
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PatchReport",
     "__version__",
+    "distributed",
     "explain",
     "functional",
     "info",
@@ -34,7 +36,7 @@ __all__ = [
     "use_backend",
 ]
 
-_SUBMODULES = {"functional", "nn", "ops", "reference"}
+_SUBMODULES = {"distributed", "functional", "nn", "ops", "reference"}
 _HOMES = {
     "explain": "vlmfast.backends",
     "info": "vlmfast.backends",

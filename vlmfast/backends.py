@@ -214,7 +214,7 @@ def _installed(module: str) -> bool:
 _TRITON_INSTALLED = _installed("triton")
 _TRITON_FAMILIES = frozenset(
     family
-    for family in ("flash_attention", "window_attention", "cross_attention")
+    for family in ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
     if _installed(f"vlmfast.kernels.{family}")
 )
 
@@ -325,6 +325,25 @@ def _no_cuda_kernel(*inputs: Any) -> list[str]:
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
+def _contrastive_loss_dtype(rows: Tensor) -> list[str]:
+    if rows.dtype in _HALF_OR_FLOAT:
+        return []
+    return [f"computes in float32, bfloat16 or float16, got {rows.dtype}"]
+
+
+def _contrastive_loss_cpu(rows: Tensor, columns: Tensor) -> list[str]:
+    reasons = _contrastive_loss_dtype(rows)
+    if rows.device.type not in ("cpu", "meta"):
+        reasons.append(f"takes CPU tensors, got {rows.device.type}")
+    if EXTENSION_ERROR is not None:
+        reasons.append(EXTENSION_ERROR)
+    return reasons
+
+
+def _contrastive_loss_triton(rows: Tensor, columns: Tensor) -> list[str]:
+    return _triton("contrastive_loss", rows.device) + _contrastive_loss_dtype(rows)
+
+
 def _always(*inputs: Any) -> list[str]:
     return []
 
@@ -345,6 +364,12 @@ _PREDICATES: dict[str, dict[str, Callable[..., list[str]]]] = {
     "cross_attention": {
         "cpu": _cross_attention_cpu,
         "triton": _cross_attention_triton,
+        "cuda": _no_cuda_kernel,
+        "reference": _always,
+    },
+    "contrastive_loss": {
+        "cpu": _contrastive_loss_cpu,
+        "triton": _contrastive_loss_triton,
         "cuda": _no_cuda_kernel,
         "reference": _always,
     },
@@ -372,6 +397,9 @@ def _sample_inputs(family: str, device: str) -> tuple[Any, ...]:
     if family == "cross_attention":
         images = torch.empty(1, 1, 1, 1, 64, device=device)
         return torch.empty(1, 1, 1, 64, device=device), images, images
+    if family == "contrastive_loss":
+        tensor = torch.empty(1, 1, 64, device=device)
+        return tensor, tensor[0]
     raise ValueError(f"family: expected one of {', '.join(_PREDICATES)}, got {family!r}")
 
 

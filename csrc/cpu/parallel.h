@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace vlmfast::cpu {
 
@@ -65,6 +66,43 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
     scratch.trim();
   };
   torch::stable::parallel_for(0, workers, 1, work);
+}
+
+// Lets blocks of work pass through the same stages, each in the order of the blocks.
+class Turns {
+ public:
+  explicit Turns(int64_t blocks) : passed_(new std::atomic<int>[blocks]) {
+    for (int64_t i = 0; i < blocks; i++) passed_[i].store(0, std::memory_order_relaxed);
+  }
+  // Returns when the block before has passed `stage`.
+  void wait(int64_t block, int stage) const {
+    if (block == 0) return;
+    while (passed_[block - 1].load(std::memory_order_acquire) <= stage) std::this_thread::yield();
+  }
+  void pass(int64_t block, int stage) {
+    passed_[block].store(stage + 1, std::memory_order_release);
+  }
+
+ private:
+  std::unique_ptr<std::atomic<int>[]> passed_;
+};
+
+// Calls body(block, scratch) for every block in [0, blocks). Blocks are claimed in order, and also
+// where all of them run on one thread, so that one may wait for those before it.
+template <class Body>
+void for_each_in_order(int64_t blocks, int64_t scratch_floats, const Body& body) {
+  const int64_t workers = std::min<int64_t>(blocks, torch::stable::get_num_threads());
+  std::atomic<int64_t> unclaimed{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    Scratch& scratch = Scratch::of_this_thread();
+    float* buffer = scratch.get(scratch_floats);
+    for (;;) {
+      const int64_t block = unclaimed.fetch_add(1, std::memory_order_relaxed);
+      if (block >= blocks) break;
+      body(block, buffer);
+    }
+    scratch.trim();
+  });
 }
 
 }  // namespace vlmfast::cpu

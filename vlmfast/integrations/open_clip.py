@@ -1,21 +1,26 @@
-"""open_clip: its own `Attention`. The other towers hold torch.nn.MultiheadAttention, timm or
-transformers models, which the rules of those libraries replace."""
+"""open_clip: its own `Attention` and its losses. The other towers hold torch.nn.MultiheadAttention,
+timm or transformers models, which the rules of those libraries replace."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch.nn.functional as F
+from open_clip.loss import ClipLoss as OriginalClipLoss
+from open_clip.loss import CoCaLoss as OriginalCoCaLoss
+from open_clip.loss import SigLipLoss as OriginalSigLipLoss
 from open_clip.transformer import Attention as OriginalAttention
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
+import vlmfast.nn as vnn
 from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
 from vlmfast.nn.flash_attention import is_causal_mask
 
-__all__ = ["RULES", "Attention"]
+__all__ = ["RULES", "Attention", "ClipLoss", "CoCaLoss", "SigLipLoss"]
 
 FAMILY = "flash_attention"
+LOSS_FAMILY = "contrastive_loss"
 
 
 class Attention(OriginalAttention):
@@ -59,8 +64,33 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
+class ClipLoss(OriginalClipLoss):
+    """`open_clip.loss.ClipLoss` on vlmfast's kernels."""
+
+    backend: str | None = None
+    forward = vnn.ClipLoss.forward
+
+
+class CoCaLoss(OriginalCoCaLoss, ClipLoss):
+    """`open_clip.loss.CoCaLoss`: its call of super() now finds vlmfast's `ClipLoss`."""
+
+
+class SigLipLoss(OriginalSigLipLoss):
+    """`open_clip.loss.SigLipLoss` on vlmfast's kernels."""
+
+    backend: str | None = None
+    forward = vnn.SigLipLoss.forward
+
+
+def _loss_refusal(loss: nn.Module) -> str | None:
+    return "ranks are those of torch.distributed, not horovod's" if loss.use_horovod else None
+
+
 RULES = (
     swap_class(FAMILY, OriginalAttention, Attention, refusal=_refusal),
+    swap_class(LOSS_FAMILY, OriginalCoCaLoss, CoCaLoss, refusal=_loss_refusal),
+    swap_class(LOSS_FAMILY, OriginalClipLoss, ClipLoss, refusal=_loss_refusal),
+    swap_class(LOSS_FAMILY, OriginalSigLipLoss, SigLipLoss),
     leave_alone(
         FAMILY,
         partial(computes_attention, library="open_clip"),

@@ -20,7 +20,7 @@ LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "flamingo", "to
 # Recognised by what its layers are made of, wherever their classes come from.
 STRUCTURAL = "flamingo"
 
-FAMILIES = ("flash_attention", "window_attention", "cross_attention")
+FAMILIES = ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
 
 
 class PatchEntry(NamedTuple):
