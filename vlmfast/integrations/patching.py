@@ -201,7 +201,8 @@ def _known_layers(
 ) -> Iterator[tuple[str, nn.Module, Rule | None]]:
     """The layers that a rule of the families recognises; None: the rule of a replaced layer.
 
-    Of the rules that recognise a layer the first one of a family that is wanted counts.
+    Of the rules that recognise a layer the first one counts that replaces it and is of a family
+    that is wanted, else the first one.
     """
     rules_of: dict[type, list[Rule]] = {}
     for path, module in model.named_modules():
@@ -213,7 +214,8 @@ def _known_layers(
             rules_of[cls] = _rules_for(cls)
         rules = [r for r in rules_of[cls] if r.family in families and r.recognises(module)]
         if rules:
-            yield path, module, next((r for r in rules if r.family in wanted), rules[0])
+            replacing = (rule for rule in rules if rule.what and rule.family in wanted)
+            yield path, module, next(replacing, rules[0])
 
 
 def _rules_for(cls: type) -> list[Rule]:
