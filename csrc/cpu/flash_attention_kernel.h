@@ -624,14 +624,7 @@ struct Backward {
     float* base = problem.grad_mask + task.unit * problem.grad_mask_unit_size +
                   task.batch * stride[0] + tile.head * stride[1] + tile.first_query * stride[2] +
                   key * stride[3];
-    if (stride[2] == 0) {
-      for (int j = 0; j < n; j++) {
-        Vec sum = zero();
-        for (int g = 0; g < kGroups; g++)
-          sum = sum + load(exact_grad_scores + j * kWidth + g * kLanes);
-        base[j * stride[3]] += horizontal_sum(sum);
-      }
-    } else if (stride[3] == 0) {
+    if (stride[3] == 0) {  // first along the keys: the sum of a row of dS is next to nothing
       float rows[kWidth];
       for (int g = 0; g < kGroups; g++) {
         Vec sum = zero();
@@ -639,6 +632,13 @@ struct Backward {
         store(rows + g * kLanes, sum);
       }
       for (int i = 0; i < tile.count; i++) base[i * stride[2]] += rows[i];
+    } else if (stride[2] == 0) {
+      for (int j = 0; j < n; j++) {
+        Vec sum = zero();
+        for (int g = 0; g < kGroups; g++)
+          sum = sum + load(exact_grad_scores + j * kWidth + g * kLanes);
+        base[j * stride[3]] += horizontal_sum(sum);
+      }
     } else {
       for (int g = 0; g < kGroups; g++)
         for (int j = 0; j < n; j += kLanes) {

@@ -85,7 +85,9 @@ class Windows:
             regions[:, -self.shift[1] :] += 1
         regions = self._partition(regions[None, :, :, None], 1)[0, ..., 0]  # (windows, 1, M)
         differs = regions[..., :, None] != regions[..., None, :]
-        return torch.zeros_like(differs, dtype=like.dtype).masked_fill(differs, mask_value)
+        lowest = torch.finfo(like.dtype).min
+        masked = torch.zeros_like(differs, dtype=like.dtype)
+        return masked.masked_fill(differs, max(mask_value, lowest))
 
     def _partition(self, tokens: Tensor, heads: int) -> Tensor:
         batch, height, width, channels = tokens.shape
