@@ -54,11 +54,12 @@ CASES = [
     # Features and other shapes, where spills are forbidden.
     _case("w7 without shift", 7, 3, shifted=False, archs=(90,)),
     _case("w7, padded", 7, 3, padded=True, archs=(90,)),
-    _case("Swin V2, w8", 8, 3, cosine=True, padded=True, archs=(90,)),
+    _case("Swin V2, w8", 8, 3, cosine=True, padded=True),
     _case("w7, dropout", 7, 3, dropout_p=0.1, archs=(90,)),
     _case("w8, float16, head dim 64", 8, 3, dim=64, dtype=torch.float16, archs=(90,)),
     _case("Swin V2 at 384, w24", 24, 4, cosine=True, archs=(90,)),
-    _case("w12, padded", 12, 4, padded=True, archs=(90,)),
+    _case("w12, padded", 12, 4, padded=True, archs=(90, 100)),
+    _case("w16", 16, 3, archs=(90, 100)),
     _case("float32, w12", 12, 4, dtype=_FLOAT32, archs=(90,)),
     _case("tf32, w16, cosine", 16, 3, dtype=_FLOAT32, cosine=True, tf32=True, archs=(90,)),
 ]
