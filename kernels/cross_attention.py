@@ -40,6 +40,7 @@ from vlmfast.kernels.common import (
     load_rows,
     online_softmax_step,
     row_inner_products,
+    run_kernel,
     scale_tiles,
     shifted_exp2,
     split_into_pieces,
@@ -928,15 +929,6 @@ def images_like(tensor: torch.Tensor) -> torch.Tensor:
         inside = tensor.new_empty(batch, images, latents, heads, columns)
         return inside.permute(0, 3, 1, 2, 4)
     return tensor.new_empty(tensor.shape)
-
-
-def run_kernel(
-    kernel: triton.JITFunction, programs: int, *args, launch: Launch, **constants
-) -> None:
-    if programs > 0:
-        kernel[(programs,)](
-            *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
 
 
 def with_positive_scale(problem: Problem) -> tuple[Problem, float]:
