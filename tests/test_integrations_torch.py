@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 import vlmfast.nn as vnn
@@ -303,6 +304,40 @@ def test_linear_notices_new_weights():
         with torch.no_grad():
             change(mlp), change(original)
     assert_linear_right(mlp, original)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_linear_notices_a_step_of_an_optimizer(fused):
+    """torch's fused optimizers change weights without counting up their versions."""
+    original = make_mlp()
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    assert_linear_right(mlp, original)
+    for model in (mlp, original):
+        model(torch.ones(2, 48)).sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused).step()
+    assert_linear_right(mlp, original)
+
+
+def test_linear_whose_weights_torch_does_not_watch():
+    with torch.inference_mode():
+        original = make_mlp()
+        mlp = copy.deepcopy(original)
+        vlmfast.patch(mlp, inference=True)
+        assert_linear_right(mlp, original)
+        for model in (mlp, original):
+            model[0].weight.mul_(2.0)
+    with torch.inference_mode():
+        x = torch.randn(5, 48)
+        assert torch.equal(mlp(x), original(x))
+
+
+def test_operations_of_linear_are_counted():
+    mlp = make_mlp()
+    vlmfast.patch(mlp, inference=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mlp(torch.randn(5, 48))
+    assert counter.get_total_flops() == 2 * 5 * (48 * 96 + 96 * 40)
 
 
 def test_linear_under_autocast_and_with_gradients(monkeypatch):

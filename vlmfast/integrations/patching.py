@@ -82,8 +82,8 @@ def patch(
             nothing else is then said of it, by `strict` either.
         inference: also replace every torch.nn.Linear by one that keeps its weight packed for
             oneDNN, which pays on the CPU where no gradient is asked for (elsewhere it computes as
-            before). Takes the memory of the weights once more. Weights that are written to through
-            `.data`, as some optimisers do, are not noticed: so for inference alone.
+            before). Takes the memory of the weights once more, and does not notice what is
+            written to them through `.data`: so for inference alone.
 
     Returns:
         A `PatchReport`: `replaced` and `skipped`, one (path, what, why) for each layer.

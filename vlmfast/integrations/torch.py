@@ -6,14 +6,14 @@ And, for inference alone, Linear.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import vlmfast.nn as vnn
 from vlmfast.integrations.rules import LINEAR, Rule, class_name, code_names, swap_class
+from vlmfast.nn.common import Keeper, may_be_kept
 
 __all__ = ["RULES", "Linear", "TransformerEncoderLayer"]
 
@@ -59,15 +59,8 @@ def _goes_past_attention(parent: nn.Module) -> bool:
     )
 
 
-class _Packed(NamedTuple):
-    """A weight in the layout of oneDNN's matrix products, and the state that it was packed from."""
-
-    state: tuple[int, int, torch.dtype]
-    weight: Tensor
-
-
-# Held beside the modules, not in them: packed tensors can be neither copied nor pickled.
-_packed_weights = WeakTensorKeyDictionary()
+# Beside the modules, not in them: packed tensors can be neither copied nor pickled.
+_packed_weights: WeakKeyDictionary[nn.Module, Keeper[Tensor]] = WeakKeyDictionary()
 
 
 class Linear(nn.Linear):
@@ -75,11 +68,12 @@ class Linear(nn.Linear):
 
     torch packs the weight anew in each call, and in float32 multiplies by MKL, which on AMD's
     processors stays at half their width. The packed weight takes as much memory as the weight. It
-    is made anew when the weight is replaced or written to, but not when it is written to through
-    `weight.data`.
+    is made anew when the weight is replaced or written to, and after a step of any optimiser of
+    torch, but not when it is written to through `weight.data`.
 
-    Gradients, GPUs, torch.compile, torch.func and dtypes other than float32 and bfloat16 take the
-    way of torch.nn.Linear.
+    Gradients, GPUs, torch.compile, torch.func, dispatch modes, weights made in inference mode
+    (whose changes torch does not record) and dtypes other than float32 and bfloat16 take the way of
+    torch.nn.Linear.
     """
 
     backend: str | None = None  # set by patch; no kernel of vlmfast's takes part
@@ -91,15 +85,17 @@ class Linear(nn.Linear):
         if not self._can_pack(input, dtype):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.to(dtype)
-        packed = _packed(self.weight, dtype)
+        keeper = _packed_weights.setdefault(self, Keeper())
+        packed = keeper.get((self.weight,), dtype, lambda: _pack(self.weight, dtype))
         return torch.ops.mkldnn._linear_pointwise(input.to(dtype), packed, bias, "none", [], "")
 
     def _can_pack(self, input: Tensor, dtype: torch.dtype) -> bool:
+        sources = (input, self.weight) if self.bias is None else (input, self.weight, self.bias)
         return (
             not torch.compiler.is_compiling()
-            and type(input) is Tensor
-            and type(self.weight) is nn.Parameter
+            and may_be_kept(*sources)
             and input.device.type == self.weight.device.type == "cpu"
+            and not self.weight.is_inference()
             and (dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_takes_bfloat16()))
             and (input.dtype == self.weight.dtype or torch.is_autocast_enabled("cpu"))
             and input.is_floating_point()
@@ -107,11 +103,6 @@ class Linear(nn.Linear):
             and input.dim() >= 2
             and input.numel() > 0
             and input.shape[-1] == self.in_features
-            and not torch._C._are_functorch_transforms_active()
-            and not (
-                torch.is_grad_enabled()
-                and torch._C._any_requires_grad(input, self.weight, self.bias)
-            )
         )
 
 
@@ -119,16 +110,8 @@ def _onednn_takes_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    # Tensors made in inference mode count no versions, and nothing but inference can write to them.
-    version = 0 if weight.is_inference() else weight._version
-    state = (version, weight.data_ptr(), dtype)
-    found = _packed_weights.get(weight)
-    if found is None or found.state != state:
-        with torch.no_grad():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
-        found = _packed_weights[weight] = _Packed(state, packed)
-    return found.weight
+def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
 
 
 def _use_packed(module: nn.Module) -> Callable[[nn.Module], None]:
@@ -138,7 +121,7 @@ def _use_packed(module: nn.Module) -> Callable[[nn.Module], None]:
 
 def _use_unpacked(module: nn.Module) -> None:
     module.__class__ = nn.Linear
-    _packed_weights.pop(module.weight, None)
+    _packed_weights.pop(module, None)
 
 
 def _packing_refusal(module: nn.Module) -> str | None:

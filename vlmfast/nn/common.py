@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmfast.functional.common import check_device, reject_type
 
-__all__ = ["check_fits_weight", "has_hooks"]
+__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept"]
+
+Result = TypeVar("Result")
 
 
 def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
@@ -33,3 +42,110 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def may_be_kept(*sources: Tensor) -> bool:
+    """Whether a result of these tensors may be given again.
+
+    Not where it needs a gradient, nor where a graph is traced or captured, which must hold the
+    computation itself.
+    """
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if _get_current_dispatch_mode() is not None:  # fake tensors, or somebody counts
+        return False
+    if any(type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" for x in sources):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
+        return False
+    if sources[0].device.type == "cpu":
+        return True
+    if any(x.is_inference() for x in sources):  # to compare values would synchronise
+        return False
+    return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+class _Snapshot:
+    """A tensor at one moment. Identity and version tell whether another is that one, unchanged.
+
+    Every operation of torch that writes to a tensor counts up its version, which its views share.
+    Tensors made in inference mode have none: on a CPU, their values are compared with a copy.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._layout = _layout(tensor)
+        self._copy = tensor.clone() if tensor.is_inference() else None
+        # Held, so that no other tensor can take its place in memory.
+        self._owner = None if tensor.is_inference() else _owner(tensor)
+        self._version = 0 if tensor.is_inference() else tensor._version
+
+    def shows(self, tensor: Tensor) -> bool:
+        if _layout(tensor) != self._layout or tensor.is_inference() != (self._copy is not None):
+            return False
+        if self._copy is not None:
+            return torch.equal(self._copy, tensor)
+        return _owner(tensor) is self._owner and tensor._version == self._version
+
+
+# One copy of a tensor without a version serves all layers.
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _snapshot(tensor: Tensor) -> _Snapshot:
+    if not tensor.is_inference():
+        return _Snapshot(tensor)
+    copied = _copies.get(tensor)
+    if copied is None or not copied.shows(tensor):
+        copied = _copies[tensor] = _Snapshot(tensor)
+    return copied
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    """The tensor that a view looks at: models make a new view of one tensor at every step."""
+    base = tensor._base if tensor._is_view() else None
+    return tensor if base is None else base
+
+
+class Keeper(Generic[Result]):
+    """Keeps the last result of a computation while the tensors that it came from stay the same."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[_Snapshot], Hashable, Result] | None = None
+
+    def get(
+        self, sources: tuple[Tensor, ...], context: Hashable, compute: Callable[[], Result]
+    ) -> Result:
+        """`compute()`, a function of `sources` and `context`, or what it gave last time."""
+        _count_optimizer_steps()
+        context = (context, _optimizer_steps)
+        last = self._last
+        if (
+            last is not None
+            and last[1] == context
+            and len(last[0]) == len(sources)
+            and all(seen.shows(source) for seen, source in zip(last[0], sources, strict=True))
+        ):
+            return last[2]
+        # An inference tensor could not be saved for a backward pass later.
+        with torch.inference_mode(False), torch.no_grad():
+            result = compute()
+        self._last = [_snapshot(source) for source in sources], context, result
+        return result
+
+
+_optimizer_steps = 0
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """From now on a step of any optimizer counts: torch's fused ones leave versions as they are."""
+
+    def count(*_: Any) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
+
+    register_optimizer_step_post_hook(count)
