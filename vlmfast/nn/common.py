@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -75,16 +76,23 @@ class _Snapshot:
     def __init__(self, tensor: Tensor):
         self._layout = _layout(tensor)
         self._copy = tensor.clone() if tensor.is_inference() else None
-        # Held, so that no other tensor can take its place in memory.
+        # Held, so that no other tensor can take its identity.
         self._owner = None if tensor.is_inference() else _owner(tensor)
         self._version = 0 if tensor.is_inference() else tensor._version
+        # `tensor.data = other` counts up no version, and memory that it frees is soon given out
+        # again, at the same address. A weak reference keeps the identity alone.
+        self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def shows(self, tensor: Tensor) -> bool:
         if _layout(tensor) != self._layout or tensor.is_inference() != (self._copy is not None):
             return False
         if self._copy is not None:
             return torch.equal(self._copy, tensor)
-        return _owner(tensor) is self._owner and tensor._version == self._version
+        return (
+            _owner(tensor) is self._owner
+            and tensor._version == self._version
+            and tensor.untyped_storage()._cdata == self._storage.cdata
+        )
 
 
 # One copy of a tensor without a version serves all layers.
