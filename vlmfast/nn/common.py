@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -13,11 +14,22 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vlmfast.functional.common import check_device, reject_type
+from vlmfast.functional.common import check_device, reject, reject_type
 
-__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept"]
+__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept", "positive_int"]
 
 Result = TypeVar("Result")
+
+
+def positive_int(argument: str, number: Any) -> int:
+    """An argument of a constructor that is a number of at least 1."""
+    try:
+        value = operator.index(number)
+    except TypeError:
+        reject_type(argument, "an int", type(number).__name__)
+    if value < 1:
+        reject(argument, "at least 1", value)
+    return value
 
 
 def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
