@@ -109,6 +109,14 @@ def test_numbers_of_any_integer_dtype(dtype):
         assert ours is theirs is None or torch.equal(ours, theirs)
 
 
+def test_vmap_over_phi():
+    query, key = torch.randn(3, 2, 2, 6, 16), torch.randn(3, 2, 2, 2, 5, 16)
+    phi = torch.randint(0, 3, (3, 2, 6))
+    out = torch.vmap(VF.image_cross_attention)(query, key, key, phi)
+    one_by_one = map(VF.image_cross_attention, query, key, key, phi)
+    assert torch.equal(out, torch.stack([*one_by_one]))
+
+
 def test_a_plan_holds_no_tensor_of_the_caller():
     phi, lengths = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[4, 5]]).int()
     plan = VF.cross_attention_plan(phi, 2, image_lengths=lengths)

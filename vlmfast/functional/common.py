@@ -93,9 +93,11 @@ def may_read_values(tensor: Tensor) -> bool:
     """Whether a check may look at the values of a tensor.
 
     It may on the CPU; on a GPU, where that would synchronise, only with VLMFAST_CHECKS=1; and never
-    while a graph is traced, where there are no values.
+    while a graph is traced, or under vmap, where there are no values.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or (
         tensor.device.type != "meta" and os.environ.get("VLMFAST_CHECKS") == "1"

@@ -92,8 +92,8 @@ class MaskedCrossAttention(nn.Module):
         only_attend_immediate_media: bool = True,
     ):
         super().__init__()
-        dim_visual = positive_int("dim_visual", dim if dim_visual is None else dim_visual)
         inner_dim = _check_sizes(dim, dim_head, heads)
+        dim_visual = positive_int("dim_visual", dim if dim_visual is None else dim_visual)
         self.scale = dim_head**-0.5
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
