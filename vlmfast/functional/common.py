@@ -29,9 +29,11 @@ def check_floating_tensor(argument: str, tensor: Any) -> None:
         reject_type(argument, "a tensor", type(tensor).__name__)
     if not tensor.is_floating_point():
         reject_type(argument, "a floating dtype", tensor.dtype)
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        got = "a nested tensor" if tensor.is_nested else tensor.layout
-        reject_type(argument, "a strided tensor (ragged batches: see varlen_attention)", got)
+    if tensor.is_nested:
+        expected = "a strided tensor (ragged batches: see varlen_attention)"
+        reject_type(argument, expected, "a nested tensor")
+    if tensor.layout is not torch.strided:
+        reject_type(argument, "a strided tensor", tensor.layout)
 
 
 def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
