@@ -11,15 +11,7 @@ import vlmfast.functional as VF
 from tools.budget import assert_keeps_budget
 from vlmfast.verify.cross_attention import CASES, image_case, random_bits, shuffled, visible_latents
 
-pytestmark = pytest.mark.interpreter
-
-
-@pytest.fixture(autouse=True)
-def watch():
-    from tools.guard import guarded
-
-    with guarded(seed=3):
-        yield
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
