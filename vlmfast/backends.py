@@ -278,6 +278,13 @@ def _flash_attention_triton(
     return reasons + _head_dims(query.shape[3], value.shape[3])
 
 
+def _most_tokens(window_size: tuple[int, int], most: int) -> list[str]:
+    height, width = window_size
+    if height * width <= most:
+        return []
+    return [f"takes windows of up to {most} tokens, got {height} x {width}"]
+
+
 def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
     reasons = _dtype(query.dtype)
     names = ("relative_position_bias", "logit_scale", "pad_value")
@@ -295,7 +302,8 @@ def _window_attention_cpu(
     head_dim: int,
     window_size: tuple[int, int],
 ) -> list[str]:
-    return _window_attention_dtypes(query, bias, logit_scale, pad_value) + _cpu(query.device)
+    reasons = _window_attention_dtypes(query, bias, logit_scale, pad_value)
+    return reasons + _most_tokens(window_size, 1 << 14) + _cpu(query.device)
 
 
 def _window_attention_triton(
@@ -309,6 +317,8 @@ def _window_attention_triton(
     reasons = _triton("window_attention", query.device)
     if head_dim > 128:
         reasons.append(f"takes head dims up to 128, got {head_dim}")
+    # The kernels unroll their loop over the keys of a window.
+    reasons += _most_tokens(window_size, 1 << 10)
     return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
 
 
