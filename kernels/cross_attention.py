@@ -1127,7 +1127,10 @@ def key_value_gradients(
     unit = stride_unit(problem.query, problem.key, problem.value, grad_key, grad_value, *tokens)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.latents, launch.block_n)
+        block_n = launch.block_n
+        if whole:  # of several blocks each would write its own share of the queries' gradients
+            block_n = max(block_n, triton.next_power_of_2(problem.latents))
+        blocks = triton.cdiv(problem.latents, block_n)
         run_kernel(
             cross_attention_bwd_key_value_kernel,
             problem.batch * problem.images * problem.key_heads * blocks,
@@ -1147,7 +1150,7 @@ def key_value_gradients(
             **problem.constants(unit),
             WITH_QUERY=whole,
             BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
+            BLOCK_N=block_n,
             launch=launch,
         )
 
