@@ -126,40 +126,6 @@ def find_block(
 
 
 @triton.jit
-def block_of_tokens(
-    block,
-    batch,
-    image_index,
-    order,
-    segments,
-    num_tokens,
-    num_images,
-    order_size,
-    SEVERAL: tl.constexpr,
-    IMAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """The tokens of a block, their image_index, and the first and the end of the images they see.
-
-    SEVERAL blocks hold neighbours; others one image's tokens, whose image_index nobody asks for.
-    """
-    if SEVERAL:
-        first_image = 0
-        end_image = num_images
-        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
-    else:
-        first_image, begin, end = find_block(
-            segments, batch, num_images, block, order_size, IMAGES, BLOCK_M
-        )
-        end_image = first_image + 1
-        order += tl.cast(batch, tl.int64) * order_size
-        rows = listed_tokens(order, begin + tl.arange(0, BLOCK_M), end, num_tokens)
-        kinds = rows
-    return rows, kinds, first_image, end_image
-
-
-@triton.jit
 def seen_latents(
     visible,
     image_lengths,
@@ -177,14 +143,15 @@ def seen_latents(
     """Which tokens of a block see an image, and how many of its latents; none if none of them do.
 
     Where there are two PARTS, part 0 is of tokens that image_lengths binds, part 1 of the others.
+    `visible` is that of the batch entry.
     """
     length = num_latents
     if part == 0:
         length = visible_latents(image_lengths, batch, num_images, image, num_latents)
     sees = rows < num_tokens
     if SEVERAL:
-        places = (tl.cast(batch, tl.int64) * num_tokens + rows) * num_images + image
-        sees = tl.load(visible + places, mask=sees, other=0) != 0
+        pointers = visible + rows.to(tl.int64) * num_images + image
+        sees = tl.load(pointers, mask=sees, other=0) != 0
         if PARTS == 2:
             sees = sees & ((kinds == DENSE_ROW) == (part == 1))
         length = tl.where(tl.max(sees.to(tl.int32), 0) == 0, 0, length)
@@ -327,21 +294,22 @@ def cross_attention_fwd_kernel(
     Programs run over blocks first, then heads, so that those sharing an image run side by side.
     """
     block, head, batch = program_indices(num_blocks, num_heads)
-    rows, kinds, first_image, end_image = block_of_tokens(
-        block,
-        batch,
-        image_index,
-        order,
-        segments,
-        num_tokens,
-        num_images,
-        order_size,
-        SEVERAL,
-        IMAGES,
-        BLOCK_M,
-    )
-    if not SEVERAL and first_image >= num_images:
-        return
+    if SEVERAL:
+        first_image = 0
+        end_image = num_images
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
+        visible += tl.cast(batch, tl.int64) * num_tokens * num_images
+    else:
+        first_image, begin, end = find_block(
+            segments, batch, num_images, block, order_size, IMAGES, BLOCK_M
+        )
+        if first_image >= num_images:
+            return
+        end_image = first_image + 1
+        order += tl.cast(batch, tl.int64) * order_size
+        rows = listed_tokens(order, begin + tl.arange(0, BLOCK_M), end, num_tokens)
+        kinds = rows
 
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     query_tiles = load_rows(query, query_strides, rows, num_tokens, D, PIECES, UNIT, True)
@@ -746,21 +714,22 @@ def cross_attention_bwd_query_kernel(
 ):
     """Gradient of one block of BLOCK_M tokens' queries of one head; blocks as in the forward."""
     block, head, batch = program_indices(num_blocks, num_heads)
-    rows, kinds, first_image, end_image = block_of_tokens(
-        block,
-        batch,
-        image_index,
-        order,
-        segments,
-        num_tokens,
-        num_images,
-        order_size,
-        SEVERAL,
-        IMAGES,
-        BLOCK_M,
-    )
-    if not SEVERAL and first_image >= num_images:
-        return
+    if SEVERAL:
+        first_image = 0
+        end_image = num_images
+        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
+        visible += tl.cast(batch, tl.int64) * num_tokens * num_images
+    else:
+        first_image, begin, end = find_block(
+            segments, batch, num_images, block, order_size, IMAGES, BLOCK_M
+        )
+        if first_image >= num_images:
+            return
+        end_image = first_image + 1
+        order += tl.cast(batch, tl.int64) * order_size
+        rows = listed_tokens(order, begin + tl.arange(0, BLOCK_M), end, num_tokens)
+        kinds = rows
 
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     out = head_pointer(out, out_strides, batch, head, 0, UNIT)
