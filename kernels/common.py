@@ -12,6 +12,8 @@ and a row of 72 half-precision elements would otherwise be loaded two bytes at a
 
 import contextlib
 import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,10 +89,60 @@ def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def float32_precision() -> str:
-    """`input_precision` of float32 products, as torch's own matrix products have it."""
+def precision_of(tensor: torch.Tensor) -> str:
+    """ "half", or how products of float32 are rounded, as torch's own are: "tf32" or "ieee"."""
+    if tensor.dtype != torch.float32:
+        return "half"
     # allow_tf32 reads the same setting, but raises once the newer name has been written to.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def input_precision(tensor: torch.Tensor) -> str:
+    """What `tl.dot` is told; it does not ask where the inputs are in half precision."""
+    return "tf32" if precision_of(tensor) == "tf32" else "ieee"
+
+
+def head_pieces(size: int, precision: str, largest: int = 256) -> tuple[tuple[int, int], ...]:
+    """The tiles that a head dimension is split into.
+
+    Without tensor cores a product is unrolled along its inner dimension; wider tiles than 64 would
+    then spill.
+    """
+    return split_into_pieces(size, largest=64 if precision == "ieee" else largest)
+
+
+def with_positive_scale(problem: Any) -> tuple[Any, float]:
+    """A family's problem with scale > 0, and the factor that the queries were multiplied by.
+
+    Kernels take the maximum of scores before they scale them, which wants a positive scale. Any
+    other (nobody uses one) costs a copy of the queries.
+    """
+    if not problem.scale <= 0.0:
+        return problem, 1.0
+    factor = -1.0 if problem.scale < 0.0 else 0.0
+    scale = -problem.scale if problem.scale < 0.0 else 1.0
+    return problem._replace(query=problem.query * factor, scale=scale), factor
+
+
+class Saved(NamedTuple):
+    """What the backward takes besides the problem; statistics are contiguous float32."""
+
+    out: torch.Tensor
+    logsumexp: torch.Tensor
+    grad_out: torch.Tensor
+    grad_logsumexp: torch.Tensor | None
+
+
+def saved_for_backward(
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_logsumexp: torch.Tensor | None,
+) -> Saved:
+    """From an operator's arguments."""
+    if grad_logsumexp is not None:
+        grad_logsumexp = grad_logsumexp.to(torch.float32).contiguous()
+    return Saved(out, logsumexp.contiguous(), grad_out.to(out.dtype), grad_logsumexp)
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -104,6 +156,14 @@ def dropout_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def run_with_launch(
+    shape: configs.ShapeClass, tensor: torch.Tensor, run: Callable[[configs.Launch], None]
+) -> None:
+    """Call `run` with the launch that fits the shape on the tensor's device."""
+    with device_guard(tensor):
+        configs.launch(shape, tensor.device, run)
+
+
 def run_kernel(
     kernel: triton.JITFunction, programs: int, *args, launch: configs.Launch, **constants
 ) -> None:
@@ -111,6 +171,13 @@ def run_kernel(
         kernel[(programs,)](
             *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
         )
+
+
+@triton.jit
+def program_indices(inner, middle):
+    """Index along each axis of a grid of programs, (any number, middle, inner): the last first."""
+    program = tl.program_id(0)
+    return program % inner, program // inner % middle, program // inner // middle
 
 
 @triton.jit
@@ -198,6 +265,43 @@ def store_rows(
     """Write a split tile to the given rows, but those from num_rows on."""
     pointers = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
     store_pieces(pointers, strides[3], rows < num_rows, tiles, SIZE, PIECES)
+
+
+@triton.jit
+def load_head_rows(
+    pointer,
+    strides,
+    batch,
+    head,
+    first_row,
+    rows,
+    num_rows,
+    SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """`load_rows` of a head, its rows counted from first_row, of a (B, H, rows, SIZE) tensor."""
+    pointer = head_pointer(pointer, strides, batch, head, first_row, UNIT)
+    return load_rows(pointer, strides, rows, num_rows, SIZE, PIECES, UNIT, True)
+
+
+@triton.jit
+def store_head_rows(
+    pointer,
+    strides,
+    batch,
+    head,
+    first_row,
+    rows,
+    num_rows,
+    tiles,
+    SIZE: tl.constexpr,
+    PIECES: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """`store_rows` to a head, its rows counted from first_row, of a (B, H, rows, SIZE) tensor."""
+    pointer = head_pointer(pointer, strides, batch, head, first_row, UNIT)
+    store_rows(pointer, strides, rows, num_rows, tiles, SIZE, PIECES, UNIT)
 
 
 @triton.jit

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels import configs
-from vlmfast.kernels.common import LOG2E, device_guard, float32_precision
+from vlmfast.kernels.common import (
+    LOG2E,
+    input_precision,
+    precision_of,
+    run_kernel,
+    run_with_launch,
+)
 from vlmfast.kernels.configs import Launch
 
 # Bytes of G that backward holds at once.
@@ -311,17 +317,12 @@ def strips(row_tiles: int, column_tiles: int) -> tuple[int, int]:
     return triton.cdiv(column_tiles, per_program), per_program
 
 
-def precision_of(tensor: torch.Tensor) -> str:
-    return "half" if tensor.dtype != torch.float32 else float32_precision()
-
-
 def launch(kernel: str, rows: torch.Tensor, run) -> None:
     """Runs with the launch that fits; with several queries more is kept in registers."""
     shape = configs.ShapeClass(
         kernel, precision_of(rows), rows.shape[2], rows.shape[0], plain=rows.shape[1] == 1
     )
-    with device_guard(rows):
-        configs.launch(shape, rows.device, run)
+    run_with_launch(shape, rows, run)
 
 
 def block_k(tensor: torch.Tensor) -> int:
@@ -346,9 +347,8 @@ def shape_constants(rows: torch.Tensor, launch: Launch) -> dict:
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "BLOCK_K": block_k(rows),
-        "PRECISION": "ieee" if rows.dtype != torch.float32 else float32_precision(),
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
+        "PRECISION": input_precision(rows),
+        "launch": launch,
     }
 
 
@@ -387,26 +387,27 @@ def forward(
         of_rows = [torch.empty((count, n), **empty) for _ in range(4)]
         m_kept = m if column_statistics else 0
         of_columns = [torch.empty((row_tiles, m_kept), **empty) for _ in range(2)]
-        if row_tiles * count > 0:
-            contrastive_loss_fwd_kernel[(row_tiles * count,)](
-                rows,
-                rows.stride(),
-                columns,
-                columns.stride(),
-                scale,
-                bias,
-                *of_rows,
-                *of_columns,
-                n,
-                m,
-                bounded(first_column),
-                row_tiles,
-                per_program,
-                HAS_BIAS=bias is not None,
-                SIGMOID=sigmoid,
-                COLUMN_STATISTICS=column_statistics,
-                **shape_constants(rows, launch),
-            )
+        run_kernel(
+            contrastive_loss_fwd_kernel,
+            row_tiles * count,
+            rows,
+            rows.stride(),
+            columns,
+            columns.stride(),
+            scale,
+            bias,
+            *of_rows,
+            *of_columns,
+            n,
+            m,
+            bounded(first_column),
+            row_tiles,
+            per_program,
+            HAS_BIAS=bias is not None,
+            SIGMOID=sigmoid,
+            COLUMN_STATISTICS=column_statistics,
+            **shape_constants(rows, launch),
+        )
         if sigmoid:
             row_max, row_sum = torch.zeros(n, **empty), of_rows[1].sum(0)
         else:
@@ -531,30 +532,31 @@ def gradients(
         row_tiles = triton.cdiv(n, launch.block_m)
         count, per_program = strips(row_tiles, triton.cdiv(m, launch.block_n))
         shares = torch.empty((2, count, n), dtype=torch.float32, device=rows.device)
-        if row_tiles * count > 0:
-            contrastive_loss_bwd_kernel[(row_tiles * count,)](
-                rows,
-                rows.stride(),
-                columns,
-                columns.stride(),
-                scale,
-                bias,
-                *vectors,
-                factor,
-                gradient,
-                *shares,
-                n,
-                m,
-                first_column,
-                row_tiles,
-                per_program,
-                HAS_BIAS=bias is not None,
-                SIGMOID=sigmoid,
-                ROWS=of_rows,
-                COLUMNS=of_column is not None,
-                STORE=store,
-                **shape_constants(rows, launch),
-            )
+        run_kernel(
+            contrastive_loss_bwd_kernel,
+            row_tiles * count,
+            rows,
+            rows.stride(),
+            columns,
+            columns.stride(),
+            scale,
+            bias,
+            *vectors,
+            factor,
+            gradient,
+            *shares,
+            n,
+            m,
+            first_column,
+            row_tiles,
+            per_program,
+            HAS_BIAS=bias is not None,
+            SIGMOID=sigmoid,
+            ROWS=of_rows,
+            COLUMNS=of_column is not None,
+            STORE=store,
+            **shape_constants(rows, launch),
+        )
         results[:] = [shares]
 
     launch("contrastive_loss_bwd", rows, run)

@@ -28,25 +28,32 @@ from vlmfast.kernels import configs
 from vlmfast.kernels.common import (
     LN2,
     LOG2E,
+    Saved,
     add_products,
     add_transposed_products,
     covered_columns,
     dense_like,
-    device_guard,
-    float32_precision,
+    head_pieces,
     head_pointer,
     inner_products,
+    input_precision,
     kernel_strides,
+    load_head_rows,
     load_rows,
     online_softmax_step,
+    precision_of,
+    program_indices,
     row_inner_products,
     run_kernel,
+    run_with_launch,
+    saved_for_backward,
     scale_tiles,
     shifted_exp2,
-    split_into_pieces,
+    store_head_rows,
     store_rows,
     stride_unit,
     transpose_tiles,
+    with_positive_scale,
     with_strides,
     zero_tiles,
     zero_transposed_tiles,
@@ -119,13 +126,36 @@ def find_block(
 
 
 @triton.jit
-def tokens_that_see(visible, kinds, rows, num_tokens, num_images, image, part, PARTS: tl.constexpr):
-    """Which of some rows see an image, those bound by its length (part 0) or not (part 1)."""
-    pointers = visible + rows.to(tl.int64) * num_images + image
-    sees = tl.load(pointers, mask=rows < num_tokens, other=0) != 0
-    if PARTS == 2:
-        sees = sees & ((kinds == DENSE_ROW) == (part == 1))
-    return sees
+def seen_latents(
+    visible,
+    image_lengths,
+    kinds,
+    rows,
+    batch,
+    image,
+    part: tl.constexpr,
+    num_tokens,
+    num_images,
+    num_latents,
+    SEVERAL: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Which tokens of a block see an image, and how many of its latents; none if none of them do.
+
+    Where there are two PARTS, part 0 is of tokens that image_lengths binds, part 1 of the others.
+    `visible` is that of the batch entry.
+    """
+    length = num_latents
+    if part == 0:
+        length = visible_latents(image_lengths, batch, num_images, image, num_latents)
+    sees = rows < num_tokens
+    if SEVERAL:
+        pointers = visible + rows.to(tl.int64) * num_images + image
+        sees = tl.load(pointers, mask=sees, other=0) != 0
+        if PARTS == 2:
+            sees = sees & ((kinds == DENSE_ROW) == (part == 1))
+        length = tl.where(tl.max(sees.to(tl.int32), 0) == 0, 0, length)
+    return sees, length
 
 
 @triton.jit
@@ -263,10 +293,7 @@ def cross_attention_fwd_kernel(
 
     Programs run over blocks first, then heads, so that those sharing an image run side by side.
     """
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     if SEVERAL:
         first_image = 0
         end_image = num_images
@@ -283,7 +310,6 @@ def cross_attention_fwd_kernel(
         order += tl.cast(batch, tl.int64) * order_size
         rows = listed_tokens(order, begin + tl.arange(0, BLOCK_M), end, num_tokens)
         kinds = rows
-    sees = rows < num_tokens
 
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     query_tiles = load_rows(query, query_strides, rows, num_tokens, D, PIECES, UNIT, True)
@@ -294,14 +320,20 @@ def cross_attention_fwd_kernel(
         image_key = image_pointer(key, key_strides, batch, head // GROUP, image, UNIT)
         image_value = image_pointer(value, value_strides, batch, head // GROUP, image, UNIT)
         for part in tl.static_range(PARTS):
-            length = num_latents
-            if part == 0:
-                length = visible_latents(image_lengths, batch, num_images, image, num_latents)
-            if SEVERAL:
-                sees = tokens_that_see(
-                    visible, kinds, rows, num_tokens, num_images, image, part, PARTS
-                )
-                length = tl.where(tl.max(sees.to(tl.int32), 0) == 0, 0, length)
+            sees, length = seen_latents(
+                visible,
+                image_lengths,
+                kinds,
+                rows,
+                batch,
+                image,
+                part,
+                num_tokens,
+                num_images,
+                num_latents,
+                SEVERAL,
+                PARTS,
+            )
             acc, row_max, row_sum = attend(
                 query_tiles,
                 acc,
@@ -357,10 +389,7 @@ def cross_attention_fill_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Rows of one block of tokens of one head that see no image: 0, or the mean of all values."""
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=1)
     uniform = kinds == UNIFORM_ROW
@@ -455,11 +484,9 @@ def cross_attention_bwd_key_value_kernel(
     one of its tokens, so that their gradient is complete. Tiles are transposed, latents by tokens.
     """
     key_heads = num_heads // GROUP
-    program = tl.program_id(0)
-    block = program % num_blocks
-    key_head = program // num_blocks % key_heads
-    image = program // num_blocks // key_heads % num_images
-    batch = program // num_blocks // key_heads // num_images
+    block, key_head, image_of_all = program_indices(num_blocks, key_heads)
+    image = image_of_all % num_images
+    batch = image_of_all // num_images
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     image_key = image_pointer(key, key_strides, batch, key_head, image, UNIT)
     image_value = image_pointer(value, value_strides, batch, key_head, image, UNIT)
@@ -482,35 +509,14 @@ def cross_attention_bwd_key_value_kernel(
             head = key_head * GROUP + step // steps
             positions = begin + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
             rows = listed_tokens(order, positions, end, num_tokens)
-            query_tiles = load_rows(
-                head_pointer(query, query_strides, batch, head, 0, UNIT),
-                query_strides,
-                rows,
-                num_tokens,
-                D,
-                PIECES,
-                UNIT,
-                True,
+            query_tiles = load_head_rows(
+                query, query_strides, batch, head, 0, rows, num_tokens, D, PIECES, UNIT
             )
-            grad_out_tiles = load_rows(
-                head_pointer(grad_out, grad_out_strides, batch, head, 0, UNIT),
-                grad_out_strides,
-                rows,
-                num_tokens,
-                DV,
-                VALUE_PIECES,
-                UNIT,
-                True,
+            grad_out_tiles = load_head_rows(
+                grad_out, grad_out_strides, batch, head, 0, rows, num_tokens, DV, VALUE_PIECES, UNIT
             )
-            out_tiles = load_rows(
-                head_pointer(out, out_strides, batch, head, 0, UNIT),
-                out_strides,
-                rows,
-                num_tokens,
-                DV,
-                VALUE_PIECES,
-                UNIT,
-                True,
+            out_tiles = load_head_rows(
+                out, out_strides, batch, head, 0, rows, num_tokens, DV, VALUE_PIECES, UNIT
             )
             statistics_offset = tl.cast(batch * num_heads + head, tl.int64) * num_tokens
             head_grad_logsumexp = grad_logsumexp
@@ -535,9 +541,12 @@ def cross_attention_bwd_key_value_kernel(
                 grad_query_tiles = add_transposed_products(
                     zero_transposed_tiles(BLOCK_M, PIECES), key_tiles, grad_scores, PRECISION
                 )
-                store_rows(
-                    head_pointer(grad_query, grad_query_strides, batch, head, 0, UNIT),
+                store_head_rows(
+                    grad_query,
                     grad_query_strides,
+                    batch,
+                    head,
+                    0,
                     rows,
                     num_tokens,
                     transpose_tiles(scale_tiles(grad_query_tiles, scale)),
@@ -704,10 +713,7 @@ def cross_attention_bwd_query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Gradient of one block of BLOCK_M tokens' queries of one head; blocks as in the forward."""
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     if SEVERAL:
         first_image = 0
         end_image = num_images
@@ -724,7 +730,6 @@ def cross_attention_bwd_query_kernel(
         order += tl.cast(batch, tl.int64) * order_size
         rows = listed_tokens(order, begin + tl.arange(0, BLOCK_M), end, num_tokens)
         kinds = rows
-    sees = rows < num_tokens
 
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     out = head_pointer(out, out_strides, batch, head, 0, UNIT)
@@ -745,14 +750,20 @@ def cross_attention_bwd_query_kernel(
         image_key = image_pointer(key, key_strides, batch, head // GROUP, image, UNIT)
         image_value = image_pointer(value, value_strides, batch, head // GROUP, image, UNIT)
         for part in tl.static_range(PARTS):
-            length = num_latents
-            if part == 0:
-                length = visible_latents(image_lengths, batch, num_images, image, num_latents)
-            if SEVERAL:
-                sees = tokens_that_see(
-                    visible, kinds, rows, num_tokens, num_images, image, part, PARTS
-                )
-                length = tl.where(tl.max(sees.to(tl.int32), 0) == 0, 0, length)
+            sees, length = seen_latents(
+                visible,
+                image_lengths,
+                kinds,
+                rows,
+                batch,
+                image,
+                part,
+                num_tokens,
+                num_images,
+                num_latents,
+                SEVERAL,
+                PARTS,
+            )
             grad_query_tiles = add_query_gradient(
                 query_tiles,
                 grad_out_tiles,
@@ -866,7 +877,7 @@ class Problem(NamedTuple):
             "PIECES": self.pieces(self.query.shape[3]),
             "VALUE_PIECES": self.pieces(self.value.shape[4]),
             "PARTS": self.parts,
-            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
+            "PRECISION": input_precision(self.query),
             "UNIT": unit,
         }
 
@@ -877,15 +888,16 @@ class Problem(NamedTuple):
     def shape_class(self, kernel: str) -> configs.ShapeClass:
         """What the table of launch configurations is asked for."""
         plain = not self.several
-        return configs.ShapeClass(kernel, self.precision, self.columns, self.latents, plain)
+        return configs.ShapeClass(
+            kernel, precision_of(self.query), self.columns, self.latents, plain
+        )
 
     def find_launch(self, kernel: str) -> Launch | None:
         return configs.lookup(self.shape_class(kernel), self.query.device)
 
     def launch(self, kernel: str, run: Callable[[Launch], None]) -> None:
         """Call `run` with the launch configuration of a kernel."""
-        with device_guard(self.query):
-            configs.launch(self.shape_class(kernel), self.query.device, run)
+        run_with_launch(self.shape_class(kernel), self.query, run)
 
     @property
     def columns(self) -> int:
@@ -893,27 +905,8 @@ class Problem(NamedTuple):
         sizes = (self.query.shape[3], self.value.shape[4])
         return max(covered_columns(self.pieces(size)) for size in sizes)
 
-    @property
-    def precision(self) -> str:
-        """ "half", or how products of float32 are rounded, "tf32" or "ieee"."""
-        return float32_precision() if self.query.dtype == torch.float32 else "half"
-
     def pieces(self, size: int) -> tuple[tuple[int, int], ...]:
-        """The tiles that a head dimension is split into.
-
-        Without tensor cores a product is unrolled along its inner dimension; wider tiles than 64
-        would then spill.
-        """
-        return split_into_pieces(size, largest=64 if self.precision == "ieee" else 256)
-
-
-class Saved(NamedTuple):
-    """What the backward takes besides the problem; statistics are contiguous float32."""
-
-    out: torch.Tensor
-    logsumexp: torch.Tensor
-    grad_out: torch.Tensor
-    grad_logsumexp: torch.Tensor | None
+        return head_pieces(size, precision_of(self.query))
 
 
 def strides_of(tensor: torch.Tensor, unit: int) -> list:
@@ -929,19 +922,6 @@ def images_like(tensor: torch.Tensor) -> torch.Tensor:
         inside = tensor.new_empty(batch, images, latents, heads, columns)
         return inside.permute(0, 3, 1, 2, 4)
     return tensor.new_empty(tensor.shape)
-
-
-def with_positive_scale(problem: Problem) -> tuple[Problem, float]:
-    """The same problem with scale > 0, and the factor that the queries were multiplied by.
-
-    Kernels take the maximum of scores before they scale them, which wants a positive scale. Any
-    other (nobody uses one) costs a copy of the queries.
-    """
-    if not problem.scale <= 0.0:
-        return problem, 1.0
-    factor = -1.0 if problem.scale < 0.0 else 0.0
-    scale = -problem.scale if problem.scale < 0.0 else 1.0
-    return problem._replace(query=problem.query * factor, scale=scale), factor
 
 
 def forward(
@@ -1048,12 +1028,7 @@ def backward(
     """
     plan = (image_index, visible, order, segments, image_lengths)
     problem, query_factor = with_positive_scale(Problem(query, key, value, *plan, scale))
-    saved = Saved(
-        out,
-        logsumexp.contiguous(),
-        grad_out.to(query.dtype),
-        None if grad_logsumexp is None else grad_logsumexp.to(torch.float32).contiguous(),
-    )
+    saved = saved_for_backward(out, logsumexp, grad_out, grad_logsumexp)
     grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
     if query_grad:  # no program comes by the tokens that see no image
         grad_query = dense_like(query, tuple(query.shape)).zero_()
@@ -1121,7 +1096,10 @@ def key_value_gradients(
     unit = stride_unit(problem.query, problem.key, problem.value, grad_key, grad_value, *tokens)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.latents, launch.block_n)
+        block_n = launch.block_n
+        if whole:  # of several blocks each would write its own share of the queries' gradients
+            block_n = max(block_n, triton.next_power_of_2(problem.latents))
+        blocks = triton.cdiv(problem.latents, block_n)
         run_kernel(
             cross_attention_bwd_key_value_kernel,
             problem.batch * problem.images * problem.key_heads * blocks,
@@ -1141,7 +1119,7 @@ def key_value_gradients(
             **problem.constants(unit),
             WITH_QUERY=whole,
             BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
+            BLOCK_N=block_n,
             launch=launch,
         )
 

@@ -24,30 +24,37 @@ from vlmfast.kernels.common import (
     LN2,
     LOG2E,
     NO_MASK,
+    Saved,
     add_products,
     add_transposed_products,
     covered_columns,
     dense_like,
-    device_guard,
     dropout_keep,
     dropout_scale,
     dropout_threshold,
-    float32_precision,
+    head_pieces,
     head_pointer,
     inner_products,
+    input_precision,
     kernel_strides,
+    load_head_rows,
     load_rows,
     mask_scores,
     online_softmax_step,
+    precision_of,
+    program_indices,
     row_inner_products,
     run_kernel,
+    run_with_launch,
+    saved_for_backward,
     scale_tiles,
     segment_bounds,
     shifted_exp2,
-    split_into_pieces,
+    store_head_rows,
     store_rows,
     stride_unit,
     transpose_tiles,
+    with_positive_scale,
     with_strides,
     zero_tiles,
     zero_transposed_tiles,
@@ -150,10 +157,7 @@ def flash_attention_fwd_kernel(
 
     Programs run over blocks first, then heads, so that those sharing keys run side by side.
     """
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     if CAUSAL:
         block = num_blocks - 1 - block  # the blocks that see most keys start first
     total_queries = num_queries
@@ -350,10 +354,7 @@ def flash_attention_bwd_statistics_kernel(
     backward takes the two apart. A row that sees no key gets maximum +inf, which makes its weights
     0.
     """
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     key = head_pointer(key, key_strides, batch, head // GROUP, 0, UNIT)
     attn_mask = head_pointer(attn_mask, mask_strides, batch, head, 0, 1)
@@ -422,10 +423,7 @@ def flash_attention_bwd_delta_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """delta[b, h, i] = out[b, h, i] . grad_out[b, h, i] - grad_logsumexp[b, h, i]."""
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     statistics_offset = tl.cast(batch * num_heads + head, tl.int64) * num_queries
     if grad_logsumexp is not None:
@@ -494,11 +492,7 @@ def flash_attention_bwd_key_value_kernel(
     is left to sum between programs. Tiles are transposed, keys by queries. Rows past either end
     need no masking: a query's weights are 0 there, a key's gradient is not stored.
     """
-    key_heads = num_heads // GROUP
-    program = tl.program_id(0)
-    block = program % num_blocks
-    key_head = program // num_blocks % key_heads
-    batch = program // num_blocks // key_heads
+    block, key_head, batch = program_indices(num_blocks, num_heads // GROUP)
     total_queries = num_queries
     batch, first_query, num_queries, first_key, num_keys, causal_offset = locate(
         batch, cu_seqlens_q, cu_seqlens_k, num_queries, num_keys, CAUSAL, VARLEN
@@ -649,10 +643,7 @@ def flash_attention_bwd_query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Gradient of one block of BLOCK_M queries of one head, in a loop over the keys it sees."""
-    program = tl.program_id(0)
-    block = program % num_blocks
-    head = program // num_blocks % num_heads
-    batch = program // num_blocks // num_heads
+    block, head, batch = program_indices(num_blocks, num_heads)
     if CAUSAL:
         block = num_blocks - 1 - block
     total_queries = num_queries
@@ -854,35 +845,23 @@ def flash_attention_bwd_whole_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         stream = batch * num_heads + head
         statistics_offset = tl.cast(stream, tl.int64) * total_queries + first_query
-        query_tiles = load_rows(
-            head_pointer(query, query_strides, batch, head, first_query, UNIT),
-            query_strides,
-            rows,
-            num_queries,
-            D,
-            PIECES,
-            UNIT,
-            True,
+        query_tiles = load_head_rows(
+            query, query_strides, batch, head, first_query, rows, num_queries, D, PIECES, UNIT
         )
-        grad_out_tiles = load_rows(
-            head_pointer(grad_out, grad_out_strides, batch, head, first_query, UNIT),
+        grad_out_tiles = load_head_rows(
+            grad_out,
             grad_out_strides,
+            batch,
+            head,
+            first_query,
             rows,
             num_queries,
             DV,
             VALUE_PIECES,
             UNIT,
-            True,
         )
-        out_tiles = load_rows(
-            head_pointer(out, out_strides, batch, head, first_query, UNIT),
-            out_strides,
-            rows,
-            num_queries,
-            DV,
-            VALUE_PIECES,
-            UNIT,
-            True,
+        out_tiles = load_head_rows(
+            out, out_strides, batch, head, first_query, rows, num_queries, DV, VALUE_PIECES, UNIT
         )
         head_grad_logsumexp = grad_logsumexp
         if grad_logsumexp is not None:
@@ -949,9 +928,12 @@ def flash_attention_bwd_whole_kernel(
             )
         grad_key_tiles = summed_grad_key_tiles
         grad_value_tiles = summed_grad_value_tiles
-        store_rows(
-            head_pointer(grad_query, grad_query_strides, batch, head, first_query, UNIT),
+        store_head_rows(
+            grad_query,
             grad_query_strides,
+            batch,
+            head,
+            first_query,
             rows,
             num_queries,
             transpose_tiles(scale_tiles(grad_query_tiles, scale)),
@@ -1051,10 +1033,10 @@ def flash_attention_bwd_mask_kernel(
     """
     mask_row_blocks = tl.cdiv(mask_rows, BLOCK_M)
     mask_column_blocks = tl.cdiv(mask_columns, BLOCK_N)
-    program = tl.program_id(0)
-    mask_column_block = program % mask_column_blocks
-    mask_row_block = program // mask_column_blocks % mask_row_blocks
-    mask_index = program // mask_column_blocks // mask_row_blocks  # of split, batch and head
+    mask_column_block, mask_row_block, mask_index = program_indices(
+        mask_column_blocks, mask_row_blocks
+    )
+    # mask_index is that of split, batch and head.
     mask_head = mask_index % mask_heads
     mask_batch = mask_index // mask_heads % mask_batches
     split = mask_index // mask_heads // mask_batches
@@ -1073,45 +1055,17 @@ def flash_attention_bwd_mask_kernel(
         columns = first_column + tl.arange(0, BLOCK_N)
         stream = batch * num_heads + head
         statistics_offset = tl.cast(stream, tl.int64) * num_queries
-        query_tiles = load_rows(
-            head_pointer(query, query_strides, batch, head, 0, UNIT),
-            query_strides,
-            rows,
-            num_queries,
-            D,
-            PIECES,
-            UNIT,
-            True,
+        query_tiles = load_head_rows(
+            query, query_strides, batch, head, 0, rows, num_queries, D, PIECES, UNIT
         )
-        key_tiles = load_rows(
-            head_pointer(key, key_strides, batch, head // GROUP, 0, UNIT),
-            key_strides,
-            columns,
-            num_keys,
-            D,
-            PIECES,
-            UNIT,
-            True,
+        key_tiles = load_head_rows(
+            key, key_strides, batch, head // GROUP, 0, columns, num_keys, D, PIECES, UNIT
         )
-        value_tiles = load_rows(
-            head_pointer(value, value_strides, batch, head // GROUP, 0, UNIT),
-            value_strides,
-            columns,
-            num_keys,
-            DV,
-            VALUE_PIECES,
-            UNIT,
-            True,
+        value_tiles = load_head_rows(
+            value, value_strides, batch, head // GROUP, 0, columns, num_keys, DV, VALUE_PIECES, UNIT
         )
-        grad_out_tiles = load_rows(
-            head_pointer(grad_out, grad_out_strides, batch, head, 0, UNIT),
-            grad_out_strides,
-            rows,
-            num_queries,
-            DV,
-            VALUE_PIECES,
-            UNIT,
-            True,
+        grad_out_tiles = load_head_rows(
+            grad_out, grad_out_strides, batch, head, 0, rows, num_queries, DV, VALUE_PIECES, UNIT
         )
         shift, rest, row_deltas = load_row_statistics(
             None,
@@ -1241,7 +1195,7 @@ class Problem(NamedTuple):
             "VALUE_PIECES": self.pieces(self.value.shape[3]),
             "CAUSAL": self.causal,
             "DROPOUT": self.dropout_p > 0.0,
-            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
+            "PRECISION": input_precision(self.query),
             "UNIT": unit,
         }
 
@@ -1258,55 +1212,22 @@ class Problem(NamedTuple):
     def shape_class(self, kernel: str, rows: int) -> configs.ShapeClass:
         """What the table of launch configurations is asked for."""
         plain = not (self.packed or self.causal or self.dropout_p) and self.attn_mask is None
-        return configs.ShapeClass(kernel, self.precision, self.columns, rows, plain)
+        return configs.ShapeClass(kernel, precision_of(self.query), self.columns, rows, plain)
 
     def find_launch(self, kernel: str, rows: int) -> Launch | None:
         return configs.lookup(self.shape_class(kernel, rows), self.query.device)
 
     def launch(self, kernel: str, rows: int, run: Callable[[Launch], None]) -> None:
         """Call `run` with the launch configuration for walking `rows` queries or keys."""
-        with device_guard(self.query):
-            configs.launch(self.shape_class(kernel, rows), self.query.device, run)
+        run_with_launch(self.shape_class(kernel, rows), self.query, run)
 
     @property
     def columns(self) -> int:
         """Columns that the wider of the two head dimensions covers on chip."""
         return max(covered_columns(self.pieces(t.shape[3])) for t in (self.query, self.value))
 
-    @property
-    def precision(self) -> str:
-        """ "half", or how products of float32 are rounded, "tf32" or "ieee"."""
-        return float32_precision() if self.query.dtype == torch.float32 else "half"
-
     def pieces(self, size: int) -> tuple[tuple[int, int], ...]:
-        """The tiles that a head dimension is split into.
-
-        Without tensor cores a product is unrolled along its inner dimension; wider tiles than 64
-        would then spill.
-        """
-        return split_into_pieces(size, largest=64 if self.precision == "ieee" else 256)
-
-
-class Saved(NamedTuple):
-    """What the backward takes besides the problem; statistics are contiguous float32."""
-
-    out: torch.Tensor
-    logsumexp: torch.Tensor
-    grad_out: torch.Tensor
-    grad_logsumexp: torch.Tensor | None
-
-
-def with_positive_scale(problem: Problem) -> tuple[Problem, float]:
-    """The same problem with scale > 0, and the factor that the queries were multiplied by.
-
-    Kernels take the maximum of scores before they scale them, which wants a positive scale. Any
-    other (nobody uses one) costs a copy of the queries.
-    """
-    if not problem.scale <= 0.0:
-        return problem, 1.0
-    factor = -1.0 if problem.scale < 0.0 else 0.0
-    scale = -problem.scale if problem.scale < 0.0 else 1.0
-    return problem._replace(query=problem.query * factor, scale=scale), factor
+        return head_pieces(size, precision_of(self.query))
 
 
 def forward(
@@ -1432,12 +1353,7 @@ def backward(
             dropout_seed,
         )
     )
-    saved = Saved(
-        out,
-        logsumexp.contiguous(),
-        grad_out.to(query.dtype),
-        None if grad_logsumexp is None else grad_logsumexp.to(torch.float32).contiguous(),
-    )
+    saved = saved_for_backward(out, logsumexp, grad_out, grad_logsumexp)
     grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
     grad_mask = (query if attn_mask is None else attn_mask).new_empty(0)
     if query_grad:

@@ -30,16 +30,19 @@ from vlmfast.kernels.common import (
     LOG2E,
     add_products,
     covered_columns,
-    device_guard,
     dropout_keep,
     dropout_scale,
     dropout_threshold,
-    float32_precision,
+    head_pieces,
     inner_products,
+    input_precision,
     load_pieces,
     online_softmax_step,
+    precision_of,
+    program_indices,
     row_inner_products,
     run_kernel,
+    run_with_launch,
     scale_tiles,
     split_into_pieces,
     store_pieces,
@@ -56,6 +59,11 @@ LARGEST_INVERSE_NORM = tl.constexpr(1e12)
 NO_PADDING = tl.constexpr(0)
 WRAP_PADDED = tl.constexpr(1)
 WRAP_UNPADDED = tl.constexpr(2)
+
+# What is finite stays finite with the factor log2(e): scores must not be differences of infinities
+# where a whole row is hidden by the lowest number, or a query beyond its window sees no region.
+LOWEST_BIAS = tl.constexpr(-1e38)
+LARGEST_MASK = 6e37
 
 KEY_PART, VALUE_PART = tl.constexpr(1), tl.constexpr(2)  # of pad_value; the first is the query's
 
@@ -245,7 +253,8 @@ def load_bias(bias, head, rows, columns, TOKENS: tl.constexpr):
     if bias is not None:
         offsets = (head * TOKENS + rows)[:, None].to(tl.int64) * TOKENS + columns[None, :]
         inside = exists & (rows < TOKENS)[:, None]
-        tile = tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2E
+        tile = tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
+        tile = tl.where(tile > float("-inf"), tl.maximum(tile * LOG2E, LOWEST_BIAS), tile)
     return tl.where(exists, tile, float("-inf"))
 
 
@@ -367,12 +376,7 @@ def add_padding_rows(sums, is_padding, gradients):
 
 @triton.jit
 def load_keys_values(
-    key,
-    key_strides,
-    value,
-    value_strides,
-    key_padding,
-    value_padding,
+    keys_and_values,
     window,
     head,
     columns,
@@ -386,7 +390,11 @@ def load_keys_values(
     COSINE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Keys, values, what the keys were multiplied by (normalised for COSINE), and their place."""
+    """Keys, values, what the keys were multiplied by (normalised for COSINE), and their place.
+
+    `keys_and_values` are, for keys and for values, pointer, strides and what padded tokens carry.
+    """
+    key, key_strides, key_padding, value, value_strides, value_padding = keys_and_values
     place = locate_tokens(columns, window, geometry, WINDOW, SHIFTED, PADDING)
     keys = load_tokens(key, key_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK)
     values = load_tokens(
@@ -512,15 +520,9 @@ def window_attention_fwd_kernel(
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     ROW_PIECES: tl.constexpr = ((0, ROWS),)
-    geometry = (
-        (height, width),
-        (grid_height, grid_width),
-        (shift_height, shift_width),
-        num_windows,
-    )
-    head = tl.program_id(0) % num_heads
-    group = tl.program_id(0) // num_heads % num_groups
-    split = tl.program_id(0) // num_heads // num_groups
+    map_size, grid = (height, width), (grid_height, grid_width)
+    geometry = (map_size, grid, (shift_height, shift_width), num_windows)
+    head, group, split = program_indices(num_heads, num_groups)
 
     rows = group * ROWS + tl.arange(0, ROWS)
 
@@ -528,6 +530,7 @@ def window_attention_fwd_kernel(
     biases = load_biases(bias, head, group * ROWS, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
+    keys_and_values = (key, key_strides, key_padding, value, value_strides, value_padding)
 
     for window in range(split, num_windows, num_splits):
         place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
@@ -542,12 +545,7 @@ def window_attention_fwd_kernel(
         for n in tl.static_range(len(KEY_PIECES)):
             columns = piece_tokens(0, KEY_PIECES, n)
             key_tiles, value_tiles, _, _ = load_keys_values(
-                key,
-                key_strides,
-                value,
-                value_strides,
-                key_padding,
-                value_padding,
+                keys_and_values,
                 window,
                 head,
                 columns,
@@ -562,17 +560,7 @@ def window_attention_fwd_kernel(
                 UNIT,
             )
             bias_tile = bias_of_tile(
-                biases,
-                0,
-                n,
-                bias,
-                head,
-                rows,
-                columns,
-                window,
-                geometry,
-                TOKENS,
-                KEEP_BIAS,
+                biases, 0, n, bias, head, rows, columns, window, geometry, TOKENS, KEEP_BIAS
             )
             scores = window_scores(
                 query_tiles,
@@ -689,15 +677,9 @@ def window_attention_bwd_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
-    geometry = (
-        (height, width),
-        (grid_height, grid_width),
-        (shift_height, shift_width),
-        num_windows,
-    )
-    head = tl.program_id(0) % num_heads
-    group = tl.program_id(0) // num_heads % num_groups
-    split = tl.program_id(0) // num_heads // num_groups
+    map_size, grid = (height, width), (grid_height, grid_width)
+    geometry = (map_size, grid, (shift_height, shift_width), num_windows)
+    head, group, split = program_indices(num_heads, num_groups)
     first_column = group * KEYS
 
     gradient_factor = product_factor(scale, logit_scale, head)
@@ -705,6 +687,7 @@ def window_attention_bwd_kernel(
     biases = load_biases(bias, head, 0, first_column, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
+    keys_and_values = (key, key_strides, key_padding, value, value_strides, value_padding)
     bias_sums = ()
     if grad_bias is not None:
         bias_sums = zero_squares(ROW_PIECES, KEY_PIECES)
@@ -720,12 +703,7 @@ def window_attention_bwd_kernel(
         key_places = ()
         for n in tl.static_range(len(KEY_PIECES)):
             keys, values, key_inverse, place = load_keys_values(
-                key,
-                key_strides,
-                value,
-                value_strides,
-                key_padding,
-                value_padding,
+                keys_and_values,
                 window,
                 head,
                 piece_tokens(first_column, KEY_PIECES, n),
@@ -775,17 +753,7 @@ def window_attention_bwd_kernel(
             for n in tl.static_range(len(KEY_PIECES)):
                 columns = piece_tokens(first_column, KEY_PIECES, n)
                 bias_tile = bias_of_tile(
-                    biases,
-                    m,
-                    n,
-                    bias,
-                    head,
-                    rows,
-                    columns,
-                    window,
-                    geometry,
-                    TOKENS,
-                    KEEP_BIAS,
+                    biases, m, n, bias, head, rows, columns, window, geometry, TOKENS, KEEP_BIAS
                 )
                 scores = scores + (
                     window_scores(
@@ -999,15 +967,9 @@ def window_attention_bwd_query_kernel(
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
     ROW_PIECES: tl.constexpr = ((0, ROWS),)
-    geometry = (
-        (height, width),
-        (grid_height, grid_width),
-        (shift_height, shift_width),
-        num_windows,
-    )
-    head = tl.program_id(0) % num_heads
-    group = tl.program_id(0) // num_heads % num_groups
-    split = tl.program_id(0) // num_heads // num_groups
+    map_size, grid = (height, width), (grid_height, grid_width)
+    geometry = (map_size, grid, (shift_height, shift_width), num_windows)
+    head, group, split = program_indices(num_heads, num_groups)
     rows = group * ROWS + tl.arange(0, ROWS)
     exists = rows < TOKENS
 
@@ -1016,6 +978,7 @@ def window_attention_bwd_query_kernel(
     biases = load_biases(bias, head, group * ROWS, 0, TOKENS, ROW_PIECES, KEY_PIECES, KEEP_BIAS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
+    keys_and_values = (key, key_strides, key_padding, value, value_strides, value_padding)
     scale_sum = 0.0
 
     for window in range(split, num_windows, num_splits):
@@ -1040,12 +1003,7 @@ def window_attention_bwd_query_kernel(
             for n in tl.static_range(len(KEY_PIECES)):
                 columns = piece_tokens(0, KEY_PIECES, n)
                 key_tiles, _, _, _ = load_keys_values(
-                    key,
-                    key_strides,
-                    value,
-                    value_strides,
-                    key_padding,
-                    value_padding,
+                    keys_and_values,
                     window,
                     head,
                     columns,
@@ -1060,17 +1018,7 @@ def window_attention_bwd_query_kernel(
                     UNIT,
                 )
                 bias_tile = bias_of_tile(
-                    biases,
-                    0,
-                    n,
-                    bias,
-                    head,
-                    rows,
-                    columns,
-                    window,
-                    geometry,
-                    TOKENS,
-                    KEEP_BIAS,
+                    biases, 0, n, bias, head, rows, columns, window, geometry, TOKENS, KEEP_BIAS
                 )
                 scores = window_scores(
                     query_tiles,
@@ -1098,12 +1046,7 @@ def window_attention_bwd_query_kernel(
         for n in tl.static_range(len(KEY_PIECES)):
             columns = piece_tokens(0, KEY_PIECES, n)
             key_tiles, value_tiles, _, _ = load_keys_values(
-                key,
-                key_strides,
-                value,
-                value_strides,
-                key_padding,
-                value_padding,
+                keys_and_values,
                 window,
                 head,
                 columns,
@@ -1118,17 +1061,7 @@ def window_attention_bwd_query_kernel(
                 UNIT,
             )
             bias_tile = bias_of_tile(
-                biases,
-                0,
-                n,
-                bias,
-                head,
-                rows,
-                columns,
-                window,
-                geometry,
-                TOKENS,
-                KEEP_BIAS,
+                biases, 0, n, bias, head, rows, columns, window, geometry, TOKENS, KEEP_BIAS
             )
             scores = window_scores(
                 query_tiles,
@@ -1236,15 +1169,9 @@ def window_attention_bwd_bias_kernel(
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     KEY_GROUPS: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
-    geometry = (
-        (height, width),
-        (grid_height, grid_width),
-        (shift_height, shift_width),
-        num_windows,
-    )
-    head = tl.program_id(0) % num_heads
-    group = tl.program_id(0) // num_heads % num_groups
-    split = tl.program_id(0) // num_heads // num_groups
+    map_size, grid = (height, width), (grid_height, grid_width)
+    geometry = (map_size, grid, (shift_height, shift_width), num_windows)
+    head, group, split = program_indices(num_heads, num_groups)
     first_column = group % KEY_GROUPS * KEYS
     columns = first_column + tl.arange(0, KEYS)
     rows = group // KEY_GROUPS * ROWS + tl.arange(0, ROWS)
@@ -1254,17 +1181,13 @@ def window_attention_bwd_bias_kernel(
     bias_tile = load_bias(bias, head, rows, columns, TOKENS)
     key_padding = load_padding(pad_value, KEY_PART, head, num_heads, D, PIECES)
     value_padding = load_padding(pad_value, VALUE_PART, head, num_heads, D, PIECES)
+    keys_and_values = (key, key_strides, key_padding, value, value_strides, value_padding)
     bias_sum = tl.zeros([ROWS, KEYS], tl.float32)
 
     for window in range(split, num_windows, num_splits):
         statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
         key_tiles, value_tiles, _, _ = load_keys_values(
-            key,
-            key_strides,
-            value,
-            value_strides,
-            key_padding,
-            value_padding,
+            keys_and_values,
             window,
             head,
             columns,
@@ -1391,14 +1314,9 @@ class Problem(NamedTuple):
         return (WRAP_PADDED if self.wrap_padded else WRAP_UNPADDED).value
 
     @property
-    def precision(self) -> str:
-        """ "half", or how products of float32 are rounded, "tf32" or "ieee"."""
-        return float32_precision() if self.query.dtype == torch.float32 else "half"
-
-    @property
     def pieces(self) -> tuple[tuple[int, int], ...]:
         """The tiles that a head's channels are split into."""
-        return split_into_pieces(self.dim, largest=64 if self.precision == "ieee" else 128)
+        return head_pieces(self.dim, precision_of(self.query), largest=128)
 
     def added_tensors(self) -> tuple[torch.Tensor | None, ...]:
         """What is added to the inputs, as the kernels take it."""
@@ -1419,7 +1337,7 @@ class Problem(NamedTuple):
             *self.grid,
             *self.shift,
             self.scale,
-            self.mask_value,
+            max(-LARGEST_MASK, min(self.mask_value, LARGEST_MASK)),
             dropout_threshold(self.dropout_p),
             dropout_scale(self.dropout_p),
         )
@@ -1432,7 +1350,7 @@ class Problem(NamedTuple):
             "SHIFTED": any(self.shift),
             "PADDING": self.padding,
             "DROPOUT": self.dropout_p > 0.0,
-            "PRECISION": "tf32" if self.precision == "tf32" else "ieee",
+            "PRECISION": input_precision(self.query),
             "UNIT": unit,
         }
 
@@ -1462,14 +1380,13 @@ class Problem(NamedTuple):
         padded = self.padding != NO_PADDING.value
         plain = self.logit_scale is None and self.dropout_p == 0.0 and not padded
         columns = covered_columns(self.pieces)
-        return configs.ShapeClass(kernel, self.precision, columns, self.tokens, plain)
+        return configs.ShapeClass(kernel, precision_of(self.query), columns, self.tokens, plain)
 
     def find_launch(self, kernel: str) -> Launch | None:
         return configs.lookup(self.shape_class(kernel), self.query.device)
 
     def launch(self, kernel: str, run: Callable[[Launch], None]) -> None:
-        with device_guard(self.query):
-            configs.launch(self.shape_class(kernel), self.query.device, run)
+        run_with_launch(self.shape_class(kernel), self.query, run)
 
 
 def make_problem(
@@ -1688,7 +1605,7 @@ def query_gradient(
     gradients: Gradients,
 ) -> RowStatistics:
     """Gradients of queries and logit scale, and on the way the statistics of all rows."""
-    exact = problem.precision != "half"
+    exact = precision_of(problem.query) != "half"
     statistics = RowStatistics(
         torch.empty_like(logsumexp),
         torch.empty_like(logsumexp) if exact else None,

@@ -42,6 +42,15 @@ def cpu_isa(request: pytest.FixtureRequest):
         yield request.param
 
 
+@pytest.fixture
+def guarded():
+    """Runs Triton kernels in the interpreter under guards (tools.guard)."""
+    from tools.guard import guarded
+
+    with guarded(seed=3):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts torch's generator at the same place."""

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import vlmfast
 import vlmfast.functional as VF
 from tools.budget import assert_keeps_budget
+from tools.gradients import assert_same
 from vlmfast.reference.common import dropout_keep_mask
 from vlmfast.verify.flash_attention import dense_case, normal_bias, random_mask
 
@@ -31,15 +32,6 @@ def normal(*shape, dtype=torch.float32):
 def qkv(*leading, rows=5, columns=7, dim=8, value_dim=8, dtype=torch.float32):
     shapes = ((rows, dim), (columns, dim), (columns, value_dim))
     return [normal(*leading, *shape, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def assert_same(ours, theirs, inputs):
-    """Same shape, dtype and values, and the same gradients to the inputs."""
-    assert_close(ours, theirs)
-    grad = torch.randn_like(theirs)
-    ours = torch.autograd.grad(ours, inputs, grad)
-    for x, y in zip(ours, torch.autograd.grad(theirs, inputs, grad), strict=True):
-        assert_close(x, y)
 
 
 # --- scaled_dot_product_attention: torch's call -------------------------------------------------

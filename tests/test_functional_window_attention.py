@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import vlmfast
 import vlmfast.functional as VF
+from tools.gradients import assert_same
 from vlmfast.reference.window_attention import window_attention as reference
 
 BACKENDS = ["cpu", "reference"]
@@ -26,15 +27,6 @@ def tensors(size=(2, 6, 7), heads=2, dim=8, window=(3, 4), dtype=torch.float32):
     qkv = normal(*size, 3 * heads * dim, dtype=dtype)
     bias, pad = normal(heads, tokens, tokens), normal(3 * heads * dim)
     return [x.requires_grad_() for x in (qkv, bias, pad)]
-
-
-def assert_same(ours, theirs, inputs):
-    """Same shape, dtype and values, and the same gradients to the inputs."""
-    assert_close(ours, theirs)
-    grad = torch.randn_like(theirs)
-    ours = torch.autograd.grad(ours, inputs, grad)
-    for x, y in zip(ours, torch.autograd.grad(theirs, inputs, grad), strict=True):
-        assert_close(x, y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

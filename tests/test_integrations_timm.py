@@ -12,6 +12,7 @@ from tools.models import (
     assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
+    pictures,
     spy_on_attention,
     spy_on_windows,
     stir,
@@ -182,14 +183,6 @@ def make_swin(version, img_size=64, window=4, **arguments):
         **arguments,
     )
     return stir(model)
-
-
-def pictures(height, width, batch=2):
-    def make(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return {"x": torch.randn(batch, 3, height, width, generator=generator)}
-
-    return make
 
 
 def map_and_logits(model, inputs):

@@ -11,6 +11,7 @@ from tools.models import (
     assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
+    pictures,
     spy_on_attention,
     spy_on_windows,
     stir,
@@ -84,14 +85,6 @@ def make_swin(version, window=7, seed=0, **arguments):
         **(v2 if version == "v2" else {}),
     )
     return stir(model)
-
-
-def pictures(height, width, batch=2):
-    def make(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return {"x": torch.randn(batch, 3, height, width, generator=generator)}
-
-    return make
 
 
 def features(model, inputs):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vlmfast
+from tools import models
 from tools.models import (
     assert_as_right_as,
     assert_patched_model_right,
@@ -486,11 +487,7 @@ def make_swin(version, image_size=64, window=4, model=None, implementation="sdpa
 
 
 def pictures(height, width, batch=1):
-    def make(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return {"pixel_values": torch.randn(batch, 3, height, width, generator=generator)}
-
-    return make
+    return models.pictures(height, width, batch, name="pixel_values")
 
 
 def last_state(model, inputs):

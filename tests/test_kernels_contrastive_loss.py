@@ -28,17 +28,9 @@ from vlmfast.verify.contrastive_loss import (
 
 kernels = pytest.importorskip("vlmfast.kernels.contrastive_loss")
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def watch():
-    from tools.guard import guarded
-
-    with guarded(seed=3):
-        yield
 
 
 CASES = [

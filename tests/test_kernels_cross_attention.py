@@ -11,15 +11,10 @@ import vlmfast.functional as VF
 from tools.budget import assert_keeps_budget
 from vlmfast.verify.cross_attention import CASES, image_case, random_bits, shuffled, visible_latents
 
-pytestmark = pytest.mark.interpreter
+kernels = pytest.importorskip("vlmfast.kernels.cross_attention")
+configs = kernels.configs
 
-
-@pytest.fixture(autouse=True)
-def watch():
-    from tools.guard import guarded
-
-    with guarded(seed=3):
-        yield
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -118,6 +113,24 @@ def test_strides_are_free_and_gradients_repeat_bitwise(mode):
     for a, b, c in zip(ours, again, dense, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+def test_autotuning_never_cuts_an_image_whose_pass_gives_every_gradient(monkeypatch):
+    def search(shape, device, run):
+        launch = configs.lookup(shape, device)
+        if shape.kernel == "cross_attention_bwd_whole":
+            launch = launch._replace(block_n=launch.block_n // 2)
+        return configs.Row(shape.columns, shape.rows, launch)
+
+    plan = VF.cross_attention_plan(torch.randint(0, 4, (2, 40)), 3)
+    inputs = [x.detach().bfloat16().requires_grad_() for x in qkv(latents=40)]
+    expected = attend(inputs, plan)
+    monkeypatch.setenv("VLMFAST_AUTOTUNE", "1")
+    monkeypatch.setattr(configs, "searched", {})
+    monkeypatch.setattr(configs, "search", search)
+    for a, b in zip(attend(inputs, plan), expected, strict=True):
+        assert torch.equal(a, b)
+    assert "cross_attention_bwd_whole" in {shape.kernel for _, shape in configs.searched}
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": 0}, {"images": 0}, {"latents": 0}], ids=str)

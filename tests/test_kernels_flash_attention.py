@@ -17,17 +17,9 @@ from vlmfast.verify.flash_attention import CASES, dense_case, normal_bias, packe
 kernels = pytest.importorskip("vlmfast.kernels.flash_attention")
 configs = kernels.configs
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def watch():
-    from tools.guard import guarded
-
-    with guarded(seed=3):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

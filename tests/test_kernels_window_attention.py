@@ -16,17 +16,10 @@ from vlmfast.reference import window_attention as reference
 from vlmfast.verify.common import Case
 from vlmfast.verify.window_attention import window_case
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def watch():
-    from tools.guard import guarded
-
-    with guarded(seed=3):
-        yield
+LOWEST = torch.finfo(torch.float32).min
 
 
 def case(
@@ -73,6 +66,8 @@ HALF_CASES = [
     case("w12, dropout", (1, 12, 12), (12, 12), heads=1, dropout_p=0.3),
     case("bias and padding in half precision", (1, 9, 7), (7, 7), pad_value=True, bias_dtype=None),
     case("small mask value", (1, 8, 8), (8, 8), (4, 4), mask_value=-1.5),
+    case("lowest mask value", (1, 7, 14), (7, 7), (0, 3), mask_value=LOWEST),
+    case("lowest mask value, by blocks", (1, 9, 18), (9, 9), (0, 4), mask_value=LOWEST),
     *(case(f"head dim {dim}", (1, 8, 5), (8, 5), (4, 2), dim=dim) for dim in (8, 24, 80, 128)),
 ]
 
@@ -83,6 +78,7 @@ def test_half_precision(case):
 
 
 FLOAT_CASES = [
+    case("lowest mask value", (1, 9, 18), (9, 9), (0, 4), cosine=True, mask_value=LOWEST),
     case("large bias", (1, 8, 8), (8, 8), (4, 4), bias_std=20.0),
     case("large bias, by blocks", (1, 12, 12), (12, 12), (6, 6), heads=1, bias_std=20.0),
     case("cosine, by blocks", (1, 9, 9), (9, 9), (4, 4), heads=1, cosine=True),
@@ -103,6 +99,20 @@ def operands(dtype: torch.dtype = torch.bfloat16, batch: int = 3) -> tuple[list,
 def backward(tensors: list, numbers: tuple, grad_out: Tensor, *wanted: bool) -> tuple:
     out, logsumexp = ops.FORWARD["triton"](*tensors, *numbers)
     return ops.BACKWARD["triton"](grad_out, *tensors, out, logsumexp, *numbers, *wanted)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [7, 9])
+def test_lowest_bias_of_every_key_gives_no_nan(window, dtype, cosine):
+    tokens = window**2
+    tensors = [torch.randn(1, window, window, 96, dtype=dtype), None, None]
+    tensors += [torch.randn(2, tokens, tokens), torch.full((2,), 5.0) if cosine else None, None]
+    tensors[3][:, 3] = LOWEST
+    numbers = (2, window, window, 0, 0, True, 0.25, -100.0, 0.0, None)
+    out, _ = ops.FORWARD["triton"](*tensors, *numbers)
+    gradients = backward(tensors, numbers, torch.ones_like(out), *(True,) * 4)
+    assert all(x.isfinite().all() for x in (out, *gradients))
 
 
 def test_repeats_bitwise():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from tools.gradients import assert_same
 from vlmfast._torchvision_ops import import_torchvision
 from vlmfast.reference.window_attention import window_attention
 
@@ -30,14 +31,6 @@ def randomize(module):
         for parameter in module.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
     return module
-
-
-def assert_same(ours, theirs, inputs):
-    assert_close(ours, theirs)
-    grad = torch.randn_like(theirs)
-    ours = torch.autograd.grad(ours, inputs, grad)
-    for x, y in zip(ours, torch.autograd.grad(theirs, inputs, grad), strict=True):
-        assert_close(x, y)
 
 
 # size of the map, window, shift

@@ -143,12 +143,34 @@ def test_registers_that_moved_are_caught(monkeypatch, tmp_path):
 
 def test_kernels_that_appear_or_vanish_are_caught(monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "SNAPSHOT", tmp_path / "registers.json")
+    monkeypatch.setattr(gate, "CASES", {"family": [], "other": []})
     report = gate.compile_case(normalise(1024, warps=4), 90)
     gate.write_snapshot("family", [report])
     (line, _) = gate.registers_moved("family", [])
     assert line.endswith("in the snapshot, but not compiled")
     (line, _) = gate.registers_moved("other", [report])
     assert line.endswith("not in the snapshot")
+
+
+def test_only_architectures_left_out_may_miss_in_a_comparison(monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "SNAPSHOT", tmp_path / "registers.json")
+    case = normalise(1024, warps=4)
+    compiled = [gate.compile_case(case, arch) for arch in (86, 90)]
+    gate.write_snapshot("family", compiled)
+    monkeypatch.setattr(gate, "CASES", {"family": [case]})
+    assert gate.registers_moved("family", compiled[:1]) == []
+    monkeypatch.setattr(gate, "CASES", {"family": [case._replace(archs=(86,))]})
+    (line, _) = gate.registers_moved("family", compiled[:1])
+    assert line == "normalise, sm_90, normalise_kernel: in the snapshot, but not compiled"
+
+
+def test_first_case_of_a_family_goes_to_every_architecture_and_no_case_to_none():
+    for family, cases in gate.CASES.items():
+        assert gate.targets(family, cases[0], gate.TESTED_ARCHITECTURES) == [*cases[0].archs]
+        for case in cases[1:]:
+            found = gate.targets(family, case, gate.TESTED_ARCHITECTURES)
+            assert found == [a for a in gate.TESTED_ARCHITECTURES if a in case.archs] != []
+            assert gate.targets(family, case, configs.ARCHITECTURES) == [*case.archs]
 
 
 def test_configuration_row_that_no_case_compiles_is_caught(monkeypatch):
@@ -163,6 +185,8 @@ def test_configuration_row_that_no_case_compiles_is_caught(monkeypatch):
     assert gate.uncovered_rows("family", [report]) == []
     (line,) = gate.uncovered_rows("family", [])
     assert line == f"family_fwd, sm_90, half: no case compiles {row}"
+    assert gate.uncovered_rows("family", [], archs=(90,)) == [line]
+    assert gate.uncovered_rows("family", [], archs=(86,)) == []
 
 
 def test_nothing_is_left_behind():

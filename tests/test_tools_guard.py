@@ -56,6 +56,17 @@ def scale(n, slack, capacity):
     return x, out
 
 
+@triton.jit
+def double_kernel(out, number):
+    tl.store(out, 2.0 * number - number)
+
+
+def test_float_arguments_are_float32():
+    out = torch.zeros(1)
+    double_kernel[(1,)](out, 3e38)
+    assert out.item() == float("inf")
+
+
 def test_sound_kernel_passes():
     with guard.guarded():
         x, out = scale(37, slack=0, capacity=64)

@@ -219,12 +219,32 @@ _TRITON_FAMILIES = frozenset(
 )
 
 
-def _kernel_dtype(dtype: torch.dtype, attn_mask: Tensor | None) -> list[str]:
-    reasons = []
-    if dtype not in _HALF_OR_FLOAT:
-        reasons.append(f"computes in float32, bfloat16 or float16, got {dtype}")
+def _dtype(dtype: torch.dtype) -> list[str]:
+    if dtype in _HALF_OR_FLOAT:
+        return []
+    return [f"computes in float32, bfloat16 or float16, got {dtype}"]
+
+
+def _dtype_and_mask(query: Tensor, attn_mask: Tensor | None) -> list[str]:
+    reasons = _dtype(query.dtype)
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         reasons.append("takes no attn_mask of dtype torch.float64")
+    return reasons
+
+
+def _head_dims(query_dim: int, value_dim: int) -> list[str]:
+    if max(query_dim, value_dim) <= 256:
+        return []
+    return [f"takes head dims up to 256, got {query_dim} (query) and {value_dim} (value)"]
+
+
+def _cpu(device: torch.device) -> list[str]:
+    """Reasons that hold for every C++ kernel."""
+    reasons = []
+    if device.type not in ("cpu", "meta"):
+        reasons.append(f"takes CPU tensors, got {device.type}")
+    if EXTENSION_ERROR is not None:
+        reasons.append(EXTENSION_ERROR)
     return reasons
 
 
@@ -248,24 +268,14 @@ def _triton(family: str, device: torch.device) -> list[str]:
 def _flash_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> list[str]:
-    reasons = _kernel_dtype(query.dtype, attn_mask)
-    if query.device.type not in ("cpu", "meta"):
-        reasons.append(f"takes CPU tensors, got {query.device.type}")
-    if EXTENSION_ERROR is not None:
-        reasons.append(EXTENSION_ERROR)
-    return reasons
+    return _dtype_and_mask(query, attn_mask) + _cpu(query.device)
 
 
 def _flash_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> list[str]:
-    reasons = _triton("flash_attention", query.device)
-    reasons += _kernel_dtype(query.dtype, attn_mask)
-    if query.shape[3] > 256 or value.shape[3] > 256:
-        reasons.append(
-            f"takes head dims up to 256, got {query.shape[3]} (query) and {value.shape[3]} (value)"
-        )
-    return reasons
+    reasons = _triton("flash_attention", query.device) + _dtype_and_mask(query, attn_mask)
+    return reasons + _head_dims(query.shape[3], value.shape[3])
 
 
 def _most_tokens(window_size: tuple[int, int], most: int) -> list[str]:
@@ -276,7 +286,7 @@ def _most_tokens(window_size: tuple[int, int], most: int) -> list[str]:
 
 
 def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
-    reasons = _kernel_dtype(query.dtype, None)
+    reasons = _dtype(query.dtype)
     names = ("relative_position_bias", "logit_scale", "pad_value")
     for name, tensor in zip(names, others, strict=True):
         if tensor is not None and tensor.dtype not in _HALF_OR_FLOAT:
@@ -293,12 +303,7 @@ def _window_attention_cpu(
     window_size: tuple[int, int],
 ) -> list[str]:
     reasons = _window_attention_dtypes(query, bias, logit_scale, pad_value)
-    reasons += _most_tokens(window_size, 1 << 14)
-    if query.device.type not in ("cpu", "meta"):
-        reasons.append(f"takes CPU tensors, got {query.device.type}")
-    if EXTENSION_ERROR is not None:
-        reasons.append(EXTENSION_ERROR)
-    return reasons
+    return reasons + _most_tokens(window_size, 1 << 14) + _cpu(query.device)
 
 
 def _window_attention_triton(
@@ -318,40 +323,24 @@ def _window_attention_triton(
 
 
 def _cross_attention_cpu(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    return _flash_attention_cpu(query, key, value, None)
+    return _dtype(query.dtype) + _cpu(query.device)
 
 
 def _cross_attention_triton(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    reasons = _triton("cross_attention", query.device)
-    reasons += _kernel_dtype(query.dtype, None)
-    if query.shape[3] > 256 or value.shape[4] > 256:
-        reasons.append(
-            f"takes head dims up to 256, got {query.shape[3]} (query) and {value.shape[4]} (value)"
-        )
-    return reasons
+    reasons = _triton("cross_attention", query.device) + _dtype(query.dtype)
+    return reasons + _head_dims(query.shape[3], value.shape[4])
 
 
 def _no_cuda_kernel(*inputs: Any) -> list[str]:
     return ["no CUDA C++ kernel of this family exists; triton serves CUDA tensors"]
 
 
-def _contrastive_loss_dtype(rows: Tensor) -> list[str]:
-    if rows.dtype in _HALF_OR_FLOAT:
-        return []
-    return [f"computes in float32, bfloat16 or float16, got {rows.dtype}"]
-
-
 def _contrastive_loss_cpu(rows: Tensor, columns: Tensor) -> list[str]:
-    reasons = _contrastive_loss_dtype(rows)
-    if rows.device.type not in ("cpu", "meta"):
-        reasons.append(f"takes CPU tensors, got {rows.device.type}")
-    if EXTENSION_ERROR is not None:
-        reasons.append(EXTENSION_ERROR)
-    return reasons
+    return _dtype(rows.dtype) + _cpu(rows.device)
 
 
 def _contrastive_loss_triton(rows: Tensor, columns: Tensor) -> list[str]:
-    return _triton("contrastive_loss", rows.device) + _contrastive_loss_dtype(rows)
+    return _triton("contrastive_loss", rows.device) + _dtype(rows.dtype)
 
 
 def _always(*inputs: Any) -> list[str]:

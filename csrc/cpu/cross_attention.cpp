@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -313,29 +312,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
            &problem);
   const int64_t batch = query.size(0), heads = query.size(1), tokens = query.size(2),
                 head_dim = query.size(3), key_heads = key.size(1);
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor&>{"grad_out", grad_out}, {"out", out}}) {
-    check_cpu(name, tensor);
-    check_dim(name, tensor, 4);
-    VLMFAST_CHECK(element_type(name, tensor, false) == problem.dtype, name,
-                  ": expected the dtype of query");
-    for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
-    check_size(name, tensor, 3, value.size(4));
-  }
+  check_output("grad_out", grad_out, query, value.size(4));
+  check_output("out", out, query, value.size(4));
   VLMFAST_CHECK(out.stride(3) == 1 || value.size(4) <= 1,
                 "out: expected a last dimension of stride 1");
-  const auto check_rows = [&](const char* name, const Tensor& tensor) {
-    check_cpu(name, tensor);
-    check_dim(name, tensor, 3);
-    for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
-    VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  ": expected a contiguous float32 tensor");
-    return static_cast<const float*>(tensor.const_data_ptr());
-  };
-  problem.logsumexp = check_rows("logsumexp", logsumexp);
+  problem.logsumexp = row_statistics("logsumexp", logsumexp, query);
   MaybeTensor grad_rows;
   if (grad_logsumexp) grad_rows = torch::stable::contiguous(*grad_logsumexp);
-  problem.grad_logsumexp = grad_rows ? check_rows("grad_logsumexp", *grad_rows) : nullptr;
+  problem.grad_logsumexp =
+      grad_rows ? row_statistics("grad_logsumexp", *grad_rows, query) : nullptr;
   problem.grad_out = strided(grad_out);
   problem.out = strided(out);
   problem.wants_query = query_grad;

@@ -120,16 +120,7 @@ void describe(const Inputs& in, FlashAttentionProblem* problem) {
       if (in.mask->size(i) != 1) check_size("attn_mask", *in.mask, i, sizes[i]);
     }
   }
-  if (in.dropout_p > 0) {
-    VLMFAST_CHECK(in.dropout_seed.has_value(),
-                  "dropout_seed: expected a tensor where dropout_p is not 0");
-    check_cpu("dropout_seed", *in.dropout_seed);
-    VLMFAST_CHECK(
-        in.dropout_seed->numel() == 1 && in.dropout_seed->scalar_type() == ScalarType::Long,
-        "dropout_seed: expected one int64 element");
-    problem->dropout_seed =
-        static_cast<uint64_t>(*static_cast<const int64_t*>(in.dropout_seed->const_data_ptr()));
-  }
+  if (in.dropout_p > 0) problem->dropout_seed = read_dropout_seed(in.dropout_seed);
 }
 
 // A run of queries that sees one run of keys: a batch element, or a packed sequence.
@@ -308,33 +299,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   describe(in, &problem);
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2),
                 head_dim = query.size(3);
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor&>{"grad_out", grad_out}, {"out", out}}) {
-    check_dim(name, tensor, 4);
-    check_cpu(name, tensor);
-    VLMFAST_CHECK(element_type(name, tensor, false) == problem.dtype, name,
-                  ": expected the dtype of query");
-    check_size(name, tensor, 0, batch);
-    check_size(name, tensor, 1, heads);
-    check_size(name, tensor, 2, length);
-    check_size(name, tensor, 3, value.size(3));
-  }
+  check_output("grad_out", grad_out, query, value.size(3));
+  check_output("out", out, query, value.size(3));
   VLMFAST_CHECK(out.stride(3) == 1 || value.size(3) <= 1,
                 "out: expected a last dimension of stride 1");
-  const auto check_rows = [&](const char* name, const Tensor& tensor) {
-    check_cpu(name, tensor);
-    check_dim(name, tensor, 3);
-    check_size(name, tensor, 0, batch);
-    check_size(name, tensor, 1, heads);
-    check_size(name, tensor, 2, length);
-    VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                  ": expected a contiguous float32 tensor");
-    return static_cast<const float*>(tensor.const_data_ptr());
-  };
-  problem.logsumexp = check_rows("logsumexp", logsumexp);
+  problem.logsumexp = row_statistics("logsumexp", logsumexp, query);
   MaybeTensor grad_rows;
   if (grad_logsumexp) grad_rows = torch::stable::contiguous(*grad_logsumexp);
-  problem.grad_logsumexp = grad_rows ? check_rows("grad_logsumexp", *grad_rows) : nullptr;
+  problem.grad_logsumexp =
+      grad_rows ? row_statistics("grad_logsumexp", *grad_rows, query) : nullptr;
   problem.grad_out = strided(grad_out);
   problem.out = strided(out);
   problem.wants_query = query_grad;

@@ -94,14 +94,7 @@ void check(const Inputs& in) {
     check_floating("pad_value", in.pad_value, 1);
     check_size("pad_value", *in.pad_value, 0, 3 * in.channels());
   }
-  if (in.dropout_p > 0) {
-    VLMFAST_CHECK(in.dropout_seed.has_value(),
-                  "dropout_seed: expected a tensor where dropout_p is not 0");
-    check_cpu("dropout_seed", *in.dropout_seed);
-    VLMFAST_CHECK(
-        in.dropout_seed->numel() == 1 && in.dropout_seed->scalar_type() == ScalarType::Long,
-        "dropout_seed: expected one int64 element");
-  }
+  if (in.dropout_p > 0) read_dropout_seed(in.dropout_seed);
 }
 
 // Kernels read whole vectors of channels, wherever the rest may lie.
@@ -174,9 +167,7 @@ struct Prepared {
     problem->bias = static_cast<const float*>(bias.const_data_ptr());
     problem->bias_head_stride = in.bias ? size : 0;
     problem->dropout_p = in.dropout_p;
-    if (in.dropout_p > 0)
-      problem->dropout_seed =
-          static_cast<uint64_t>(*static_cast<const int64_t*>(in.dropout_seed->const_data_ptr()));
+    if (in.dropout_p > 0) problem->dropout_seed = read_dropout_seed(in.dropout_seed);
   }
 };
 

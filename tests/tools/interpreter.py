@@ -1,10 +1,12 @@
 """Makes Triton's interpreter compute what a GPU computes; import it before any kernel.
 
-Under TRITON_INTERPRET=1 Triton runs a kernel program by program on CPU tensors. Three things are
+Under TRITON_INTERPRET=1 Triton runs a kernel program by program on CPU tensors. Four things are
 wrong with it in Triton 3.6 and 3.7, and mended here:
 
 - bfloat16 is kept as raw 16-bit patterns, and arithmetic on them is integer arithmetic. Here every
   operation widens its operands to float32 and rounds its result to nearest even, as the hardware.
+- A float that a kernel is called with stays one of Python's, of 64 bits. Here it is a float32
+  scalar, as on a GPU, where what is computed of it may overflow.
 - With NumPy 2.5 or later `int()` of an array with one element raises, and so does every
   `range` whose bound is a kernel argument.
 - `triton.autotune` with more than one configuration asks for a GPU to time them on; here it takes
@@ -125,6 +127,17 @@ def _mend_reductions() -> None:
     operations.sum = total
 
 
+def _mend_float_arguments() -> None:
+    convert = triton_interpreter._implicit_cvt
+
+    def implicit_cvt(arg: Any) -> Any:
+        if isinstance(arg, float):
+            return tl.tensor(Handle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
+        return convert(arg)
+
+    triton_interpreter._implicit_cvt = implicit_cvt
+
+
 def _mend_loop_bounds() -> None:
     patch = triton_interpreter._patch_lang_tensor
 
@@ -161,6 +174,7 @@ def install() -> None:
     _mend_arithmetic()
     _mend_conversions()
     _mend_reductions()
+    _mend_float_arguments()
     _mend_loop_bounds()
     _mend_autotune()
     Builder._vlmfast_mended = True

@@ -107,6 +107,16 @@ def open_gates(model: nn.Module, width: int | None = None) -> None:
                 setattr(module, name, nn.Parameter(value.to(gate.dtype)))
 
 
+def pictures(height: int, width: int, batch: int = 2, name: str = "x") -> Callable[[int], Inputs]:
+    """Makes a model's input of that name from a seed."""
+
+    def make(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(batch, 3, height, width, generator=generator)}
+
+    return make
+
+
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The inputs as fresh tensors: those floating in `dtype`, with gradients to be computed."""
 

@@ -74,12 +74,7 @@ def clip_loss(
     """
 
     def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        image, text = _cast_and_check_pair(
-            ("image_features", image_features), ("text_features", text_features)
-        )
-        scale = scalar("logit_scale", logit_scale, image)
-        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image)
-        return image, text, scale, bias
+        return _cast_and_check_towers(image_features, text_features, logit_scale, logit_bias)
 
     facts = ("clip_loss", local_loss, gather_with_grad)
     (image, text, scale, bias), ranks = _join(group, check, backend, *facts)
@@ -130,12 +125,7 @@ def siglip_loss(
     """
 
     def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        image, text = _cast_and_check_pair(
-            ("image_features", image_features), ("text_features", text_features)
-        )
-        scale = scalar("logit_scale", logit_scale, image)
-        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image)
-        return image, text, scale, bias
+        return _cast_and_check_towers(image_features, text_features, logit_scale, logit_bias)
 
     (image, text, scale, bias), ranks = _join(group, check, backend, "siglip_loss")
     with common.no_autocast(image.device.type):
@@ -543,6 +533,21 @@ def _cast_and_check_pair(
     if x.shape != y.shape:
         reject(other_name, f"the shape of {name}, {tuple(x.shape)}", tuple(y.shape))
     return x, y
+
+
+def _cast_and_check_towers(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What clip_loss and siglip_loss are called with."""
+    image, text = _cast_and_check_pair(
+        ("image_features", image_features), ("text_features", text_features)
+    )
+    scale = scalar("logit_scale", logit_scale, image)
+    bias = None if logit_bias is None else scalar("logit_bias", logit_bias, image)
+    return image, text, scale, bias
 
 
 def _cast_and_check_itc(

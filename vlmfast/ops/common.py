@@ -1,5 +1,6 @@
 """Registration that every family shares, and the loading of the C++ extension."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "vlmfast"
+
+BACKENDS = ("cpu", "triton")  # whose kernels are operators
 
 # Inductor must hand an operator the very strides that its fake saw, because output strides follow
 # input strides.
@@ -34,6 +37,48 @@ def _load_extension() -> str | None:
 
 
 EXTENSION_ERROR = _load_extension()
+
+
+def register_family(
+    family: str,
+    schemas: tuple[str, str],
+    fakes: tuple[Callable[..., Any], Callable[..., Any]],
+    autograd_function: Callable[[Any, Any], type[torch.autograd.Function]],
+    flops: tuple[Callable[..., int], Callable[..., int]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Defines the operators of a family; returns their overloads by backend.
+
+    For each backend these are `vlmfast::<family>_<backend>` and
+    `vlmfast::<family>_backward_<backend>`, of which `schemas`, `fakes` and `flops` are pairs. The
+    Triton kernels are registered, too: `forward` and `backward` of vlmfast/kernels/<family>.py.
+
+    Args:
+        autograd_function: makes the one of a backend, from its two operators.
+    """
+    forward: dict[str, Any] = {}
+    backward: dict[str, Any] = {}
+    for backend in BACKENDS:
+        name, backward_name = f"{family}_{backend}", f"{family}_backward_{backend}"
+        forward[backend] = define(name, schemas[0], fakes[0])
+        backward[backend] = define(backward_name, schemas[1], fakes[1])
+        function = autograd_function(forward[backend], backward[backend])
+        register_autograd(name, forward[backend], function)
+        forbid_double_backward(backward_name, backward[backend])
+        register_flops(forward[backend], flops[0])
+        register_flops(backward[backend], flops[1])
+    # The interpreter runs Triton kernels on CPU tensors, so they are registered there too.
+    keys = ("CPU", "CUDA")
+    register_kernel(f"{family}_triton", keys, _triton_kernel(family, "forward"))
+    register_kernel(f"{family}_backward_triton", keys, _triton_kernel(family, "backward"))
+    return forward, backward
+
+
+def _triton_kernel(family: str, function: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        kernels = importlib.import_module(f"vlmfast.kernels.{family}")  # imports Triton
+        return getattr(kernels, function)(*args)
+
+    return kernel
 
 
 def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from vlmfast.ops import common
 
-BACKENDS = ("cpu", "triton")
-
 _COMMON = "Tensor rows, Tensor columns, Tensor scale, Tensor? bias"
 _SCHEMA = (
     f"({_COMMON}, SymInt first_column, bool sigmoid, bool column_statistics) "
@@ -143,33 +141,10 @@ def _backward_flops(*args: Any, **_: Any) -> int:
     return _products(rows, columns) * (1 + rows_grad + columns_grad)
 
 
-FORWARD: dict[str, Any] = {}
-BACKWARD: dict[str, Any] = {}
-
-for _backend in BACKENDS:
-    _name, _backward_name = f"contrastive_loss_{_backend}", f"contrastive_loss_backward_{_backend}"
-    FORWARD[_backend] = common.define(_name, _SCHEMA, _fake_forward)
-    BACKWARD[_backend] = common.define(_backward_name, _BACKWARD_SCHEMA, _fake_backward)
-    common.register_autograd(
-        _name, FORWARD[_backend], _autograd_function(FORWARD[_backend], BACKWARD[_backend])
-    )
-    common.forbid_double_backward(_backward_name, BACKWARD[_backend])
-    common.register_flops(FORWARD[_backend], _flops)
-    common.register_flops(BACKWARD[_backend], _backward_flops)
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from vlmfast.kernels import contrastive_loss as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vlmfast.kernels import contrastive_loss as kernels
-
-    return kernels.backward(*args)
-
-
-# The interpreter runs Triton kernels on CPU tensors, so they are registered there too.
-common.register_kernel("contrastive_loss_triton", ("CPU", "CUDA"), _triton_forward)
-common.register_kernel("contrastive_loss_backward_triton", ("CPU", "CUDA"), _triton_backward)
+FORWARD, BACKWARD = common.register_family(
+    "contrastive_loss",
+    (_SCHEMA, _BACKWARD_SCHEMA),
+    (_fake_forward, _fake_backward),
+    _autograd_function,
+    (_flops, _backward_flops),
+)

@@ -18,8 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vlmfast.ops import common
 
-BACKENDS = ("cpu", "triton")
-
 _COMMON = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "int causal, float scale, float dropout_p, Tensor? dropout_seed"
@@ -167,33 +165,10 @@ def _backward_flops(
     return 2 * _score_elements(query, key, *rest[:4]) * columns
 
 
-FORWARD: dict[str, Any] = {}
-BACKWARD: dict[str, Any] = {}
-
-for _backend in BACKENDS:
-    _name, _backward_name = f"flash_attention_{_backend}", f"flash_attention_backward_{_backend}"
-    FORWARD[_backend] = common.define(_name, _SCHEMA, _fake_forward)
-    BACKWARD[_backend] = common.define(_backward_name, _BACKWARD_SCHEMA, _fake_backward)
-    common.register_autograd(
-        _name, FORWARD[_backend], _autograd_function(FORWARD[_backend], BACKWARD[_backend])
-    )
-    common.forbid_double_backward(_backward_name, BACKWARD[_backend])
-    common.register_flops(FORWARD[_backend], _flops)
-    common.register_flops(BACKWARD[_backend], _backward_flops)
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from vlmfast.kernels import flash_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vlmfast.kernels import flash_attention as kernels
-
-    return kernels.backward(*args)
-
-
-# The interpreter runs Triton kernels on CPU tensors, so they are registered there too.
-common.register_kernel("flash_attention_triton", ("CPU", "CUDA"), _triton_forward)
-common.register_kernel("flash_attention_backward_triton", ("CPU", "CUDA"), _triton_backward)
+FORWARD, BACKWARD = common.register_family(
+    "flash_attention",
+    (_SCHEMA, _BACKWARD_SCHEMA),
+    (_fake_forward, _fake_backward),
+    _autograd_function,
+    (_flops, _backward_flops),
+)

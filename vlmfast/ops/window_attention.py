@@ -19,8 +19,6 @@ from torch import Tensor
 
 from vlmfast.ops import common
 
-BACKENDS = ("cpu", "triton")
-
 _COMMON = (
     "int num_heads, SymInt window_height, SymInt window_width, SymInt shift_height, "
     "SymInt shift_width, bool wrap_padded, float scale, float mask_value, float dropout_p, "
@@ -142,33 +140,10 @@ def _backward_flops(*args: Any, **_: Any) -> int:
     return 2 * products * head_dim * _score_elements(query, *args[9:])
 
 
-FORWARD: dict[str, Any] = {}
-BACKWARD: dict[str, Any] = {}
-
-for _backend in BACKENDS:
-    _name, _backward_name = f"window_attention_{_backend}", f"window_attention_backward_{_backend}"
-    FORWARD[_backend] = common.define(_name, _SCHEMA, _fake_forward)
-    BACKWARD[_backend] = common.define(_backward_name, _BACKWARD_SCHEMA, _fake_backward)
-    common.register_autograd(
-        _name, FORWARD[_backend], _autograd_function(FORWARD[_backend], BACKWARD[_backend])
-    )
-    common.forbid_double_backward(_backward_name, BACKWARD[_backend])
-    common.register_flops(FORWARD[_backend], _flops)
-    common.register_flops(BACKWARD[_backend], _backward_flops)
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from vlmfast.kernels import window_attention as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from vlmfast.kernels import window_attention as kernels
-
-    return kernels.backward(*args)
-
-
-# The interpreter runs Triton kernels on CPU tensors, so they are registered there too.
-common.register_kernel("window_attention_triton", ("CPU", "CUDA"), _triton_forward)
-common.register_kernel("window_attention_backward_triton", ("CPU", "CUDA"), _triton_backward)
+FORWARD, BACKWARD = common.register_family(
+    "window_attention",
+    (_SCHEMA, _BACKWARD_SCHEMA),
+    (_fake_forward, _fake_backward),
+    _autograd_function,
+    (_flops, _backward_flops),
+)
