@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,8 +74,15 @@ class Verdict:
         return self.error <= self.budget
 
 
+class Truth(NamedTuple):
+    """A result in float64, and the norm of the terms that it sums where these may cancel."""
+
+    value: Tensor
+    terms: float = 0.0
+
+
 def judge(
-    results: Sequence[Tensor], truths: Sequence[Tensor], yardsticks: Sequence[float]
+    results: Sequence[Tensor], truths: Sequence[Truth], yardsticks: Sequence[float]
 ) -> Verdict:
     """Judges a call by the result that is nearest to its budget, or furthest beyond it.
 
@@ -83,7 +91,7 @@ def judge(
     """
     verdicts = []
     for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
-        error = relative_error(result, truth)
+        error = relative_error(result, *truth)
         verdicts.append(Verdict(error, budget([yardstick], result.dtype)))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     return max(failed or verdicts, key=lambda verdict: verdict.error / verdict.budget)

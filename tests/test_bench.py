@@ -21,7 +21,8 @@ from bench import __main__ as command_line
 from bench import contrastive_loss as losses_family
 from bench import flash_attention as family
 from bench import ncu, search
-from bench.cases import CASES, SELECTION, AttentionCase, LossCase
+from bench import window_attention as windows_family
+from bench.cases import CASES, SELECTION, AttentionCase, LossCase, WindowCase
 from bench.compare import changes, losses
 from bench.contest import Contest, contests
 from bench.contest import run as race_contest
@@ -29,6 +30,7 @@ from bench.measure import (
     Call,
     Ceilings,
     Rotation,
+    Truth,
     Verdict,
     Work,
     input_sets,
@@ -48,6 +50,7 @@ from bench.peers import (
     eager_attention,
 )
 from bench.report import Row, machine, markdown
+from vlmfast import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
@@ -116,13 +119,44 @@ def test_contrastive_losses_are_right_and_do_the_work_that_is_stated(loss: str, 
     by_autograd = losses_family.make_call(dense_loss(case), inputs, mode)()
     truths = losses_family.reference(case, inputs, mode)
     for x, y in zip(by_autograd, truths, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(x.double(), y.value, rtol=1e-6, atol=1e-12)
     ours = next(x for x in CONTESTANTS["contrastive_loss"] if x.name == OURS).prepare(case)
     inputs = losses_family.make_inputs(case, torch.float32, mode)
     call = losses_family.make_call(ours, inputs, mode)
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == losses_family.work(case, torch.float32, mode).flops
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_terms_of_contrastive_losses_are_those_of_verify(loss: str, monkeypatch) -> None:
+    monkeypatch.setattr(losses_family, "TRUTH_ELEMENTS", 7 * 40)  # several blocks of rows
+    case = LossCase("tiny", "a test", 40, 16, loss)
+    inputs = losses_family.make_inputs(case, torch.float64, "fwd+bwd")
+    page = verify.contrastive_loss
+    make = {"clip": page.clip_case, "siglip": page.siglip_case}[loss]
+    verified = make("tiny", page.random_pairs(40, 16))
+    named = {"image": inputs.image, "text": inputs.text, "scale": inputs.scale.double()}
+    if loss == "siglip":
+        named["bias"] = torch.tensor(losses_family.BIAS, dtype=torch.float64)
+    named = {name: x.detach() for name, x in named.items()}
+    expected = verified.terms(named, {"loss": torch.ones((), dtype=torch.float64)})
+    found = [truth.terms for truth in losses_family.reference(case, inputs, "fwd+bwd")]
+    names = ("loss", "grad_image", "grad_text", "grad_scale")
+    assert found == pytest.approx([expected[name] for name in names], rel=1e-6)
+
+
+def test_a_sum_that_cancels_is_judged_by_its_terms() -> None:
+    """All terms of logit_scale's gradient are large, and their sum may be nothing."""
+    case = WindowCase("tiny", "a test", 2, 8, 2, 8, 4, is_cosine=True)
+    inputs = windows_family.make_inputs(case, torch.float32, "bwd")
+    *_, truth = windows_family.reference(case, inputs, "bwd")
+    assert truth.terms > truth.value.norm() / 10
+    cancelled = Truth(torch.zeros_like(truth.value), truth.terms)
+    rounding = 1e-8 * truth.terms * torch.ones_like(truth.value)
+    assert judge([rounding.float()], [cancelled], [0.0]).passed
+    assert not judge([rounding.float()], [Truth(cancelled.value)], [0.0]).passed
+    assert not judge([100 * rounding.float()], [cancelled], [0.0]).passed
 
 
 def test_inputs_are_slices_of_packed_projections() -> None:
@@ -141,7 +175,7 @@ def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: s
     inputs = family.make_inputs(case, torch.float64, mode)
     whole = family.make_call(SDPA.prepare(case), inputs, mode)()
     for actual, expected in zip(family.reference(case, inputs, mode), whole, strict=True):
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual.value, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -188,7 +222,7 @@ def test_wrong_peer_does_not_count_as_a_peer() -> None:
 
 
 def test_wrong_gradient_alone_is_found() -> None:
-    truths = [torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    truths = [Truth(torch.ones(3, dtype=torch.float64)), Truth(torch.ones(4, dtype=torch.float64))]
     results = [torch.ones(3), torch.tensor([1.0, 1.0, 1.0, 1.1])]
     assert not judge(results, truths, [1e-7, 1e-7]).passed
     assert not judge([torch.ones(3), torch.ones(1)], truths, [1e-7, 1e-7]).passed
