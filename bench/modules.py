@@ -133,9 +133,7 @@ def _torchvision_windows(
     return module, [torch.randn(batch, size, size, dim)]
 
 
-def _timm_swin_block(
-    batch: int, dim: int, heads: int, size: int, window: int, shift: int
-) -> Built:
+def _timm_swin_block(batch: int, dim: int, heads: int, size: int, window: int, shift: int) -> Built:
     from timm.models.swin_transformer import SwinTransformerBlock
 
     map_size = (size, size)
@@ -188,7 +186,10 @@ def _flamingo(
 ) -> Built:
     text = torch.randint(1, 49000, (batch, tokens))
     text[:, :: -(-tokens // images)] = 0  # an image begins
-    return partial(_Flamingo, dim, heads, latents, depth), [torch.randn(batch, images, 3, 224, 224), text]
+    return partial(_Flamingo, dim, heads, latents, depth), [
+        torch.randn(batch, images, 3, 224, 224),
+        text,
+    ]
 
 
 # By `ModuleCase.module`: batch and options to the module and what it takes.

@@ -547,9 +547,7 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
         Contestant("SDPA flash", _half_only, _forced(_sdpa, _FLASH), _GPU),
         Contestant("SDPA efficient", _never, _forced(_sdpa, _EFFICIENT), _GPU),
         Contestant("SDPA cuDNN", _half_only, _forced(_sdpa, _CUDNN), _GPU),
-        Contestant(
-            "torch.compile", _eager_refusal, _compiled(eager_attention), compiles=True
-        ),
+        Contestant("torch.compile", _eager_refusal, _compiled(eager_attention), compiles=True),
         Contestant("FlexAttention", _never, _flex, compiles=True),
         Contestant("xformers", _needs("xformers", _half_only), _xformers, _GPU),
         Contestant(
@@ -575,9 +573,7 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
         CROSS_ATTENTION,
         IMAGE_SDPA,
         IMAGE_EAGER,
-        Contestant(
-            "SDPA efficient", _never, _forced(_sdpa_image_attention, _EFFICIENT), _GPU
-        ),
+        Contestant("SDPA efficient", _never, _forced(_sdpa_image_attention, _EFFICIENT), _GPU),
         Contestant("SDPA cuDNN", _half_only, _forced(_sdpa_image_attention, _CUDNN), _GPU),
         Contestant("torch.compile", _never, _compiled(eager_image_attention), compiles=True),
         Contestant("FlexAttention", _never, _flex_image_attention, compiles=True),
@@ -586,9 +582,7 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
         Contestant(OURS, _never, _our_loss),
         Contestant("dense", _logits_refusal, dense_loss),
         Contestant("open_clip", _needs("open_clip", _logits_refusal), _open_clip),
-        Contestant(
-            "linear_cross_entropy", _linear_cross_entropy_refusal, _linear_cross_entropy
-        ),
+        Contestant("linear_cross_entropy", _linear_cross_entropy_refusal, _linear_cross_entropy),
         Contestant("torch.compile", _logits_refusal, _compiled(dense_loss), compiles=True),
         Contestant("inf-cl", _needs("inf_cl", _inf_cl_refusal), _inf_cl, _GPU),
     ),
