@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench.cases import Sweep
 from bench.measure import Ceilings
@@ -118,7 +119,8 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-_FASTER, _SLOWER = "#2a7f62", "#b5483a"
+_FASTER, _SLOWER = "#2a7f62", "#b5483a"  # green is ours wherever lines are named
+_PEERS = ("#1f6feb", "#e07b39", "#8250df", "#6e7781", "#c62828", "#bf8700", "#0a7ea4", "#9a3b6a")
 
 
 def _speed_ups(rows: Sequence[Row]) -> str:
@@ -151,11 +153,13 @@ def _growth(sweep: Sweep, rows: Sequence[Row]) -> str:
     figure = Figure(figsize=(11, 4.2))
     time, memory = figure.subplots(1, 2)
     sizes = {case.name: size for size, case in sweep.cases}
-    names = list(dict.fromkeys(name for row in rows for name in (*row.timings, *row.peak_bytes)))
+    names = list(dict.fromkeys(name for row in rows for name in row.timings))
+    colours = dict(zip((name for name in names if name != OURS), _PEERS, strict=False))
     for name in sorted(names, key=lambda name: name == OURS):  # ours lies on top
         timed = [(sizes[r.case], r.timings[name].median * 1e3) for r in rows if name in r.timings]
-        held = [(sizes[r.case], r.peak_bytes[name] / 1e6) for r in rows if name in r.peak_bytes]
-        look = {"linewidth": 2.5, "color": _FASTER} if name == OURS else {"linewidth": 1.2}
+        # A page of memory that was there before counts as none.
+        held = [(sizes[r.case], r.peak_bytes[name] / 1e6) for r in rows if r.peak_bytes.get(name)]
+        look = {"linewidth": 2.5 if name == OURS else 1.2, "color": colours.get(name, _FASTER)}
         for axes, points in ((time, timed), (memory, held)):
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=name, **look)
@@ -165,12 +169,18 @@ def _growth(sweep: Sweep, rows: Sequence[Row]) -> str:
     return _svg(figure)
 
 
+def _plain(value: float, _: object) -> str:
+    return f"{value:,g}"
+
+
 def _logarithmic(axes: Axes, x_label: str, title: str) -> None:
     ticks = sorted({x for line in axes.lines for x in line.get_xdata()})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog" if "MB" in title else "log")
+    axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, fontsize=8)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_major_formatter(_plain)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(_plain if high < 20 * low else NullFormatter())
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -216,7 +226,7 @@ def _roofline(rows: Sequence[Row], ceilings: Ceilings) -> str:
     axes.set_xlabel("floating-point operations for each byte that must be moved")
     axes.set_ylabel("GFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.xaxis.set_major_formatter(_plain)
+    axes.yaxis.set_major_formatter(_plain)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure)

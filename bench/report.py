@@ -3,6 +3,7 @@
 import csv
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -150,8 +151,9 @@ def notes(rows: Sequence[Row], ceilings: Ceilings, left_out: Sequence[str] = ())
         lines.append(
             f"{f'all of {family}' if everywhere else ', '.join(contests)}, {name}: {reason}"
         )
-    if left_out:
-        lines.append(f"no time was left for {', '.join(left_out)}")
+    for family, contests in itertools.groupby(sorted(left_out), lambda text: text.split()[0]):
+        names = ", ".join(text.removeprefix(f"{family} ") for text in contests)
+        lines.append(f"no time was left for {family}: {names}")
     for dtype, rate in ceilings.flops.items():
         source = ceilings.flops_source[dtype]
         lines.append(f"ceiling matrix, {dtype}: {rate / 1e9:.0f} GFLOP/s ({source})")

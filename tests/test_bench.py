@@ -517,7 +517,7 @@ def test_kept_results_have_the_columns_of_today() -> None:
 def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--minutes", "0"]
     assert command_line.main([*arguments, "--seconds", "0", "--ceiling-size", "64"]) == 0
-    assert "no time was left for flash_attention vit-h14 float32 fwd" in capsys.readouterr().out
+    assert "no time was left for flash_attention: vit-h14 float32 fwd" in capsys.readouterr().out
 
 
 def test_sweeps_reach_the_sizes_that_they_should() -> None:
@@ -568,7 +568,7 @@ def test_the_page_draws_sweeps_and_says_who_wins() -> None:
     assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
     assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
     assert "all of flash_attention, flash-attn: not installed" in text
-    assert "no time was left for models vit fwd" in text
+    assert "no time was left for models: vit fwd" in text
 
 
 def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
