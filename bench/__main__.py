@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU", file=sys.stderr)
         return 2
+    start = time.monotonic()
     if not settle_allocator():
         print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
     print("measuring this machine's ceilings", file=sys.stderr)
@@ -64,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(
         dtypes, options.ceiling_size, min(options.seconds, 2.0), options.device
     )
-    start = time.monotonic()
     race = _Race(options, ceilings)
     try:
         forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
@@ -84,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for family in dict.fromkeys(contest.family for contest in swept)
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "results.json", [*rows, *sweep_rows], ceilings)
+        write_json(options.out / "results.json", race.rows, ceilings)
         (options.out / "report.md").write_text(text + "\n")
         (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
         print(f"report: {options.out / 'report.html'}", file=sys.stderr)
     if options.append:
-        append_csv(options.append, [*rows, *sweep_rows], ceilings)
+        append_csv(options.append, race.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
-    return int(any(OURS in row.refusals for row in [*rows, *sweep_rows]))
+    return int(any(OURS in row.refusals for row in race.rows))
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
@@ -125,6 +125,7 @@ class _Race:
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
         self.options = options
         self.ceilings = ceilings
+        self.rows: list[Row] = []
         self.left_out: list[str] = []
 
     def __call__(
@@ -140,6 +141,10 @@ class _Race:
             if meter is not None:
                 row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
             rows.append(row)
+            self.rows.append(row)
+            if self.options.out:  # what there is so far
+                self.options.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.options.out / "results.json", self.rows, self.ceilings)
         return rows
 
     def _expected_seconds(self, contest: Contest) -> float:
@@ -180,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="on a CPU, also race what must be compiled first, for up to a minute a shape",
+        help="also race what must be compiled first, for up to a minute a shape",
     )
     parser.add_argument(
         "--minutes",

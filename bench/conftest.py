@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--compile",
         action="store_true",
-        help="on a CPU, also time what must be compiled first, for up to a minute a shape",
+        help="also time what must be compiled first, for up to a minute a shape",
     )
 
 

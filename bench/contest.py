@@ -100,7 +100,7 @@ def checked_calls(
     Args:
         contest: what is computed.
         contestants: by whom; None for all of the family.
-        compiles: on a CPU, too, those that must compile first.
+        compiles: those that must compile first as well.
 
     Returns:
         The row, without times yet: errors, and the reasons of those left out.
@@ -123,8 +123,8 @@ def checked_calls(
     for contestant in contest.contestants if contestants is None else contestants:
         name = contestant.name
         refusal = contestant.refusal(case, getattr(torch, contest.dtype))
-        if contestant.compiles and contest.device == "cpu" and not compiles:
-            refusal = "compiles for a minute first: left out without --compile"
+        if contestant.compiles and not compiles:
+            refusal = "must compile first, for up to a minute: left out without --compile"
         if refusal is not None:
             row.refusals[name] = refusal
             continue
@@ -165,7 +165,11 @@ def run(
     if contest.device == "cuda":
         launches = race(calls, seconds / 4)
         row.launch = {name: timing.median for name, timing in launches.items()}
-        calls, clock = {name: captured(call) for name, call in calls.items()}, cuda_seconds
+        clock = cuda_seconds
+        try:
+            calls = {name: captured(call) for name, call in calls.items()}
+        except RuntimeError as error:  # then all are raced as they are launched
+            row.refusals["CUDA graphs"] = str(error).strip().partition("\n")[0]
     again = f"{OURS} again"
     row.timings.update(race({**calls, again: calls[OURS]}, seconds, clock))
     row.clock_mhz = clock_rate(contest.device)

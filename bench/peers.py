@@ -36,7 +36,7 @@ class Contestant:
         prepare: case -> the call to be timed. What a model would build once and keep, such as a
             causal mask, is built here and not timed.
         devices: where it races.
-        compiles: it compiles for every shape first. On a CPU that takes a minute, and is left out
+        compiles: it compiles for every shape first, which takes up to a minute, and is left out
             unless asked for.
     """
 

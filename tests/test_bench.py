@@ -64,7 +64,15 @@ from bench.peers import (
     dense_loss,
     eager_attention,
 )
-from bench.report import Row, check_csv, machine, machine_file, markdown
+from bench.report import (
+    Row,
+    append_csv,
+    check_csv,
+    machine,
+    machine_file,
+    markdown,
+    write_json,
+)
 from vlmfast import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -641,6 +649,30 @@ def test_compare_finds_a_planted_slow_down() -> None:
     assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
 
 
+def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
+    kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
+    for milliseconds in (9.0, 1.0):  # the latter is what counts
+        append_csv(kept, [timed_row("steady", 1.0), timed_row("changing", milliseconds)], CEILINGS)
+    rows = [timed_row("steady", 1.0), timed_row("changing", 2.0)]
+    write_json(now, rows, CEILINGS)
+    assert command_line.main(["compare", str(kept), str(now)]) == 1
+    text = capsys.readouterr().out
+    assert "| changing | float32 | fwd | 1 | 2 | torch SDPA | 2.000 |" in text
+    assert "1 of 2 contests are slower" in text
+    assert "before" not in text.partition("| case |")[0]  # the machine is the same
+    append_csv(kept, rows, CEILINGS)
+    assert command_line.main(["compare", str(kept), str(now)]) == 0
+
+
+def timed_row(name: str, milliseconds: float) -> Row:
+    row = Row("flash_attention", name, "", "", "float32", "fwd", "cpu", "cpu", WORK)
+    for contestant, seconds in ((OURS, milliseconds * 1e-3), ("torch SDPA", 3e-3)):
+        row.timings[contestant] = Timing(seconds, 0.99 * seconds, 1.01 * seconds, 50)
+        row.verdicts[contestant] = Verdict(1e-7, 2e-7)
+    row.noise = 0.005
+    return row
+
+
 def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(recorded(1e-3, 2e-3)))
@@ -704,11 +736,15 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     result = gpu_script("--dry-run", "--out", str(tmp_path), "--minutes", "10")
     assert result.returncode == 0, result.stderr
     steps = re.findall(r"^(\w+): timeout (\d+) ", result.stdout, re.MULTILINE)
-    assert [name for name, _ in steps] == ["build", "tests", "sanitizer", "search", "race", "ncu"]
+    names = ["build", "tests", "sanitizer", "search", "race", "compiled", "ncu"]
+    assert [name for name, _ in steps] == names
     assert sum(int(seconds) for _, seconds in steps) <= 600
     assert (tmp_path / "summary.txt").read_text() == result.stdout
-    race = result.stdout.split("race: ")[1].splitlines()[0]
-    command_line._parser().parse_args(race.split(" -m bench ")[1].split())
+    for step in ("race", "compiled"):
+        line = re.search(rf"^{step}: timeout (\d+) .* -m bench (.*)", result.stdout, re.MULTILINE)
+        options = parsed(*line[2].split())
+        assert 0.85 * int(line[1]) < 60 * options.minutes < 0.95 * int(line[1])
+        assert options.compile == (step == "compiled")
     for module in re.findall(r"-m (bench[.\w]*)", result.stdout):
         assert importlib.util.find_spec(module) is not None
 

@@ -291,7 +291,7 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         rate = f.target.flops / f.seconds
         line = [
             f.target.name,
-            f"{f.seconds * 1e3:.3g}",
+            _milliseconds(f.seconds),
             f"{f.target.flops / 1e9:.3g}",
             f"{rate / 1e9:.0f}",
         ]
@@ -307,7 +307,7 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         yield _table(
             ["operator", "ms a step", "share", "calls"],
             [
-                [name, f"{seconds * 1e3:.3g}", f"{seconds / total:.0%}", str(calls)]
+                [name, _milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
                 for name, seconds, calls in f.operators[:COSTLIEST]
             ],
         )
@@ -326,6 +326,10 @@ def ncu_command(report: str) -> list[str]:
     """
     raw = ["--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
     return ["ncu", *raw, "--metrics", ",".join(NCU_METRICS), "--log-file", report]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def _ncu_command(options: argparse.Namespace) -> str:
