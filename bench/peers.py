@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -98,8 +99,7 @@ def _compiled(prepare: Callable[[Any], Callable[..., Any]]) -> Callable[[Any], C
     """The same by torch.compile."""
 
     def prepare_compiled(case: Any) -> Callable[..., Any]:
-        # Backward alone is timed on one graph that is kept.
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False  # backward alone keeps its graph
         return torch.compile(prepare(case), fullgraph=True)
 
     return prepare_compiled
@@ -519,7 +519,7 @@ def _original_module(case: ModuleCase) -> PrepareModule:
 
 def _compiled_module(case: ModuleCase) -> PrepareModule:
     def prepare(module: nn.Module, mode: str) -> nn.Module:
-        torch._functorch.config.donated_buffer = False  # backward alone keeps its graph
+        functorch_config.donated_buffer = False
         return torch.compile(copy.deepcopy(module))
 
     return prepare
