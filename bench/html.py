@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -60,7 +61,8 @@ def page(
         parts.append("<h2>How cost grows</h2>")
     for family, (sweep, members) in swept.items():
         parts += [f"<h3>{_text(family)}: {_text(sweep.size)}</h3>", _growth(sweep, members)]
-        parts.append(_folded("as a table", _table(*details(members, ceilings))))
+        tables = _table(*summary(members, ceilings)) + _table(*details(members, ceilings))
+        parts.append(_folded("as a table", tables))
     parts += ["<h2>How far from the limits of this machine</h2>", _roofline(rows, ceilings)]
     parts.append(
         _note(
@@ -125,8 +127,9 @@ _PEERS = ("#1f6feb", "#e07b39", "#8250df", "#6e7781", "#c62828", "#bf8700", "#0a
 
 def _speed_ups(rows: Sequence[Row]) -> str:
     """A bar for each contest, the spread of both contestants as its whisker."""
-    figure = Figure(figsize=(9, 1.0 + 0.3 * len(rows)))
-    axes = figure.subplots()
+    height = 0.8 + 0.28 * len(rows)
+    figure = Figure(figsize=(9, height))
+    axes = figure.subplots(gridspec_kw={"top": 1 - 0.1 / height, "bottom": 0.7 / height})
     for place, row in enumerate(rows):
         ours, peer = row.timings[OURS], row.timings[row.best_peer or ""]
         ratio, low, high = (
@@ -173,14 +176,19 @@ def _plain(value: float, _: object) -> str:
     return f"{value:,g}"
 
 
+def _label_minor_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """Where the powers of ten alone would be one or none."""
+    low, high = limits
+    axis.set_minor_formatter(_plain if high < 20 * low else NullFormatter())
+
+
 def _logarithmic(axes: Axes, x_label: str, title: str) -> None:
     ticks = sorted({x for line in axes.lines for x in line.get_xdata()})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, fontsize=8)
     axes.yaxis.set_major_formatter(_plain)
-    low, high = axes.get_ylim()
-    axes.yaxis.set_minor_formatter(_plain if high < 20 * low else NullFormatter())
+    _label_minor_ticks(axes.yaxis, axes.get_ylim())
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
@@ -228,5 +236,7 @@ def _roofline(rows: Sequence[Row], ceilings: Ceilings) -> str:
     axes.grid(alpha=0.3, which="both")
     axes.xaxis.set_major_formatter(_plain)
     axes.yaxis.set_major_formatter(_plain)
+    _label_minor_ticks(axes.xaxis, axes.get_xlim())
+    _label_minor_ticks(axes.yaxis, axes.get_ylim())
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure)
