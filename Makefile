@@ -25,7 +25,7 @@ help:
 	@echo "make example    train a small CLIP with the fused loss, in two processes"
 	@echo "make test       every test that needs no GPU"
 	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
-	@echo "make bench      time the kernels against their peers on this machine"
+	@echo "make bench      ten minutes: the kernels against their peers on this machine; out/bench/"
 	@echo "make lint       ruff, clang-format, mypy;  make format mends what can be mended"
 	@echo "make build      the environment and the C++ extension alone"
 	@echo "make clean      remove what was built;  make distclean removes .venv, too"
@@ -46,7 +46,7 @@ gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
 
 bench: $(EXTENSION)
-	$(BIN)/python -m bench --selection --sweeps --memory --mode both --seconds 2 --out out/bench
+	$(BIN)/python -m bench --selection --sweeps --memory --mode both --minutes 10 --seconds 1 --out out/bench
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

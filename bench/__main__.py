@@ -1,8 +1,11 @@
 """Command line: python -m bench [FAMILY ...], or python -m bench compare; see --help."""
 
 import argparse
+import itertools
+import math
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,15 +16,20 @@ from bench import compare
 from bench.cases import CASES, SELECTION, SWEEPS
 from bench.contest import Contest, contests, run
 from bench.html import page
-from bench.measure import measure_ceilings, settle_allocator
-from bench.memory import peak_bytes
+from bench.measure import Ceilings, measure_ceilings, settle_allocator
+from bench.memory import MemoryMeter
 from bench.peers import OURS
-from bench.report import Row, append_csv, machine, markdown, write_json
+from bench.report import Row, append_csv, check_csv, machine_file, markdown, write_json
 from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Sweeps are drawn in one dtype and mode.
 SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
+# What a contest takes in all: some seconds, and in the least time of one call float64, eight
+# smaller runs of it, and at least seven calls of each contestant, none at the machine's limit.
+FIXED, COST = 2.0, 90
+# Of the time there is, if there are sweeps: for what comes before them.
+SHARE = 0.7
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
 
 
@@ -39,16 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"no case has {options.filter!r} in its name", file=sys.stderr)
         return 2
-    swept = [
-        Contest(family, case, *SWEPT[options.device], options.device)
-        for family in (options.families or SWEEPS)
-        if options.sweeps and family in SWEEPS
-        for _, case in SWEEPS[family].cases
-    ]
+    swept = list(_swept(options)) if options.sweeps else []
 
+    if options.append:
+        try:
+            check_csv(options.append)
+        except ValueError as error:
+            parser.error(f"argument --append: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU", file=sys.stderr)
         return 2
+    start = time.monotonic()
     if not settle_allocator():
         print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
     print("measuring this machine's ceilings", file=sys.stderr)
@@ -56,49 +65,96 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(
         dtypes, options.ceiling_size, min(options.seconds, 2.0), options.device
     )
+    race = _Race(options, ceilings)
     try:
-        with vlmfast.use_backend(options.backend) if options.backend else nullcontext():
-            rows = _race(chosen, options.seconds, options.memory)
-            sweep_rows = _race(swept, options.seconds, options.memory)
+        forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
+        with forced, MemoryMeter(options.device) if options.memory else nullcontext() as meter:
+            seconds = math.inf if options.minutes is None else 60 * options.minutes
+            rows = race(chosen, start + seconds * (SHARE if swept else 1), meter)
+            sweep_rows = race(swept, start + seconds, meter)
     except NotImplementedError as error:  # the forced backend's reasons
         print(error, file=sys.stderr)
         return 2
 
-    print(markdown(rows, ceilings))
+    text = markdown(rows, ceilings, sweep_rows, race.left_out)
+    print(text)
     if options.out:
         by_sweep = {
             family: (SWEEPS[family], [row for row in sweep_rows if row.family == family])
             for family in dict.fromkeys(contest.family for contest in swept)
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "results.json", [*rows, *sweep_rows], ceilings)
-        (options.out / "report.md").write_text(markdown(rows, ceilings) + "\n")
-        (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, machine()))
+        write_json(options.out / "results.json", race.rows, ceilings)
+        (options.out / "report.md").write_text(text + "\n")
+        (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
         print(f"report: {options.out / 'report.html'}", file=sys.stderr)
     if options.append:
-        append_csv(options.append, [*rows, *sweep_rows])
-    return int(any(OURS in row.refusals for row in [*rows, *sweep_rows]))
+        append_csv(options.append, race.rows, ceilings)
+        print(f"added to {options.append}", file=sys.stderr)
+    return int(any(OURS in row.refusals for row in race.rows))
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
+    """Of every family in turn: where time runs out, it has seen something of each."""
+    families = []
     for family in options.families or CASES:
-        for contest in contests(
-            family, options.dtype, MODES[options.mode], options.filter, options.device
-        ):
-            if not options.selection or contest.case.name in SELECTION[family]:
-                yield contest
+        found = contests(family, options.dtype, MODES[options.mode], options.filter, options.device)
+        wanted = SELECTION[family] if options.selection else None
+        families.append([x for x in found if wanted is None or x.case.name in wanted])
+    return _in_turn(families)
 
 
-def _race(chosen: Sequence[Contest], seconds: float, with_memory: bool) -> list[Row]:
-    rows = []
-    for number, contest in enumerate(chosen, start=1):
-        print(f"{number}/{len(chosen)} {contest}", file=sys.stderr)
-        rows.append(run(contest, seconds))
-    if with_memory and chosen:
-        print("measuring memory", file=sys.stderr)
-        for row, found in zip(rows, peak_bytes(chosen), strict=True):
-            row.peak_bytes.update(found)
-    return rows
+def _swept(options: argparse.Namespace) -> Iterator[Contest]:
+    """Small cases of all families before the large ones."""
+    dtype, mode = SWEPT[options.device]
+    return _in_turn(
+        [Contest(family, case, dtype, mode, options.device) for _, case in SWEEPS[family].cases]
+        for family in options.families or SWEEPS
+        if family in SWEEPS
+    )
+
+
+def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
+    columns = itertools.zip_longest(*families)
+    return (contest for column in columns for contest in column if contest is not None)
+
+
+class _Race:
+    """Runs contests until the time is up; `left_out` names those that there was none for."""
+
+    def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
+        self.options = options
+        self.ceilings = ceilings
+        self.rows: list[Row] = []
+        self.left_out: list[str] = []
+
+    def __call__(
+        self, chosen: Sequence[Contest], end: float, meter: MemoryMeter | None
+    ) -> list[Row]:
+        rows = []
+        for number, contest in enumerate(chosen, start=1):
+            if time.monotonic() + self._expected_seconds(contest) > end:
+                self.left_out.append(f"{contest.family} {contest}")
+                continue
+            print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
+            row = run(contest, self.options.seconds, compiles=self.options.compile)
+            if meter is not None:
+                row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
+            rows.append(row)
+            self.rows.append(row)
+            if self.options.out:  # what there is so far
+                self.options.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.options.out / "results.json", self.rows, self.ceilings)
+        return rows
+
+    def _expected_seconds(self, contest: Contest) -> float:
+        if self.options.minutes is None:
+            return 0.0
+        dtype = getattr(torch, contest.dtype)
+        work = contest.page.work(contest.case, dtype, contest.mode)
+        return (
+            FIXED + self.options.seconds + COST * self.ceilings.least_seconds(work, contest.dtype)
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +182,16 @@ def _parser() -> argparse.ArgumentParser:
         "--sweeps", action="store_true", help="also draw cost against size, for each family"
     )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="also race what must be compiled first, for up to a minute a shape",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="leave out what would not end in this time, and name it in the report",
+    )
     parser.add_argument("--backend", choices=BACKENDS, help="force one of vlmfast's backends")
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="for each race (default: %(default)s)"
@@ -139,7 +205,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help="folder for report.html, report.md and results.json"
     )
-    parser.add_argument("--append", type=Path, help="CSV file to add every measurement to")
+    parser.add_argument(
+        "--append",
+        type=Path,
+        nargs="?",
+        const=machine_file(),
+        metavar="FILE",
+        help="add every measurement to a CSV file (default: %(const)s)",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """`python -m bench compare BEFORE AFTER`: what changed between two runs, beyond their noise."""
 
 import argparse
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import OURS
+from bench.report import machine
 
 # Of the uncertainty of a ratio: beyond three standard deviations one in 370 is chance.
 DEVIATIONS = 3.0
@@ -100,21 +102,42 @@ def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return row["family"], row["case"], row["dtype"], row["mode"]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Machine and rows of a results.json, or of the latest runs that a CSV of results keeps."""
+    if path.suffix != ".csv":
+        document = json.loads(path.read_text())
+        return {"machine": document["machine"], "rows": document["rows"]}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    facts: dict[str, str] = {}
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file):
+            contest = {name: line[name] for name in ("family", "case", "dtype", "mode")}
+            if line["contestant"] == OURS:  # the first of every race
+                noise = float(line["noise"] or 0.0)
+                rows[tuple(contest.values())] = {**contest, "timings": {}, "noise": noise}
+            timing = {name: float(line[name]) for name in ("median", "p20", "p80", "samples")}
+            rows[tuple(contest.values())]["timings"][line["contestant"]] = timing
+            facts = {name: line[name] for name in machine()}
+    return {"machine": facts, "rows": list(rows.values())}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a table; returns 1 if anything became slower beyond chance, or wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
-    parser.add_argument("before", type=Path, help="a results.json of python -m bench")
-    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "before", type=Path, help="a results.json of python -m bench, or a CSV of bench/results"
+    )
+    parser.add_argument("after", type=Path, help="likewise")
     options = parser.parse_args(arguments)
     documents = []
     for path in (options.before, options.after):
         try:
-            documents.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            parser.error(f"{path}: {error}")
+            documents.append(_read(path))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{path}: {error!r}")
     before, after = documents
     for name in sorted(before["machine"].keys() | after["machine"].keys()):
-        then, now = before["machine"].get(name), after["machine"].get(name)
+        then, now = (str(x["machine"].get(name) or "none") for x in documents)
         if then != now:
             print(f"{name}: {then} before, {now} after")
     found = changes(before, after)

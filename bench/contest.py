@@ -1,5 +1,6 @@
 """One case: every contestant is checked, those that are right are raced."""
 
+import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from bench.cases import CASES, Case
 from bench.measure import (
     Call,
     Rotation,
+    Truth,
+    Work,
     captured,
     clock_rate,
     cuda_seconds,
@@ -37,7 +40,8 @@ class Contest(NamedTuple):
     @property
     def page(self) -> Any:
         """The module of the family: inputs, calls and formulas."""
-        return importlib.import_module(f"bench.{self.family}")
+        page = "modules" if self.family in ("layers", "models") else self.family
+        return importlib.import_module(f"bench.{page}")
 
     def __str__(self) -> str:
         return f"{self.case.name} {self.dtype} {self.mode}"
@@ -58,22 +62,52 @@ def contests(
                     yield Contest(family, case, dtype, mode, device)
 
 
+class _Prepared(NamedTuple):
+    """What every contestant of a contest is given, and what its results are held against."""
+
+    inputs: Sequence[Any]
+    truths: Sequence[Truth]
+    yardsticks: Sequence[float]
+    backend: str
+    work: Work
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(contest: Contest) -> _Prepared:
+    page, case, mode = contest.page, contest.case, contest.mode
+    dtype = getattr(torch, contest.dtype)
+    work = page.work(case, dtype, mode)
+    inputs = [
+        page.make_inputs(case, dtype, mode, seed, contest.device)
+        for seed in range(input_sets(work, contest.device))
+    ]
+    return _Prepared(
+        inputs,
+        page.reference(case, inputs[0], mode),
+        page.yardsticks(case, dtype, mode),
+        page.chosen_backend(case, inputs[0]),
+        work,
+    )
+
+
 def checked_calls(
-    contest: Contest, contestants: Sequence[Contestant] | None = None
+    contest: Contest,
+    contestants: Sequence[Contestant] | None = None,
+    compiles: bool = False,
 ) -> tuple[Row, dict[str, Call]]:
     """The calls that may be timed: each has just computed the right thing from these very inputs.
 
     Args:
         contest: what is computed.
         contestants: by whom; None for all of the family.
+        compiles: those that must compile first as well.
 
     Returns:
         The row, without times yet: errors, and the reasons of those left out.
         The calls by contestant.
     """
-    family, case, mode = contest.page, contest.case, contest.mode
-    dtype = getattr(torch, contest.dtype)
-    inputs = family.make_inputs(case, dtype, mode, device=contest.device)
+    page, case, mode = contest.page, contest.case, contest.mode
+    inputs, truths, yardsticks, backend, work = _prepared(contest)
     row = Row(
         family=contest.family,
         case=case.name,
@@ -82,55 +116,64 @@ def checked_calls(
         dtype=contest.dtype,
         mode=mode,
         device=contest.device,
-        backend=family.chosen_backend(case, inputs),
-        work=family.work(case, dtype, mode),
+        backend=backend,
+        work=work,
     )
-    truths = family.reference(case, inputs, mode)
-    yardsticks = family.yardsticks(case, dtype, mode)
-    spare = [
-        family.make_inputs(case, dtype, mode, seed, contest.device)
-        for seed in range(1, input_sets(row.work, contest.device))
-    ]
     calls: dict[str, Call] = {}
     for contestant in contest.contestants if contestants is None else contestants:
         name = contestant.name
-        refusal = contestant.refusal(case, dtype)
-        if refusal is None:
+        refusal = contestant.refusal(case, getattr(torch, contest.dtype))
+        if contestant.compiles and not compiles:
+            refusal = "must compile first, for up to a minute: left out without --compile"
+        if refusal is not None:
+            row.refusals[name] = refusal
+            continue
+        try:
             function = contestant.prepare(case)
-            call = family.make_call(function, inputs, mode)
-            try:
-                results = call()
-            except RuntimeError as error:
-                if name == OURS:
-                    raise
-                row.refusals[name] = str(error).partition("\n")[0]
-                continue
-            verdict = row.verdicts[name] = judge(results, truths, yardsticks)
-            if verdict.passed:
-                others = [family.make_call(function, x, mode) for x in spare]
-                calls[name] = Rotation([call, *others]) if others else call
-                continue
-            refusal = f"WRONG, error {verdict.error:.1e} above its budget {verdict.budget:.1e}"
-        row.refusals[name] = refusal
+            call = page.make_call(function, inputs[0], mode)
+            verdict = judge(call(), truths, yardsticks)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            row.refusals[name] = str(error).strip().partition("\n")[0]
+            continue
+        row.verdicts[name] = verdict
+        if verdict.passed:
+            others = [page.make_call(function, x, mode) for x in inputs[1:]]
+            calls[name] = Rotation([call, *others]) if others else call
+        else:
+            row.refusals[name] = (
+                f"WRONG, error {verdict.error:.1e} above its budget {verdict.budget:.1e}"
+            )
     return row, calls
 
 
-def run(contest: Contest, seconds: float, contestants: Sequence[Contestant] | None = None) -> Row:
+def run(
+    contest: Contest,
+    seconds: float,
+    contestants: Sequence[Contestant] | None = None,
+    compiles: bool = False,
+) -> Row:
     """Checks and races one case; without a right answer of our own there is no race.
 
     On a GPU the calls are raced as CUDA graphs, and what launching them takes is measured apart.
     """
-    row, calls = checked_calls(contest, contestants)
+    row, calls = checked_calls(contest, contestants, compiles)
+    _prepared.cache_clear()  # a model's gradients in float64 are large
     if OURS not in calls:
         return row
     clock = None
     if contest.device == "cuda":
         launches = race(calls, seconds / 4)
         row.launch = {name: timing.median for name, timing in launches.items()}
-        calls, clock = {name: captured(call) for name, call in calls.items()}, cuda_seconds
+        clock = cuda_seconds
+        try:
+            calls = {name: captured(call) for name, call in calls.items()}
+        except RuntimeError as error:  # then all are raced as they are launched
+            row.refusals["CUDA graphs"] = str(error).strip().partition("\n")[0]
     again = f"{OURS} again"
     row.timings.update(race({**calls, again: calls[OURS]}, seconds, clock))
-    row.clock_mhz = clock_rate() if contest.device == "cpu" else None
+    row.clock_mhz = clock_rate(contest.device)
     # Raced against itself, a call shows how much of a ratio is chance.
     row.noise = abs(row.timings.pop(again).median / row.timings[OURS].median - 1)
     return row

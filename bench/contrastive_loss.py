@@ -9,15 +9,19 @@ from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
+from bench import common
 from bench.cases import LossCase
-from bench.measure import Work
+from bench.measure import Truth, Work
 from bench.peers import Loss, dense_loss
-from vlmfast.verify.common import SEEDS, relative_error
+from vlmfast.verify.common import SEEDS
 
 SCALE = {"clip": 100.0, "siglip": 10.0}
 BIAS = -10.0
 YARDSTICK_PAIRS = 1024
 TRUTH_ELEMENTS = 2**22  # of the logits, held at once in float64
+
+# (some rows of the logits, which ones) to the gradient of these logits
+LogitGradient = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,31 +55,8 @@ def make_inputs(
 
 
 def make_call(loss_of: Loss, inputs: Inputs, mode: str) -> Callable[[], tuple[Tensor, ...]]:
-    """The call to be timed, without arguments.
-
-    It returns (loss,) for "fwd", the gradients of features and scale for "bwd" (of a forward pass
-    done here, once), and all four for "fwd+bwd".
-    """
-    sources = inputs.sources
-
-    def forward() -> tuple[Tensor, ...]:
-        return (loss_of(*sources),)
-
-    def both() -> tuple[Tensor, ...]:
-        loss = loss_of(*sources)
-        return (loss, *torch.autograd.grad(loss, sources))
-
-    if mode == "fwd":
-        return forward
-    if mode == "fwd+bwd":
-        return both
-
-    loss = loss_of(*sources)
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, sources, retain_graph=True)
-
-    return backward
+    """The call to be timed; its gradients are those of features and scale."""
+    return common.make_call(lambda: loss_of(*inputs.sources), inputs.sources, None, mode)
 
 
 def chosen_backend(case: LossCase, inputs: Inputs) -> str:
@@ -83,15 +64,13 @@ def chosen_backend(case: LossCase, inputs: Inputs) -> str:
     return vlmfast.explain(VF.clip_loss, *inputs.sources).backend
 
 
-def reference(case: LossCase, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
+def reference(case: LossCase, inputs: Inputs, mode: str) -> tuple[Truth, ...]:
     """What `make_call` of a perfect contestant returns, in float64."""
     image, text, scale = (x.detach().double() for x in inputs.sources)
-    results = (
-        _siglip_truth(image, text, scale)
-        if case.loss == "siglip"
-        else _clip_truth(image, text, scale)
-    )
-    return {"fwd": results[:1], "bwd": results[1:], "fwd+bwd": results}[mode]
+    truth = _siglip_truth if case.loss == "siglip" else _clip_truth
+    loss, gradient = truth(image, text, scale)
+    gradients = _multiplied_out(gradient, image, text, scale) if mode != "fwd" else ()
+    return gradients if mode == "bwd" else (loss, *gradients)
 
 
 def _row_blocks(n: int) -> list[slice]:
@@ -99,15 +78,15 @@ def _row_blocks(n: int) -> list[slice]:
     return [slice(first, min(n, first + rows)) for first in range(0, n, rows)]
 
 
-def _clip_truth(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _clip_truth(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Truth, LogitGradient]:
     n = image.shape[0]
-    blocks = _row_blocks(n)
     positive = scale * (image * text).sum(1)
-    of_rows, of_columns = [], []
-    for block in blocks:
+    of_rows, of_columns, largest = [], [], []
+    for block in _row_blocks(n):
         logits = scale * image[block] @ text.T
         of_rows.append(logits.logsumexp(1))
         of_columns.append(logits.logsumexp(0))
+        largest.append(logits.square().amax(1))
     rows, columns = torch.cat(of_rows), torch.stack(of_columns).logsumexp(0)
     loss = (rows + columns - 2 * positive).mean() / 2
 
@@ -116,45 +95,56 @@ def _clip_truth(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...
         weights[:, block].diagonal().sub_(2)
         return weights / (2 * n)
 
-    return (loss, *_multiplied_out(gradient, image, text, scale, blocks))
+    return Truth(loss, _rounded(largest)), gradient
 
 
-def _siglip_truth(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _siglip_truth(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Truth, LogitGradient]:
     n = image.shape[0]
-    blocks = _row_blocks(n)
-    total = torch.zeros_like(scale)
-    for block in blocks:
-        signs = torch.full(
-            (block.stop - block.start, n), -1.0, dtype=image.dtype, device=image.device
-        )
+    total, largest = torch.zeros_like(scale), []
+    for block in _row_blocks(n):
+        logits = scale * image[block] @ text.T + BIAS
+        signs = torch.full_like(logits, -1.0)
         signs[:, block].diagonal().fill_(1.0)
-        total -= F.logsigmoid(signs * (scale * image[block] @ text.T + BIAS)).sum()
+        total -= F.logsigmoid(signs * logits).sum()
+        largest.append(logits.square().amax(1))
 
     def gradient(logits: Tensor, block: slice) -> Tensor:
         weights = (logits + BIAS).sigmoid()
         weights[:, block].diagonal().sub_(1)
         return weights / n
 
-    return (total / n, *_multiplied_out(gradient, image, text, scale, blocks))
+    return Truth(total / n, _rounded(largest)), gradient
+
+
+def _rounded(largest: list[Tensor]) -> float:
+    """A row's loss is a difference of logits, and as large as these is their rounding."""
+    squares = torch.cat(largest)
+    return squares.sum().sqrt().item() / len(squares)
 
 
 def _multiplied_out(
-    gradient: Callable[[Tensor, slice], Tensor],
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    blocks: list[slice],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features and scale from that of the logits, some rows at a time."""
-    grad_image, grad_text = torch.empty_like(image), torch.zeros_like(text)
-    grad_scale = torch.zeros_like(scale)
-    for block in blocks:
+    gradient: LogitGradient, image: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Truth, Truth, Truth]:
+    """Gradients of features and scale from that of the logits, some rows at a time.
+
+    Their terms are those of `vlmfast.verify.contrastive_loss.summed_terms`, which needs the whole
+    matrix of logits.
+    """
+    values = [torch.zeros_like(x) for x in (image, text, scale)]
+    squares = torch.zeros(3, dtype=scale.dtype, device=scale.device)
+    image_power, text_power = (x.square().sum(1) for x in (image, text))
+    for block in _row_blocks(image.shape[0]):
         similarity = image[block] @ text.T
         weights = gradient(scale * similarity, block)
-        grad_image[block] = scale * weights @ text
-        grad_text += scale * weights.T @ image[block]
-        grad_scale += (weights * similarity).sum()
-    return grad_image, grad_text, grad_scale
+        values[0][block] = scale * weights @ text
+        values[1] += scale * weights.T @ image[block]
+        values[2] += (weights * similarity).sum()
+        power = weights.square()
+        squares[0] += scale.square() * (power @ text_power).sum()
+        squares[1] += scale.square() * (power.T @ image_power[block]).sum()
+        squares[2] += (weights * similarity).square().sum()
+    of_image, of_text, of_scale = map(Truth, values, squares.sqrt().tolist())
+    return of_image, of_text, of_scale
 
 
 def yardsticks(case: LossCase, dtype: torch.dtype, mode: str) -> list[float]:
@@ -165,13 +155,12 @@ def yardsticks(case: LossCase, dtype: torch.dtype, mode: str) -> list[float]:
     """
     few = LossCase(case.name, case.source, min(case.pairs, YARDSTICK_PAIRS), case.dim, case.loss)
     dense = dense_loss(few)
-    errors = []
-    for seed in SEEDS:
-        inputs = make_inputs(few, dtype, mode, seed)
-        results, truths = make_call(dense, inputs, mode)(), reference(few, inputs, mode)
-        errors.append([relative_error(*pair) for pair in zip(results, truths, strict=True)])
+    seeds = (make_inputs(few, dtype, mode, seed) for seed in SEEDS)
+    errors = common.worst_errors(
+        (make_call(dense, inputs, mode)(), reference(few, inputs, mode)) for inputs in seeds
+    )
     growth = (case.pairs / few.pairs) ** 0.5
-    return [growth * max(column) for column in zip(*errors, strict=True)]
+    return [growth * error for error in errors]
 
 
 def work(case: LossCase, dtype: torch.dtype, mode: str) -> Work:

@@ -3,11 +3,12 @@
 #
 #   bench/gpu.sh [--out FOLDER] [--python PYTHON] [--minutes N] [--dry-run] [STEP ...]
 #
-# Steps, in this order: build, tests, sanitizer, search, race, ncu. Each has a share of the time;
-# one that fails or runs out of it leaves what it has, and the next one starts. FOLDER (out/gpu) then
-# holds a log for each step, summary.txt, results.json and report.html of the race, searched.py with
-# rows for kernels/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest,
-# ninja; downloads nothing. --dry-run prints the commands.
+# Steps, in this order: build, tests, sanitizer, search, race, compiled, ncu. Each has a share of the
+# time; one that fails or runs out of it leaves what it has, and the next one starts. FOLDER (out/gpu)
+# then holds a log for each step, summary.txt, results.json and report.html of the race, the same of
+# the race against torch.compile and FlexAttention in compiled/, searched.py with rows for
+# kernels/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest, ninja;
+# downloads nothing. --dry-run prints the commands.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,22 +20,27 @@ while [ $# -gt 0 ]; do
     --python) python=${2:?--python: an interpreter}; shift ;;
     --minutes) minutes=${2:?--minutes: a number}; shift ;;
     --dry-run) dry_run=1 ;;
-    build | tests | sanitizer | search | race | ncu) steps+=("$1") ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; echo "unknown: $1" >&2; exit 2 ;;
+    build | tests | sanitizer | search | race | compiled | ncu) steps+=("$1") ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; echo "unknown: $1" >&2; exit 2 ;;
   esac
   shift
 done
-[ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer search race ncu)
+[ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer search race compiled ncu)
 case "$minutes" in '' | *[!0-9]*) echo "--minutes: expected a number, got '$minutes'" >&2; exit 2 ;; esac
 
 # Shares of the time, in percent.
-declare -A share=([build]=12 [tests]=28 [sanitizer]=8 [search]=20 [race]=24 [ncu]=8)
+declare -A share=([build]=12 [tests]=26 [sanitizer]=8 [search]=18 [race]=20 [compiled]=8 [ncu]=8)
+# Nine tenths of a step's, in minutes.
+minutes_of() { printf '%d.%03d' $((minutes * ${share[$1]} * 9 / 1000)) $((minutes * ${share[$1]} * 9 % 1000)); }
 declare -A command
 command[build]="$python setup.py build_ext --inplace"
 command[tests]="$python -m pytest -q tests/test_kernels_*_cuda.py"
 command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k every_case"
 command[search]="env VLMFAST_AUTOTUNE=1 $python -m bench.search $out/searched.py"
-command[race]="$python -m bench --device cuda --dtype bfloat16 --mode both --selection --sweeps --memory --seconds 1 --ceiling-size 8192 --out $out"
+# A race ends by itself before its time does, and then writes its report.
+bench="$python -m bench --device cuda --dtype bfloat16 --mode both --selection --seconds 1 --ceiling-size 8192"
+command[race]="$bench --sweeps --memory --minutes $(minutes_of race) --out $out"
+command[compiled]="$bench --compile --minutes $(minutes_of compiled) --out $out/compiled flash_attention cross_attention"
 command[ncu]="$python -m bench.ncu $out"
 
 status=0

@@ -3,10 +3,12 @@
 import ctypes
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ Clock = Callable[[Call, int], float]  # (call, repeats) -> seconds a call
 # A sample shorter than this is made of several calls, so that reading the clock costs nothing.
 SHORTEST_SAMPLE = 1e-3
 FEWEST_ROUNDS = 5
+MOST_SETS = 256  # of inputs
 
 
 def settle_allocator() -> bool:
@@ -73,8 +76,15 @@ class Verdict:
         return self.error <= self.budget
 
 
+class Truth(NamedTuple):
+    """A result in float64, and the norm of the terms that it sums where these may cancel."""
+
+    value: Tensor
+    terms: float = 0.0
+
+
 def judge(
-    results: Sequence[Tensor], truths: Sequence[Tensor], yardsticks: Sequence[float]
+    results: Sequence[Tensor], truths: Sequence[Truth], yardsticks: Sequence[float]
 ) -> Verdict:
     """Judges a call by the result that is nearest to its budget, or furthest beyond it.
 
@@ -83,7 +93,7 @@ def judge(
     """
     verdicts = []
     for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
-        error = relative_error(result, truth)
+        error = relative_error(result, *truth)
         verdicts.append(Verdict(error, budget([yardstick], result.dtype)))
     failed = [verdict for verdict in verdicts if not verdict.passed]
     return max(failed or verdicts, key=lambda verdict: verdict.error / verdict.budget)
@@ -120,8 +130,18 @@ def race(
     return {name: _summary(values) for name, values in samples.items()}
 
 
-def clock_rate() -> float | None:
-    """MHz of the fastest core as the system tells it just now, or None where it does not."""
+def clock_rate(device: str = "cpu") -> float | None:
+    """MHz of the fastest core, or of the GPU, as the system tells it just now; None if it does not.
+
+    A virtual machine may always tell the same.
+    """
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        try:
+            told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            return float(told.splitlines()[torch.cuda.current_device()])
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            return None
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -165,14 +185,19 @@ class Rotation:
 def input_sets(work: Work, device: str) -> int:
     """How many sets of inputs a race takes turns with.
 
-    On a GPU, where a small input would else stay in the second-level cache from call to call: as
-    many as are twice that cache. On a CPU one: there the last-level cache holds what the layer
-    before has just written in a real model as well.
+    A small input would else stay in the cache from call to call: as many as are twice the
+    last-level cache.
     """
-    if device != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, math.ceil(2 * cache / work.least_bytes))
+    cache = _cpu_cache() if device == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(MOST_SETS, math.ceil(2 * cache / work.least_bytes)))
+
+
+def _cpu_cache() -> int:
+    """Bytes of the largest cache, as Linux tells them; 0 where it does not."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    told = [size.read_text().strip() for size in sizes]
+    return max((int(text[:-1]) * units[text[-1]] for text in told), default=0)
 
 
 def captured(call: Call) -> Call:

@@ -1,8 +1,9 @@
 """Peak memory of calls: each contest in the life of a process that does nothing else.
 
-As a command, reads contests as JSON lists [family, case, dtype, mode, device], one a line, and
-prints the bytes of each contestant, one JSON object a line. Inputs are made and results are dropped
-outside of what is counted; what a contestant keeps between calls is counted, in its first call.
+As a command, reads contests as JSON lists [family, case, dtype, mode, device, names of
+contestants], one a line, and prints the bytes of each contestant, one JSON object a line. Inputs
+are made and results are dropped outside of what is counted; what a contestant keeps between calls
+is counted, in its first call.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,35 +23,39 @@ from bench.contest import Contest
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def peak_bytes(contests: Sequence[Contest]) -> Iterator[dict[str, int]]:
-    """What the call of each contestant of a contest adds at its peak, by contestant.
+class MemoryMeter:
+    """What the call of each contestant of a contest adds at its peak.
 
     On a GPU by the allocator's statistics, on Linux by the resident set of a fresh process. Empty
     where the system tells neither.
     """
-    on_cpu = any(contest.device == "cpu" for contest in contests)
-    if on_cpu and not Path("/proc/self/clear_refs").exists():
-        yield from ({} for _ in contests)
-        return
-    child = subprocess.Popen(
-        [sys.executable, "-m", "bench.memory"],
-        cwd=_ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdin is not None and child.stdout is not None
-    with child:
-        for contest in contests:
-            line = json.dumps(
-                [contest.family, contest.case.name, contest.dtype, contest.mode, contest.device]
-            )
-            print(line, file=child.stdin, flush=True)
-            answer = child.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"the process that measures memory ended in {contest}")
-            yield json.loads(answer)
-        child.stdin.close()
+
+    def __init__(self, device: str):
+        self.can_measure = device == "cuda" or Path("/proc/self/clear_refs").exists()
+
+    def __enter__(self) -> "MemoryMeter":
+        if self.can_measure:
+            command = [sys.executable, "-m", "bench.memory"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._child = subprocess.Popen(command, cwd=_ROOT, **pipes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.can_measure:
+            self._child.stdin.close()
+            self._child.wait()
+            self._child.stdout.close()
+
+    def peak_bytes(self, contest: Contest, names: Sequence[str]) -> dict[str, int]:
+        """By contestant, for those named."""
+        if not self.can_measure:
+            return {}
+        asked = [contest.family, contest.case.name, contest.dtype, contest.mode, contest.device]
+        print(json.dumps([*asked, list(names)]), file=self._child.stdin, flush=True)
+        answer = self._child.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that measures memory ended in {contest}")
+        return json.loads(answer)
 
 
 def _resident(field: str) -> int:
@@ -82,12 +87,12 @@ def _find(family: str, name: str, dtype: str, mode: str, device: str) -> Contest
     return Contest(family, case, dtype, mode, device)
 
 
-def _measure(contest: Contest) -> dict[str, int]:
+def _measure(contest: Contest, names: Sequence[str]) -> dict[str, int]:
     dtype = getattr(torch, contest.dtype)
     inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
     found = {}
     for contestant in contest.contestants:
-        if contestant.refusal(contest.case, dtype) is None:
+        if contestant.name in names:
             call = contest.page.make_call(contestant.prepare(contest.case), inputs, contest.mode)
             found[contestant.name] = _peak(call, contest.device)
     return found
@@ -98,7 +103,8 @@ def main() -> None:
     # Libraries map their code and their threads' stacks when they first compute.
     torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 1, 64, 64)).exp()
     for line in sys.stdin:
-        print(json.dumps(_measure(_find(*json.loads(line)))), flush=True)
+        *contest, names = json.loads(line)
+        print(json.dumps(_measure(_find(*contest), names)), flush=True)
 
 
 if __name__ == "__main__":

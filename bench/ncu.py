@@ -15,27 +15,14 @@ import torch
 from bench.cases import CASES, SELECTION
 from bench.contest import Contest
 from bench.peers import CONTESTANTS
-from vlmfast.profile import NCU_METRICS, read_ncu
+from vlmfast.profile import ncu_command, read_ncu
 
 RUN = "--run"
 
 
 def command(family: str, report: Path) -> list[str]:
     """The command line that has ncu measure the kernels of a family."""
-    return [
-        *(
-            "ncu",
-            "--csv",
-            "--page",
-            "raw",
-            "--clock-control",
-            "none",
-            "--profile-from-start",
-            "off",
-        ),
-        *("--metrics", ",".join(NCU_METRICS), "--log-file", str(report)),
-        *(sys.executable, "-m", "bench.ncu", RUN, family),
-    ]
+    return [*ncu_command(str(report)), sys.executable, "-m", "bench.ncu", RUN, family]
 
 
 def _run(family: str) -> None:

@@ -2,12 +2,15 @@
 
 import csv
 import datetime
+import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +18,20 @@ import torch
 import vlmfast
 from bench.measure import Ceilings, Timing, Verdict, Work
 from bench.peers import OURS
+from vlmfast.ops.common import EXTENSION_ERROR
+
+# Whose versions are told beside torch's: Triton, and where peers come from.
+LIBRARIES = (
+    "triton",
+    "torchvision",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "flamingo-pytorch",
+    "xformers",
+    "flash-attn",
+    "inf-cl",
+)
 
 
 @dataclass
@@ -70,24 +87,73 @@ def by_family(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return families
 
 
-def table(rows: Sequence[Row], ceilings: Ceilings) -> tuple[list[str], list[list[str]]]:
-    """Header and body of the table of one family's rows."""
-    peers = list(dict.fromkeys(name for row in rows for name in row.timings if name != OURS))
-    header = ["case", "shape", "dtype", "mode", "backend", f"{OURS} ms", "p20 to p80"]
-    for peer in peers:
-        header += [f"{peer} ms", f"x {peer}"]
-    header += ["best peer", "x best", "noise", "GFLOP", "least MB", "GFLOP/s", "GB/s"]
-    header += ["of limit", "limit", "peak MB", "best peer's", "error", "budget"]
-    return header, [_cells(row, peers, ceilings) for row in rows]
+Table = tuple[list[str], list[list[str]]]  # header and body
 
 
-def notes(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
+def summary(rows: Sequence[Row], ceilings: Ceilings) -> Table:
+    """Our call against the best peer, and against the machine."""
+    header = ["case", "shape", "dtype", "mode", f"{OURS} ms", "best peer", "its ms"]
+    header += ["times as fast", "of the limit", "peak MB", "its peak MB"]
+    return header, [_summary_cells(row, ceilings) for row in rows]
+
+
+def _summary_cells(row: Row, ceilings: Ceilings) -> list[str]:
+    ours, best = row.timings.get(OURS), row.best_peer
+    cells = [row.case, row.shape, row.dtype, row.mode]
+    if ours is None:
+        return [*cells, "WRONG", *[""] * 6]
+    cells += [_ms(ours.median), best or "", _ms(row.timings[best].median) if best else ""]
+    ratio = row.ratio(best) if best else None
+    cells += [f"{ratio:.2f} ± {row.noise:.1%}" if ratio and row.noise is not None else ""]
+    fraction = ceilings.least_seconds(row.work, row.dtype) / ours.median
+    cells += [f"{fraction:.0%} {ceilings.binding(row.work, row.dtype)}"]
+    return [*cells, *(_megabytes(row.peak_bytes.get(name)) for name in (OURS, best or ""))]
+
+
+def details(rows: Sequence[Row], ceilings: Ceilings) -> Table:
+    """Every contestant's time with p20 and p80, and what the summary rests on."""
+    names = list(dict.fromkeys(name for row in rows for name in row.timings))
+    header = ["case", "dtype", "mode", "backend", *(f"{name} ms" for name in names)]
+    launched = any(row.launch for row in rows)
+    header += [f"launch of {name} µs" for name in names if launched]
+    header += ["GFLOP", "least MB", "GFLOP/s", "GB/s", "error", "budget"]
+    body = []
+    for row in rows:
+        ours, work, verdict = row.timings.get(OURS), row.work, row.verdicts[OURS]
+        cells = [row.case, row.dtype, row.mode, row.backend]
+        cells += [_spread(row.timings.get(name)) for name in names]
+        if launched:
+            cells += [f"{row.launch[x] * 1e6:.0f}" if x in row.launch else "" for x in names]
+        cells += [f"{work.flops / 1e9:.3g}", f"{work.least_bytes / 1e6:.3g}"]
+        cells += [f"{work.flops / ours.median / 1e9:.0f}" if ours else ""]
+        cells += [f"{work.least_bytes / ours.median / 1e9:.1f}" if ours else ""]
+        body.append([*cells, f"{verdict.error:.1e}", f"{verdict.budget:.1e}"])
+    return header, body
+
+
+def _spread(timing: Timing | None) -> str:
+    if timing is None:
+        return ""
+    return f"{_ms(timing.median)} ({_ms(timing.p20)} to {_ms(timing.p80)})"
+
+
+def notes(rows: Sequence[Row], ceilings: Ceilings, left_out: Sequence[str] = ()) -> list[str]:
     """What the tables rest on: who is missing and why, and the machine's ceilings."""
-    lines = [
-        f"{row.case} {row.dtype} {row.mode}, {name}: {reason}"
-        for row in rows
-        for name, reason in row.refusals.items()
-    ]
+    missing: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row.refusals.items():
+            where = missing.setdefault((row.family, name, reason), [])
+            where.append(f"{row.case} {row.dtype} {row.mode}")
+    raced = {family: len(members) for family, members in by_family(rows).items()}
+    lines = []
+    for (family, name, reason), contests in missing.items():
+        everywhere = len(contests) == raced[family] > 1
+        lines.append(
+            f"{f'all of {family}' if everywhere else ', '.join(contests)}, {name}: {reason}"
+        )
+    for family, contests in itertools.groupby(sorted(left_out), lambda text: text.split()[0]):
+        names = ", ".join(text.removeprefix(f"{family} ") for text in contests)
+        lines.append(f"no time was left for {family}: {names}")
     for dtype, rate in ceilings.flops.items():
         source = ceilings.flops_source[dtype]
         lines.append(f"ceiling matrix, {dtype}: {rate / 1e9:.0f} GFLOP/s ({source})")
@@ -96,54 +162,46 @@ def notes(rows: Sequence[Row], ceilings: Ceilings) -> list[str]:
     return lines
 
 
-def markdown(rows: Sequence[Row], ceilings: Ceilings) -> str:
-    """A table for each family, and below them what they rest on."""
-    lines = []
-    for family, members in by_family(rows).items():
-        header, body = table(members, ceilings)
-        lines += [f"## {family}", "", _line(header), _line(["---"] * len(header))]
-        lines += [*map(_line, body), ""]
-    lines += [f"- {note}" for note in notes(rows, ceilings)]
+def markdown(
+    rows: Sequence[Row],
+    ceilings: Ceilings,
+    swept: Sequence[Row] = (),
+    left_out: Sequence[str] = (),
+) -> str:
+    """A table for each family, the sweeps, and below them what they rest on."""
+    lines = [*facts(), ""]
+    for suffix, some in (("", rows), (", sweep", swept)):
+        for family, members in by_family(some).items():
+            lines += [f"## {family}{suffix}", "", *_markdown_table(summary(members, ceilings))]
+            lines += ["", "Every contestant, p20 to p80 in brackets:", ""]
+            lines += [*_markdown_table(details(members, ceilings)), ""]
+    lines += [f"- {note}" for note in notes([*rows, *swept], ceilings, left_out)]
     return "\n".join(lines)
+
+
+def facts() -> list[str]:
+    """What was measured and where, and how the tables are to be read."""
+    told = ", ".join(f"{name} {value}" for name, value in machine().items() if value is not None)
+    return [
+        told,
+        "",
+        "Medians of interleaved runs. ± is how far the ratio was off when our call raced itself. "
+        "The limit is the nearest of this machine's ceilings: matrix products, memory, exp.",
+    ]
+
+
+def _markdown_table(table: Table) -> list[str]:
+    header, body = table
+    return [_line(header), _line(["---"] * len(header)), *map(_line, body)]
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(row: Row, peers: Sequence[str], ceilings: Ceilings) -> list[str]:
-    ours, work = row.timings.get(OURS), row.work
-    cells = [row.case, row.shape, row.dtype, row.mode, row.backend]
-    if ours is None:
-        cells += ["WRONG", ""]
-    else:
-        cells += [_ms(ours.median), f"{_ms(ours.p20)} to {_ms(ours.p80)}"]
-    for peer in peers:
-        timing = row.timings.get(peer)
-        cells += [_ms(timing.median) if timing else "", _times(row.ratio(peer))]
-    best = row.best_peer
-    cells += [best or "", _times(row.ratio(best) if best else None)]
-    cells += ["" if row.noise is None else f"{row.noise:.1%}"]
-    cells += [f"{work.flops / 1e9:.3g}", f"{work.least_bytes / 1e6:.3g}"]
-    if ours is None:
-        cells += ["", "", ""]
-    else:
-        fraction = ceilings.least_seconds(work, row.dtype) / ours.median
-        cells += [f"{work.flops / ours.median / 1e9:.0f}"]
-        cells += [f"{work.least_bytes / ours.median / 1e9:.1f}", f"{fraction:.0%}"]
-    cells += [ceilings.binding(work, row.dtype)]
-    cells += [_megabytes(row.peak_bytes.get(name)) for name in (OURS, best or "")]
-    verdict = row.verdicts[OURS]
-    return [*cells, f"{verdict.error:.1e}", f"{verdict.budget:.1e}"]
-
-
 def _ms(seconds: float) -> str:
     milliseconds = seconds * 1e3
     return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _megabytes(size: int | None) -> str:
@@ -160,29 +218,57 @@ def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def append_csv(path: Path, rows: Sequence[Row]) -> None:
+def machine_file() -> Path:
+    """Where the measurements of this machine are kept in the repository."""
+    facts = machine()
+    name = facts["gpu"] or f"{facts['processor']} {facts['cores']} cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+    return Path(__file__).resolve().parent / "results" / f"{slug}.csv"
+
+
+_OF_ROW = ("family", "case", "shape", "dtype", "mode", "device", "backend", "clock_mhz", "noise")
+
+
+def columns() -> list[str]:
+    """Of the CSV: a line says by itself what was measured, how, and on which machine."""
+    parts = (field.name for part in (Timing, Verdict, Work) for field in fields(part))
+    last = ("limit", "of_limit", "peak_bytes", "launch")
+    return ["date", *machine(), *_OF_ROW, "contestant", *parts, *last]
+
+
+def check_csv(path: Path) -> None:
+    """Raises ValueError if there is such a file and it has other columns."""
+    if path.exists():
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), [])
+        if found != columns():
+            raise ValueError(f"{path}: expected the columns {columns()}, got {found}")
+
+
+def append_csv(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
     """Adds a line for each contestant of each row; the header, too, to a new file."""
-    if rows:
-        here = {"date": datetime.date.today().isoformat(), **machine()}
-        lines = [{**here, **line} for row in rows for line in _flat(row)]
-        is_new = not path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerows(lines)
+    check_csv(path)
+    here = {"date": datetime.date.today().isoformat(), **machine()}
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns(), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows({**here, **line} for row in rows for line in _flat(row, ceilings))
 
 
-def _flat(row: Row) -> Iterator[dict[str, object]]:
-    names = ("family", "case", "shape", "dtype", "mode", "device", "backend", "clock_mhz", "noise")
+def _flat(row: Row, ceilings: Ceilings) -> Iterator[dict[str, object]]:
+    least = ceilings.least_seconds(row.work, row.dtype)
     for contestant, timing in row.timings.items():
         yield {
-            **{name: getattr(row, name) for name in names},
+            **{name: getattr(row, name) for name in _OF_ROW},
             "contestant": contestant,
             **asdict(timing),
             **asdict(row.verdicts[contestant]),
             **asdict(row.work),
+            "limit": ceilings.binding(row.work, row.dtype),
+            "of_limit": round(least / timing.median, 4),
             "peak_bytes": row.peak_bytes.get(contestant),
             "launch": row.launch.get(contestant),
         }
@@ -192,19 +278,29 @@ def machine() -> dict[str, object]:
     """What the figures hold for."""
     return {
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": torch.ops.vlmfast.cpu_isa() if EXTENSION_ERROR is None else None,
+        "commit": _commit(),
+        "vlmfast": vlmfast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "vlmfast": vlmfast.__version__,
-        "commit": _commit(),
-        "cpu_isa": torch.ops.vlmfast.cpu_isa(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        **{name: _version(name) for name in LIBRARIES},
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
     """Of this checkout, with a + where something in it is not committed; None without git."""
+    sources = (".", ":!bench/results")  # what is measured does not depend on what has been
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -212,13 +308,19 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", *sources) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def _processor() -> str:
+    """As Linux names it; family and model as well, since some names are those of many."""
+    told = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        name, _, value = line.partition(":")
+        told.setdefault(name.strip(), value.strip())
+    if "model name" not in told:
+        return platform.machine()
+    return f"{told['model name']} (family {told.get('cpu family')}, model {told.get('model')})"

@@ -1,4 +1,4 @@
-"""The same calls one by one under pytest-benchmark: pytest bench -k vit --benchmark-only.
+"""The same calls one by one under pytest-benchmark: pytest bench -k swin --benchmark-autosave.
 
 Contestants of one case run one after the other here, so that whatever slows the machine down hits
 one and not the next. For ratios take `python -m bench`, which interleaves them.
@@ -26,12 +26,19 @@ CONTESTS = [
     CONTESTS,
     ids=[f"{c.family}-{c.case.name}-{c.dtype}-{c.mode}-{who.name}" for c, who in CONTESTS],
 )
-def test_speed(benchmark: BenchmarkFixture, contest: Contest, contestant: Contestant) -> None:
-    row, calls = checked_calls(contest, (contestant,))
+def test_speed(
+    benchmark: BenchmarkFixture,
+    contest: Contest,
+    contestant: Contestant,
+    pytestconfig: pytest.Config,
+) -> None:
+    row, calls = checked_calls(contest, (contestant,), pytestconfig.getoption("--compile"))
     if contestant.name not in calls:
         if contestant.name in row.verdicts:
             pytest.fail(row.refusals[contestant.name])
         pytest.skip(row.refusals[contestant.name])
     benchmark.group = str(contest)
-    benchmark.extra_info.update(shape=row.shape, backend=row.backend, **asdict(row.work))
+    benchmark.extra_info.update(
+        shape=row.shape, source=row.source, backend=row.backend, **asdict(row.work)
+    )
     benchmark(calls[contestant.name])

@@ -4,18 +4,20 @@ A call begins at the output of the qkv projection and ends at the input of the o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
+from bench import common
 from bench.cases import WindowCase
-from bench.measure import Work
+from bench.measure import Truth, Work
 from bench.peers import WindowAttention, window_sequence
 from vlmfast.reference.window_attention import window_attention
-from vlmfast.verify.common import SEEDS, relative_error
+from vlmfast.verify.common import SEEDS
+from vlmfast.verify.window_attention import summed_terms
 
 
 @dataclass(frozen=True)
@@ -54,31 +56,13 @@ def make_inputs(
 def make_call(
     attention: WindowAttention, inputs: Inputs, mode: str
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """The call to be timed, without arguments.
-
-    It returns (out,) for "fwd", the gradients of qkv, bias and, where there is one, logit_scale for
-    "bwd" (of a forward pass done here, once), and all of these for "fwd+bwd".
-    """
-    sources = inputs.sources()
-
-    def forward() -> tuple[Tensor, ...]:
-        return (attention(inputs.qkv, inputs.bias, inputs.logit_scale),)
-
-    def both() -> tuple[Tensor, ...]:
-        (out,) = forward()
-        return (out, *torch.autograd.grad(out, sources, inputs.grad_out))
-
-    if mode == "fwd":
-        return forward
-    if mode == "fwd+bwd":
-        return both
-
-    (out,) = forward()
-
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, sources, inputs.grad_out, retain_graph=True)
-
-    return backward
+    """The call to be timed; its gradients are those of qkv, bias and any logit_scale."""
+    return common.make_call(
+        lambda: attention(inputs.qkv, inputs.bias, inputs.logit_scale),
+        inputs.sources(),
+        inputs.grad_out,
+        mode,
+    )
 
 
 def chosen_backend(case: WindowCase, inputs: Inputs) -> str:
@@ -88,7 +72,7 @@ def chosen_backend(case: WindowCase, inputs: Inputs) -> str:
     return vlmfast.explain(function, inputs.qkv, case.heads, window).backend
 
 
-def reference(case: WindowCase, inputs: Inputs, mode: str) -> tuple[Tensor, ...]:
+def reference(case: WindowCase, inputs: Inputs, mode: str) -> tuple[Truth, ...]:
     """What `make_call` of a perfect contestant returns, in float64."""
 
     def attention(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
@@ -102,19 +86,46 @@ def reference(case: WindowCase, inputs: Inputs, mode: str) -> tuple[Tensor, ...]
 
     logit_scale = None if inputs.logit_scale is None else exact(inputs.logit_scale)
     doubled = Inputs(exact(inputs.qkv), exact(inputs.bias), logit_scale, exact(inputs.grad_out))
-    return tuple(result.detach() for result in make_call(attention, doubled, mode)())
+    results = [result.detach() for result in make_call(attention, doubled, mode)()]
+    if mode == "fwd":
+        return tuple(map(Truth, results))
+    out, gradients = results[: mode == "fwd+bwd"], results[mode == "fwd+bwd" :]
+    with torch.no_grad():
+        terms = _summed_terms(case, doubled)
+    names = ("grad_query", "grad_bias", "grad_logit_scale")  # that of query holds qkv's
+    return (
+        *map(Truth, out),
+        *(Truth(x, terms[name]) for x, name in zip(gradients, names, strict=False)),
+    )
+
+
+def _summed_terms(case: WindowCase, inputs: Inputs) -> dict[str, float]:
+    """The gradients of bias and logit_scale sum over every window, and cancel."""
+    arguments = {
+        "query": inputs.qkv,
+        "bias": inputs.bias,
+        "logit_scale": inputs.logit_scale,
+        "num_heads": case.heads,
+        "window_height": case.window,
+        "window_width": case.window,
+        "shift_height": case.shift,
+        "shift_width": case.shift,
+        "scale": case.head_dim**-0.5,
+    }
+    return summed_terms(arguments, {"out": inputs.grad_out})
 
 
 def yardsticks(case: WindowCase, dtype: torch.dtype, mode: str) -> list[float]:
-    """The errors of torchvision's steps, one for each result: the worst over eight seeds."""
-    steps = window_sequence(case)
-    errors = []
-    for seed in SEEDS:
-        inputs = make_inputs(case, dtype, mode, seed)
-        results = make_call(steps, inputs, mode)()
-        truths = reference(case, inputs, mode)
-        errors.append([relative_error(*pair) for pair in zip(results, truths, strict=True)])
-    return [max(column) for column in zip(*errors, strict=True)]
+    """The errors of torchvision's steps, one for each result: the worst over eight seeds.
+
+    One image for each seed: images differ no more than seeds do.
+    """
+    one = replace(case, batch=1)
+    steps = window_sequence(one)
+    images = (make_inputs(one, dtype, mode, seed) for seed in SEEDS)
+    return common.worst_errors(
+        (make_call(steps, inputs, mode)(), reference(one, inputs, mode)) for inputs in images
+    )
 
 
 def work(case: WindowCase, dtype: torch.dtype, mode: str) -> Work:

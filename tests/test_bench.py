@@ -18,17 +18,34 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command_line
+from bench import contest as contest_module
 from bench import contrastive_loss as losses_family
 from bench import flash_attention as family
-from bench import ncu, search
-from bench.cases import CASES, SELECTION, AttentionCase, LossCase
+from bench import measure, modules, ncu, peers, search
+from bench import window_attention as windows_family
+from bench.cases import (
+    CASES,
+    LAYERS,
+    MODELS,
+    SELECTION,
+    SWEEPS,
+    AttentionCase,
+    Case,
+    ImageAttentionCase,
+    LossCase,
+    ModuleCase,
+    WindowCase,
+)
 from bench.compare import changes, losses
-from bench.contest import Contest, contests
+from bench.contest import Contest, checked_calls, contests
 from bench.contest import run as race_contest
+from bench.html import page
 from bench.measure import (
     Call,
     Ceilings,
     Rotation,
+    Timing,
+    Truth,
     Verdict,
     Work,
     input_sets,
@@ -36,7 +53,7 @@ from bench.measure import (
     measure_ceilings,
     race,
 )
-from bench.memory import peak_bytes
+from bench.memory import MemoryMeter
 from bench.peers import (
     CONTESTANTS,
     EAGER,
@@ -47,12 +64,24 @@ from bench.peers import (
     dense_loss,
     eager_attention,
 )
-from bench.report import Row, machine, markdown
+from bench.report import (
+    Row,
+    append_csv,
+    check_csv,
+    machine,
+    machine_file,
+    markdown,
+    write_json,
+)
+from vlmfast import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
 CAUSAL = replace(SELF, name="tiny-causal", is_causal=True)
 CROSS = replace(SELF, name="tiny-cross", query_length=5, key_length=12)
+# Who computes attention on a CPU without compiling first.
+ON_CPU = {OURS, "torch SDPA", "eager", "SDPA math"}
+WORK = Work(10**9, 10**6, 10**6)
 CEILINGS = Ceilings({"float32": 1e9, "bfloat16": 1e9}, {"float32": "", "bfloat16": ""}, 1e9, 1e9)
 
 
@@ -111,18 +140,50 @@ def test_least_bytes_are_those_of_the_tensors(case: AttentionCase, dtype: torch.
 def test_contrastive_losses_are_right_and_do_the_work_that_is_stated(loss: str, mode: str) -> None:
     case = LossCase("tiny", "a test", 40, 16, loss)
     row = race_contest(Contest("contrastive_loss", case, "float32", mode), 0.0)
-    assert not row.refusals and row.verdicts.keys() == {OURS, "dense", "open_clip"}
+    peers = {"dense", "open_clip"} | ({"linear_cross_entropy"} if loss == "clip" else set())
+    assert row.verdicts.keys() == row.timings.keys() == {OURS, *peers}
     inputs = losses_family.make_inputs(case, torch.float64, mode)
     by_autograd = losses_family.make_call(dense_loss(case), inputs, mode)()
     truths = losses_family.reference(case, inputs, mode)
     for x, y in zip(by_autograd, truths, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(x.double(), y.value, rtol=1e-6, atol=1e-12)
     ours = next(x for x in CONTESTANTS["contrastive_loss"] if x.name == OURS).prepare(case)
     inputs = losses_family.make_inputs(case, torch.float32, mode)
     call = losses_family.make_call(ours, inputs, mode)
     with FlopCounterMode(display=False) as counter:
         call()
     assert counter.get_total_flops() == losses_family.work(case, torch.float32, mode).flops
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_terms_of_contrastive_losses_are_those_of_verify(loss: str, monkeypatch) -> None:
+    monkeypatch.setattr(losses_family, "TRUTH_ELEMENTS", 7 * 40)  # several blocks of rows
+    case = LossCase("tiny", "a test", 40, 16, loss)
+    inputs = losses_family.make_inputs(case, torch.float64, "fwd+bwd")
+    page = verify.contrastive_loss
+    make = {"clip": page.clip_case, "siglip": page.siglip_case}[loss]
+    verified = make("tiny", page.random_pairs(40, 16))
+    named = {"image": inputs.image, "text": inputs.text, "scale": inputs.scale.double()}
+    if loss == "siglip":
+        named["bias"] = torch.tensor(losses_family.BIAS, dtype=torch.float64)
+    named = {name: x.detach() for name, x in named.items()}
+    expected = verified.terms(named, {"loss": torch.ones((), dtype=torch.float64)})
+    found = [truth.terms for truth in losses_family.reference(case, inputs, "fwd+bwd")]
+    names = ("loss", "grad_image", "grad_text", "grad_scale")
+    assert found == pytest.approx([expected[name] for name in names], rel=1e-6)
+
+
+def test_a_sum_that_cancels_is_judged_by_its_terms() -> None:
+    """All terms of logit_scale's gradient are large, and their sum may be nothing."""
+    case = WindowCase("tiny", "a test", 2, 8, 2, 8, 4, is_cosine=True)
+    inputs = windows_family.make_inputs(case, torch.float32, "bwd")
+    *_, truth = windows_family.reference(case, inputs, "bwd")
+    assert truth.terms > truth.value.norm() / 10
+    cancelled = Truth(torch.zeros_like(truth.value), truth.terms)
+    rounding = 1e-8 * truth.terms * torch.ones_like(truth.value)
+    assert judge([rounding.float()], [cancelled], [0.0]).passed
+    assert not judge([rounding.float()], [Truth(cancelled.value)], [0.0]).passed
+    assert not judge([100 * rounding.float()], [cancelled], [0.0]).passed
 
 
 def test_inputs_are_slices_of_packed_projections() -> None:
@@ -141,16 +202,16 @@ def test_reference_by_heads_is_attention_in_float64(case: AttentionCase, mode: s
     inputs = family.make_inputs(case, torch.float64, mode)
     whole = family.make_call(SDPA.prepare(case), inputs, mode)()
     for actual, expected in zip(family.reference(case, inputs, mode), whole, strict=True):
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual.value, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
 def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
     row = run(CAUSAL, dtype, mode)
-    assert set(row.timings) == {OURS, "torch SDPA", "eager"}
-    assert not row.refusals
-    assert row.best_peer in ("torch SDPA", "eager")
+    assert set(row.timings) == ON_CPU
+    assert set(row.refusals) == {"torch.compile", "FlexAttention"}
+    assert row.best_peer in ON_CPU - {OURS}
     assert row.ratio(row.best_peer) == pytest.approx(
         row.timings[row.best_peer].median / row.timings[OURS].median
     )
@@ -188,7 +249,7 @@ def test_wrong_peer_does_not_count_as_a_peer() -> None:
 
 
 def test_wrong_gradient_alone_is_found() -> None:
-    truths = [torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    truths = [Truth(torch.ones(3, dtype=torch.float64)), Truth(torch.ones(4, dtype=torch.float64))]
     results = [torch.ones(3), torch.tensor([1.0, 1.0, 1.0, 1.1])]
     assert not judge(results, truths, [1e-7, 1e-7]).passed
     assert not judge([torch.ones(3), torch.ones(1)], truths, [1e-7, 1e-7]).passed
@@ -220,24 +281,158 @@ def test_a_peer_that_breaks_does_not_end_the_race() -> None:
 
 
 def test_peers_of_gpus_stay_out_of_races_on_a_cpu() -> None:
-    names = {who.name for who in Contest("flash_attention", SELF, "float32", "fwd").contestants}
-    assert names == {OURS, "torch SDPA", "eager"}
+    names = {x.name for x in Contest("flash_attention", SELF, "float32", "fwd").contestants}
+    assert names == ON_CPU | {"torch.compile", "FlexAttention"}
     contest = Contest("flash_attention", SELF, "float32", "fwd", "cuda")
-    assert names < {who.name for who in contest.contestants}
+    expected = {"SDPA flash", "SDPA efficient", "SDPA cuDNN", "xformers", "flash-attn"}
+    assert names | expected | {"torch varlen"} == {x.name for x in contest.contestants}
 
 
-def test_inputs_that_a_gpu_caches_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_compile_race_on_a_cpu_only_if_asked_to() -> None:
+    compiling = Contestant("slow to start", SDPA.refusal, SDPA.prepare, compiles=True)
+    contest = Contest("flash_attention", SELF, "float32", "fwd")
+    row = race_contest(contest, 0.0, (FLASH_ATTENTION, compiling))
+    assert "--compile" in row.refusals["slow to start"]
+    row = race_contest(contest, 0.0, (FLASH_ATTENTION, compiling), compiles=True)
+    assert set(row.timings) == {OURS, "slow to start"}
+
+
+TINY = {
+    "flash_attention": CAUSAL,
+    "window_attention": WindowCase("tiny", "a test", 2, 14, 2, 8, 7, 3),
+    "cross_attention": ImageAttentionCase("tiny", "a test", 2, 2, 20, 3, 5, 8),
+    "contrastive_loss": LossCase("tiny", "a test", 12, 256),
+}
+
+
+def why_not(family: str, name: str, case: Case, dtype: torch.dtype) -> str | None:
+    (peer,) = (x for x in CONTESTANTS[family] if x.name == name)
+    return peer.refusal(case, dtype)
+
+
+def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single = torch.bfloat16, torch.float32
+    losses, siglip = TINY["contrastive_loss"], replace(TINY["contrastive_loss"], loss="siglip")
+    monkeypatch.setattr(peers, "_is_installed", lambda name: False)
+    for peers_of, name in (
+        ("flash_attention", "flash-attn"),
+        ("flash_attention", "torch varlen"),
+        ("flash_attention", "xformers"),
+        ("window_attention", "timm's steps"),
+        ("contrastive_loss", "inf-cl"),
+        ("contrastive_loss", "open_clip"),
+    ):
+        assert why_not(peers_of, name, TINY[peers_of], half) == "not installed"
+    monkeypatch.setattr(peers, "_is_installed", lambda name: True)
+    for name in ("flash-attn", "torch varlen"):
+        assert why_not("flash_attention", name, CAUSAL, half) is None
+        assert "float32" in why_not("flash_attention", name, CAUSAL, single)
+        unequal = replace(CAUSAL, key_length=12)
+        assert "other end" in why_not("flash_attention", name, unequal, half)
+    uneven = replace(TINY["window_attention"], size=13)
+    assert "pads" in why_not("window_attention", "timm's steps", uneven, half)
+    assert why_not("contrastive_loss", "inf-cl", losses, single) is None
+    assert "256" in why_not("contrastive_loss", "inf-cl", replace(losses, dim=72), single)
+    for name in ("inf-cl", "linear_cross_entropy"):
+        assert "sigmoid" in why_not("contrastive_loss", name, siglip, single)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    text = why_not("contrastive_loss", "linear_cross_entropy", losses, single)
+    assert text == f"torch {torch.__version__} does not have it"
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+@pytest.mark.parametrize("family", TINY)
+def test_every_peer_of_a_cpu_is_right(family: str, mode: str) -> None:
+    contest = Contest(family, TINY[family], "float32", mode)
+    _, calls = checked_calls(contest)
+    assert calls.keys() == {x.name for x in contest.contestants if not x.compiles}
+
+
+SMALL_LAYERS = [replace(case, batch=case.yardstick_batch) for case in LAYERS]
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [(SMALL_LAYERS[0], "fwd"), *((case, "fwd+bwd") for case in SMALL_LAYERS)],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_layers_are_right_after_patching(case: ModuleCase, mode: str) -> None:
+    row, calls = checked_calls(Contest("layers", case, "float32", mode))
+    assert calls.keys() == {OURS, "original"}, row.refusals
+
+
+def test_gradients_of_a_replaced_layer_are_judged_together() -> None:
+    assert modules._replaced_layers(LAYERS[0]) == ("attention",)
+    assert modules._layer_of("attention.out_proj.bias", ("attention",)) == "attention"
+    assert modules._layer_of("attentional.out.bias", ("attention",)) == "attentional.out"
+    assert modules._layer_of("blocks.1.mlp.fc1.bias", ("", "blocks.1")) == "blocks.1"
+
+
+def test_a_module_that_nothing_is_replaced_in_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(LAYERS[0], batch=1)
+    report = type("Report", (), {"replaced": []})()
+    monkeypatch.setattr(peers.vlmfast, "patch", lambda *_, **__: report)
+    with pytest.raises(RuntimeError, match="replaced nothing"):
+        race_contest(Contest("layers", case, "float32", "fwd"), 0.0)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_work_of_modules_is_that_of_their_formulas(mode: str) -> None:
+    layer = LAYERS[0]
+    batch, dim, tokens = layer.batch, layer.options["dim"], layer.options["tokens"]
+    inputs = 2 * batch * tokens * (dim * 3 * dim)
+    output, attention = inputs // 3, 2 * 2 * batch * tokens**2 * dim
+    # The input has no gradient; attention's backward computes the scores again.
+    backward = inputs + 2 * output + attention * 5 // 2
+    forward = inputs + output + attention
+    flops = {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
+    parameters = 4 * dim**2 + 4 * dim
+    read = parameters + 2 * batch * tokens * dim
+    elements = {"fwd": read, "bwd": read + parameters, "fwd+bwd": 2 * read + parameters}[mode]
+    assert modules.work(layer, torch.bfloat16, mode) == Work(flops, 2 * elements)
+
+
+def test_work_of_a_whole_model_is_that_of_its_formula() -> None:
+    model = next(case for case in MODELS if case.name == "vit-b16-model")
+    tokens, dim = 197, 768
+    block = tokens * 12 * dim**2 + 2 * tokens**2 * dim
+    whole = 12 * block + (tokens - 1) * (16 * 16 * 3) * dim + dim * 1000
+    assert modules.work(model, torch.float32, "fwd").flops == 2 * model.batch * whole
+
+
+def test_inputs_that_a_cache_holds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         L2_cache_size = 1000
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert [input_sets(Work(0, size), "cuda") for size in (100, 999, 2000, 10**6)] == [20, 3, 1, 1]
-    assert input_sets(Work(0, 1), "cpu") == 1
+    monkeypatch.setattr(measure, "_cpu_cache", lambda: 1000)
+    for device in ("cpu", "cuda"):
+        sets = [input_sets(Work(0, size), device) for size in (1, 100, 999, 2000, 10**6)]
+        assert sets == [measure.MOST_SETS, 20, 3, 1, 1]
     called: list[int] = []
     rotation = Rotation([lambda i=i: called.append(i) or () for i in range(3)])
     for _ in range(4):
         rotation()
     assert called == [0, 1, 2, 0]
+    monkeypatch.setattr(measure, "_cpu_cache", lambda: 10**5)
+    contest = Contest("flash_attention", SELF, "float32", "fwd")
+    contest_module._prepared.cache_clear()
+    _, calls = checked_calls(contest)
+    assert len(calls[OURS].calls) == input_sets(
+        contest.page.work(SELF, torch.float32, "fwd"), "cpu"
+    )
+    contest_module._prepared.cache_clear()
+
+
+def test_the_clock_of_a_gpu_is_asked_of_its_driver(tmp_path: Path, monkeypatch) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 1980\necho 345\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert measure.clock_rate("cuda") == 345.0
+    fake.unlink()
+    assert measure.clock_rate("cuda") is None
 
 
 def test_eager_refuses_what_would_not_fit_in_memory() -> None:
@@ -296,28 +491,99 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert command_line.main([*arguments, "--backend", "reference"]) == 0
         with history.open() as file:
             lines = list(csv.DictReader(file))
-        assert len(lines) == 3 * repetition
-    assert {line["contestant"] for line in lines} == {OURS, "torch SDPA", "eager"}
-    assert all(int(line["peak_bytes"]) > 0 and float(line["median"]) > 0 for line in lines)
-    table = capsys.readouterr().out
-    assert "| vit-h14 | B1 H16 L257 S257 d80 | float32 | fwd | reference |" in table
-    assert (out / "report.md").read_text().strip() in table
+        assert len(lines) == 4 * repetition
+    assert {line["contestant"] for line in lines} == ON_CPU
+    for line in lines:
+        assert int(line["peak_bytes"]) > 0 and float(line["median"]) > 0
+        assert line["limit"] in ("matrix", "memory", "exp") and float(line["of_limit"]) > 0
+        assert line["torch"] == torch.__version__ and line["commit"]
+        assert line["threads"] == str(torch.get_num_threads())
+        assert line["cpu_isa"] == torch.ops.vlmfast.cpu_isa()
+    text = capsys.readouterr().out
+    assert "| vit-h14 | B1 H16 L257 S257 d80 | float32 | fwd |" in text
+    assert "| vit-h14 | float32 | fwd | reference |" in text
+    assert (out / "report.md").read_text().strip() in text
     document = json.loads((out / "results.json").read_text())
     assert set(document) == {"machine", "ceilings", "rows"}
     (row,) = document["rows"]
-    assert set(row["timings"]) == set(row["peak_bytes"]) == {OURS, "torch SDPA", "eager"}
+    assert set(row["timings"]) == set(row["peak_bytes"]) == ON_CPU
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 2 and "vit-h14" in page  # speed-ups and roofline
     assert not re.search(r"""(src|href)=["']http""", page)
 
 
+def test_rows_are_not_appended_to_another_table(tmp_path: Path, capsys) -> None:
+    history = tmp_path / "history.csv"
+    history.write_text("date,case\n")
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["flash_attention", "--filter", "vit-h14", "--append", str(history)])
+    assert stop.value.code == 2
+    assert "expected the columns" in capsys.readouterr().err
+    assert history.read_text() == "date,case\n"
+
+
+def test_kept_results_have_the_columns_of_today() -> None:
+    folder = ROOT / "bench" / "results"
+    assert machine_file().parent == folder
+    for path in folder.glob("*.csv"):
+        check_csv(path)
+
+
+def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--minutes", "0"]
+    assert command_line.main([*arguments, "--seconds", "0", "--ceiling-size", "64"]) == 0
+    assert "no time was left for flash_attention: vit-h14 float32 fwd" in capsys.readouterr().out
+
+
+def test_sweeps_reach_the_sizes_that_they_should() -> None:
+    sizes = {name: [size for size, _ in sweep.cases] for name, sweep in SWEEPS.items()}
+    for name, first, last in (
+        ("flash_attention", 128, 16384),
+        ("cross_attention", 1, 64),
+        ("contrastive_loss", 256, 65536),
+    ):
+        assert sizes[name] == sorted(sizes[name])
+        assert (sizes[name][0], sizes[name][-1]) == (first, last)
+    order = [contest.case.name for contest in command_line._swept(parsed("--sweeps"))]
+    assert order.index("tokens-16384") > order.index("pairs-256")
+    assert sorted(order) == sorted(case.name for x in SWEEPS.values() for _, case in x.cases)
+
+
+def parsed(*arguments: str):
+    return command_line._parser().parse_args(arguments)
+
+
 def test_peak_memory_is_that_of_the_scores() -> None:
     """Eager attention holds matrices of scores, the kernel none."""
     case = next(case for case in CASES["flash_attention"] if case.name == "long-4096")
-    (found,) = peak_bytes([Contest("flash_attention", case, "float32", "fwd")])
+    with MemoryMeter("cpu") as meter:
+        contest = Contest("flash_attention", case, "float32", "fwd")
+        found = meter.peak_bytes(contest, [OURS, "eager"])
     scores = case.heads * case.query_length * case.key_length * 4
     assert scores < found["eager"] < 4 * scores
     assert found[OURS] < scores / 8
+
+
+def test_the_page_draws_sweeps_and_says_who_wins() -> None:
+    sweep = SWEEPS["flash_attention"]
+    rows = []
+    for (_, case), ratio in zip(sweep.cases, itertools.count(1), strict=False):
+        row = Row(
+            "flash_attention", case.name, case.shape, "", "float32", "fwd", "cpu", "cpu", WORK
+        )
+        times = {OURS: 1e-3 * ratio, "torch SDPA": 2e-3 * ratio}
+        row.timings = {name: Timing(t, 0.9 * t, 1.1 * t, 9) for name, t in times.items()}
+        row.verdicts = {OURS: Verdict(1e-7, 2e-7)}
+        row.peak_bytes = {OURS: 10**6}
+        row.noise, row.launch = 0.01, {OURS: 5e-6}
+        row.refusals = {"flash-attn": "not installed"}
+        rows.append(row)
+    text = page(rows, {"flash_attention": (sweep, rows)}, CEILINGS, ["models vit fwd"])
+    assert text.count("<svg") == 3
+    assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
+    assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
+    assert "all of flash_attention, flash-attn: not installed" in text
+    assert "no time was left for models: vit fwd" in text
 
 
 def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
@@ -390,6 +656,30 @@ def test_compare_finds_a_planted_slow_down() -> None:
     assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
 
 
+def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
+    kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
+    for milliseconds in (9.0, 1.0):  # the latter is what counts
+        append_csv(kept, [timed_row("steady", 1.0), timed_row("changing", milliseconds)], CEILINGS)
+    rows = [timed_row("steady", 1.0), timed_row("changing", 2.0)]
+    write_json(now, rows, CEILINGS)
+    assert command_line.main(["compare", str(kept), str(now)]) == 1
+    text = capsys.readouterr().out
+    assert "| changing | float32 | fwd | 1 | 2 | torch SDPA | 2.000 |" in text
+    assert "1 of 2 contests are slower" in text
+    assert "before" not in text.partition("| case |")[0]  # the machine is the same
+    append_csv(kept, rows, CEILINGS)
+    assert command_line.main(["compare", str(kept), str(now)]) == 0
+
+
+def timed_row(name: str, milliseconds: float) -> Row:
+    row = Row("flash_attention", name, "", "", "float32", "fwd", "cpu", "cpu", WORK)
+    for contestant, seconds in ((OURS, milliseconds * 1e-3), ("torch SDPA", 3e-3)):
+        row.timings[contestant] = Timing(seconds, 0.99 * seconds, 1.01 * seconds, 50)
+        row.verdicts[contestant] = Verdict(1e-7, 2e-7)
+    row.noise = 0.005
+    return row
+
+
 def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps(recorded(1e-3, 2e-3)))
@@ -430,7 +720,7 @@ def test_pytest_benchmark_runs_the_same_calls() -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 passed" in result.stdout  # three contestants, forward and with backward
+    assert "8 passed, 4 skipped" in result.stdout  # six contestants, forward and with backward
 
 
 def test_command_line_says_why_a_forced_backend_cannot_run(
@@ -453,11 +743,15 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     result = gpu_script("--dry-run", "--out", str(tmp_path), "--minutes", "10")
     assert result.returncode == 0, result.stderr
     steps = re.findall(r"^(\w+): timeout (\d+) ", result.stdout, re.MULTILINE)
-    assert [name for name, _ in steps] == ["build", "tests", "sanitizer", "search", "race", "ncu"]
+    names = ["build", "tests", "sanitizer", "search", "race", "compiled", "ncu"]
+    assert [name for name, _ in steps] == names
     assert sum(int(seconds) for _, seconds in steps) <= 600
     assert (tmp_path / "summary.txt").read_text() == result.stdout
-    race = result.stdout.split("race: ")[1].splitlines()[0]
-    command_line._parser().parse_args(race.split(" -m bench ")[1].split())
+    for step in ("race", "compiled"):
+        line = re.search(rf"^{step}: timeout (\d+) .* -m bench (.*)", result.stdout, re.MULTILINE)
+        options = parsed(*line[2].split())
+        assert 0.85 * int(line[1]) < 60 * options.minutes < 0.95 * int(line[1])
+        assert options.compile == (step == "compiled")
     for module in re.findall(r"-m (bench[.\w]*)", result.stdout):
         assert importlib.util.find_spec(module) is not None
 

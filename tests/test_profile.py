@@ -1,10 +1,13 @@
 """python -m vlmfast profile: tables that add up, traces, and what perf and ncu tell."""
 
+import contextlib
 import json
 import re
+import shlex
 import sys
 
 import pytest
+import torch
 
 import vlmfast.__main__ as command
 from vlmfast import profile
@@ -25,20 +28,71 @@ def shares(text):
 
 
 def test_a_case(tmp_path, capsys):
+    """With --patched first its fastest peer, then our call."""
     arguments = ["profile", "resampler", "--steps", "1", "--patched", "--out", str(tmp_path)]
     assert command.main(arguments) == 0
     text = capsys.readouterr().out
-    first, *rest = text.split("the costliest operators, ")
-    assert "| vlmfast |" in first and "| torch SDPA |" in first
-    ours, sdpa, _ = rest
+    table, theirs, ours = text.split("the costliest operators, ")
+    peer = re.search(r"^\| (torch SDPA|eager|SDPA math) \|.*\n\| vlmfast \|", table, re.MULTILINE)[
+        1
+    ]
     assert ours.startswith("vlmfast ") and "vlmfast::flash_attention_cpu" in ours
-    assert sdpa.startswith("torch SDPA ") and "vlmfast::" not in sdpa
-    for part in rest:
+    assert theirs.startswith(f"{peer} ") and "vlmfast::" not in theirs
+    assert f"CPU kernels: {torch.ops.vlmfast.cpu_isa()}" in text
+    if sys.platform == "linux":
+        assert text.count("no counters: ") + text.count("| counter |") == 2
+    for part in (theirs, ours):
         assert 90 <= sum(shares(part)) <= 110
-    for name in ("resampler-vlmfast", "resampler-torch-SDPA"):
+        assert len(shares(part)) <= profile.COSTLIEST
+    for name in ("resampler-vlmfast", f"resampler-{peer.replace(' ', '-')}"):
         events = json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"]
         names = {event.get("name") for event in events}
         assert ("vlmfast::flash_attention_cpu" in names) == (name == "resampler-vlmfast")
+
+
+def test_a_case_that_is_wrong_is_not_profiled(tmp_path, monkeypatch):
+    from bench import contest
+
+    def wrong(found):
+        row, calls = checked(found)
+        del calls[contest.OURS]
+        row.refusals[contest.OURS] = "WRONG, error 1 above its budget 0"
+        return row, calls
+
+    checked = contest.checked_calls
+    monkeypatch.setattr(contest, "checked_calls", wrong)
+    with pytest.raises(SystemExit, match="resampler float32 fwd: our result is WRONG"):
+        command.main(["profile", "resampler", "--out", str(tmp_path)])
+
+
+def test_on_a_gpu_ncu_sees_the_steps_alone(monkeypatch):
+    """Ranges and the profiler's start and stop, without a GPU."""
+    log = []
+
+    @contextlib.contextmanager
+    def named(name):
+        log.append(name)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: log.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: log.append("stop"))
+    monkeypatch.setattr(profile.nvtx, "range", named)
+    target = profile.Target("ours", lambda: log.append("run"), "float32", 1, 1)
+    profile._run_alone([target], 2)
+    steps = ["vlmfast ours step 0", "run", "vlmfast ours step 1", "run"]
+    assert log == ["run", "start", *steps, "stop"]
+
+
+def test_ncu_command_profiles_the_same_thing():
+    arguments = ["clip-text", "--dtype", "bfloat16", "--mode", "fwd+bwd", "--patched"]
+    line = profile._ncu_command(profile._parser().parse_args(arguments))
+    ncu, _, again = line.partition(" python -m vlmfast profile ")
+    assert "--profile-from-start off" in ncu and "launch__registers_per_thread" in ncu
+    options = profile._parser().parse_args(shlex.split(again))
+    assert (options.target, options.dtype, options.mode) == ("clip-text", "bfloat16", "fwd+bwd")
+    assert options.patched and options.no_trace and options.steps == 1
 
 
 def test_a_model_before_and_after(tmp_path, capsys):
@@ -51,7 +105,10 @@ def test_a_model_before_and_after(tmp_path, capsys):
     assert "vlmfast::flash_attention_cpu" in after
     rows = re.findall(r"^\| (before|after) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
     flops = {name: float(gflop) for name, _, gflop in rows}
-    assert flops["after"] >= flops["before"] > 1  # torch's formulas miss its own CPU attention
+    tokens, dim = 197, 192
+    block = tokens * 12 * dim**2 + 2 * tokens**2 * dim
+    gflop = 2e-9 * (12 * block + (tokens - 1) * 768 * dim + dim * 1000)
+    assert flops["before"] == flops["after"] == pytest.approx(gflop, rel=0.01)
 
 
 def test_an_unknown_target(tmp_path):

@@ -8,10 +8,12 @@ of a checkout.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -25,13 +27,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.cuda import nvtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 from vlmfast.ops.common import EXTENSION_ERROR
 
-__all__ = ["main", "read_ncu"]
+__all__ = ["main", "ncu_command", "read_ncu"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COSTLIEST = 10
@@ -52,24 +56,23 @@ NCU_METRICS = {
 class Target:
     """What is profiled; one step is one call of `run`.
 
-    flops: of a step; None to count them.
-    least_bytes: that a step must move; None where there is no formula for it.
+    flops: of a step.
+    least_bytes: that a step must move: of a model its parameters and inputs.
     """
 
     name: str
     run: Callable[[], object]
     dtype: str
-    flops: int | None = None
-    least_bytes: int | None = None
+    flops: int
+    least_bytes: int
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One profiled target: seconds a step, FLOPs a step, its costliest operators."""
+    """One profiled target: seconds a step, its costliest operators."""
 
     target: Target
     seconds: float
-    flops: int
     operators: list[tuple[str, float, int]]  # name, seconds a step by itself, calls a step
     trace: Path
 
@@ -84,14 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error("the following arguments are required: TARGET")
     targets = list(_targets(options))
     if options.no_trace:
-        for target in targets:
-            for _ in range(options.steps):
-                target.run()
+        _run_alone(targets, options.steps)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     found = [_measure(target, options) for target in targets]
     print("\n".join(_report(found, options)))
-    if options.counters:
+    if sys.platform == "linux":
         for target in targets:
             print(f"\n{target.name}\n{_counters(target.run, options.steps)}")
     return 0
@@ -113,10 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-trace",
         action="store_true",
-        help="run the steps alone, as ncu wants it",
-    )
-    parser.add_argument(
-        "--counters", action="store_true", help="also count cycles and cache misses by Linux's perf"
+        help="run the steps alone, between cudaProfilerStart and Stop, as ncu wants it",
     )
     parser.add_argument(
         "--ncu-report",
@@ -132,11 +130,21 @@ def _targets(options: argparse.Namespace) -> Iterator[Target]:
     if model is None:
         yield from _case_targets(options, device)
         return
-    yield Target("before", lambda: run(model, inputs), dtype)
+    given = inputs.values() if isinstance(inputs, dict) else (inputs,)
+    read = sum(x.nbytes for x in (*model.parameters(), *given))
+    flops = _count_flops(lambda: run(model, inputs))
+    yield Target("before", lambda: run(model, inputs), dtype, flops, read)
     if options.patched:
         patched = copy.deepcopy(model)
         print(vlmfast.patch(patched))
-        yield Target("after", lambda: run(patched, inputs), dtype)
+        yield Target("after", lambda: run(patched, inputs), dtype, flops, read)
+
+
+def _count_flops(run: Callable[[], object]) -> int:
+    """Of torch's attention by its plain formula: the counter does not know all of its kernels."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def _find_model(
@@ -179,7 +187,7 @@ def _find_model(
 
 
 def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
-    """Our call of a benchmark's case; with --patched first that of the fastest library call."""
+    """Our call of a benchmark's case; with --patched first that of the fastest peer."""
     contest = _bench("contest")
     if contest is None:
         raise SystemExit(f"no model is called {options.target!r}, and cases need bench/")
@@ -188,11 +196,15 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
             if case.name == options.target:
                 found = contest.Contest(family, case, options.dtype, options.mode, device)
                 row, calls = contest.checked_calls(found)
-                for name, call in calls.items():
-                    if name == contest.OURS or options.patched:
-                        yield Target(
-                            name, call, options.dtype, row.work.flops, row.work.least_bytes
-                        )
+                if contest.OURS not in calls:
+                    raise SystemExit(f"{found}: our result is {row.refusals[contest.OURS]}")
+                names = [contest.OURS]
+                if options.patched and len(calls) > 1:
+                    row.timings = contest.race(calls, 0.0)
+                    names.insert(0, row.best_peer)
+                for name in names:
+                    work = row.work
+                    yield Target(name, calls[name], options.dtype, work.flops, work.least_bytes)
                 return
     names = ", ".join(case.name for members in contest.CASES.values() for case in members)
     raise SystemExit(f"TARGET: expected a row of the demo, a model of timm, or one of {names}")
@@ -219,20 +231,9 @@ def _measure(target: Target, options: argparse.Namespace) -> Findings:
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    flops = target.flops
-    if flops is None:
-        with FlopCounterMode(display=False) as counter:
-            target.run()
-        flops = counter.get_total_flops()
-
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        for step in range(options.steps):
-            if on_gpu:
-                torch.cuda.nvtx.range_push(f"vlmfast {target.name} step {step}")
-            target.run()
-            if on_gpu:
-                torch.cuda.nvtx.range_pop()
+        _steps(target, options.steps)
     trace = options.out / f"{_file_name(options.target)}-{_file_name(target.name)}.json"
     profiler.export_chrome_trace(str(trace))
     operators = [
@@ -245,7 +246,31 @@ def _measure(target: Target, options: argparse.Namespace) -> Findings:
         for event in profiler.key_averages()
     ]
     operators.sort(key=lambda operator: operator[1], reverse=True)
-    return Findings(target, statistics.median(times), flops, operators, trace)
+    return Findings(target, statistics.median(times), operators, trace)
+
+
+def _steps(target: Target, count: int) -> None:
+    """On a GPU each step is an NVTX range."""
+    for step in range(count):
+        with contextlib.ExitStack() as ranges:
+            if torch.cuda.is_available():
+                ranges.enter_context(nvtx.range(f"vlmfast {target.name} step {step}"))
+            target.run()
+
+
+def _run_alone(targets: Sequence[Target], steps: int) -> None:
+    """On a GPU a profiler sees nothing but the steps: what is compiled and checked comes before."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        for target in targets:
+            target.run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    for target in targets:
+        _steps(target, steps)
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
 def _file_name(text: str) -> str:
@@ -263,17 +288,16 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         ceilings = measure.measure_ceilings(dtypes, seconds=1.0, device=device)
     body = []
     for f in found:
-        rate = f.flops / f.seconds
+        rate = f.target.flops / f.seconds
         line = [
             f.target.name,
-            f"{f.seconds * 1e3:.3g}",
-            f"{f.flops / 1e9:.3g}",
+            _milliseconds(f.seconds),
+            f"{f.target.flops / 1e9:.3g}",
             f"{rate / 1e9:.0f}",
         ]
         line.append(f"{rate / ceilings.flops[f.target.dtype]:.0%}" if ceilings else "")
-        moved = f.target.least_bytes and f.target.least_bytes / f.seconds
-        line.append(f"{moved / 1e9:.1f}" if moved else "")
-        line.append(f"{moved / ceilings.bandwidth:.0%}" if moved and ceilings else "")
+        moved = f.target.least_bytes / f.seconds
+        line += [f"{moved / 1e9:.1f}", f"{moved / ceilings.bandwidth:.0%}" if ceilings else ""]
         body.append([*line, str(f.trace)])
     header = ["", "ms a step", "GFLOP", "GFLOP/s", "of ceiling", "GB/s", "of ceiling", "trace"]
     yield _table(header, body)
@@ -283,18 +307,37 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         yield _table(
             ["operator", "ms a step", "share", "calls"],
             [
-                [name, f"{seconds * 1e3:.3g}", f"{seconds / total:.0%}", str(calls)]
+                [name, _milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
                 for name, seconds, calls in f.operators[:COSTLIEST]
             ],
         )
     yield ""
     yield from _resources()
     if torch.cuda.is_available():
-        command = f"python -m vlmfast profile {options.target!r} --steps 1"
-        metrics = ",".join(NCU_METRICS)
-        yield f"ncu --csv --page raw --metrics {metrics} --log-file ncu.csv {command} --no-trace"
+        yield _ncu_command(options)
         yield "then: python -m vlmfast profile --ncu-report ncu.csv"
     yield "open a trace at https://ui.perfetto.dev"
+
+
+def ncu_command(report: str) -> list[str]:
+    """Nsight Compute, of what a program does between cudaProfilerStart and Stop, to a CSV file.
+
+    Clocks are left as they are.
+    """
+    raw = ["--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
+    return ["ncu", *raw, "--metrics", ",".join(NCU_METRICS), "--log-file", report]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def _ncu_command(options: argparse.Namespace) -> str:
+    """The same target under Nsight Compute, one step of it."""
+    profiled = ["-m", "vlmfast", "profile", options.target, "--steps", "1", "--no-trace"]
+    profiled += ["--dtype", options.dtype, "--mode", options.mode, "--batch", str(options.batch)]
+    profiled += ["--patched"] if options.patched else []
+    return shlex.join([*ncu_command("ncu.csv"), "python", *profiled])
 
 
 def _resources() -> Iterator[str]:
