@@ -327,15 +327,18 @@ struct Forward {
     if (!problem.prefetch) return result;
     const int head = next.head / problem.group;
     const int n = minimum(next.k_end - next.k_begin, keys_at_once);
+    const int rest = task.q_end - task.q_begin - kMaxTile;
+    result.add(rows_of<T>(problem.query, task.batch, task.head, task.q_begin + kMaxTile), rest,
+               problem.head_dim);
+    result.add(rows_of<T>(problem.out, task.batch, task.head, task.q_begin),
+               task.q_end - task.q_begin, problem.value_dim);
     if (next.batch != task.batch || head != task.head / problem.group) {
-      result.add(rows_of<T>(problem.key, next.batch, head, next.k_begin), n, problem.head_dim);
       result.add(rows_of<T>(problem.value, next.batch, head, next.k_begin), n, problem.value_dim);
+      result.add(rows_of<T>(problem.key, next.batch, head, next.k_begin), n, problem.head_dim);
     }
     result.add(rows_of<T>(problem.query, next.batch, next.head, next.q_begin),
-               next.q_end - next.q_begin, problem.head_dim);
-    result.add(rows_of<T>(problem.out, next.batch, next.head, next.q_begin),
-               next.q_end - next.q_begin, problem.value_dim);
-    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
+               minimum(kMaxTile, next.q_end - next.q_begin), problem.head_dim);
+    result.spread_over((int64_t)tiles * keys_left / kRowStep * (words / kWordStep) / (problem.causal ? 2 : 1));
     return result;
   }
 
@@ -347,7 +350,7 @@ struct Forward {
     const int n = minimum(task.k_end - begin, keys_at_once);
     result.add(rows_of<T>(problem.key, task.batch, key_head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, key_head, begin), n, problem.value_dim);
-    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
+    result.spread_over((int64_t)tiles * keys_left / kRowStep * (words / kWordStep) / (problem.causal ? 2 : 1));
     return result;
   }
 
@@ -761,7 +764,7 @@ struct Backward {
       result.add(rows_of<T>(problem.grad_query, next.batch, head, next.q_begin), count,
                  problem.head_dim);
     result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
-                       (problem.causal ? 1 : 2));
+                       (words / kWordStep) * (problem.causal ? 1 : 2));
     return result;
   }
 
@@ -774,7 +777,7 @@ struct Backward {
     result.add(rows_of<T>(problem.key, task.batch, task.head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, task.head, begin), n, problem.value_dim);
     result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
-                       (problem.causal ? 1 : 2));
+                       (words / kWordStep) * (problem.causal ? 1 : 2));
     return result;
   }
 

@@ -338,9 +338,8 @@ VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* 
                                     Vec* running_max, Prefetcher& prefetcher) {
   constexpr int kRows = kTileRows<kGroups>;
   for_each_product<Words, kGroups, kRows>(
-      query, keys, words, n_rows, []() VLMFAST_INLINE_LAMBDA {},
+      query, keys, words, n_rows, [&]() VLMFAST_INLINE_LAMBDA { prefetcher.step(); },
       [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
-        if (j % kRowStep == 0) prefetcher.step();
         float* target = scores + j * kGroups * kLanes;
         VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
             VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
