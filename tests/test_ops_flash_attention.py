@@ -271,6 +271,7 @@ SHAPES = [
     dense_case("one query", (2, 3, 1, 16), (2, 3, 90)),
     dense_case("two keys", (2, 3, 50, 16), (2, 3, 2)),
     dense_case("ViT head", (1, 2, 197, 64)),
+    dense_case("one query beyond all vectors", (1, 4, 257, 80), (1, 2, 257)),
     dense_case("head dim 88", (1, 1, 65, 88), (1, 1, 129)),
     dense_case("head dim 104", (1, 1, 15, 104), (1, 1, 17)),
     dense_case("head dims 256 and 8", (1, 1, 31, 256), (1, 1, 33), 8),

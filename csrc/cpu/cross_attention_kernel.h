@@ -208,9 +208,9 @@ VLMFAST_INLINE void multiply_panels(const float* panels, const float* rows, int 
                                     int n, float* out, Prefetcher& ahead) {
   for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
     with_groups(m, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-      multiply_rows<Words, decltype(groups)::value>(panels + (int64_t)first * words, rows, words,
-                                                    count, out + first / kPanel * kPanelScores,
-                                                    nullptr, ahead);
+      multiply_rows<Words, decltype(groups)::value>(
+          panels + (int64_t)first * words, rows, words, words, count,
+          out + first / kPanel * kPanelScores, nullptr, ahead);
     });
   });
 }

@@ -30,12 +30,17 @@ int panel_keys(int64_t budget, int64_t floats_per_key, int keys) {
 }
 
 // Queries are cut into tiles of nearly equal size: a short last tile would use few lanes and few
-// accumulators.
+// accumulators. A single query beyond whole vectors (257 = 16 * 16 + 1, as vision transformers
+// have) is left to itself where `may_leave_one`.
 struct Tiling {
   int vectors, tiles;
+  bool leaves_one;
 
   // Narrow tiles under a causal mask: they compute less of what the diagonal hides.
-  Tiling(int queries, bool causal) : vectors((queries + kLanes - 1) / kLanes) {
+  Tiling(int queries, bool causal, bool may_leave_one)
+      : vectors((queries + kLanes - 1) / kLanes),
+        leaves_one(may_leave_one && vectors > 1 && queries % kLanes == 1) {
+    if (leaves_one) vectors--;
     const int most = causal ? minimum(2, kMaxGroups) : kMaxGroups;
     tiles = (vectors + most - 1) / most;
   }
@@ -63,11 +68,33 @@ VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int batch, int head, int r
   return {tensor.at<T>(batch, head, row), tensor.stride[2], tensor.stride[3]};
 }
 
-// The packed panel that a task's tiles are being run against.
+// Rows of words.
+struct Operand {
+  const float* rows;
+  int64_t stride;
+
+  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
+};
+
+// n rows as words: packed, or where they lie if one block holds them. More rows would be read again
+// and again from places that may share few sets of a cache.
+template <class Words, class T>
+VLMFAST_INLINE Operand rows_as_words(const Rows<T>& rows, int n, int columns, float* packed) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (rows.column_stride == 1 && columns % kRowStep == 0 && n >= kRowStep && n <= kBlock)
+      return {rows.data, rows.row_stride};
+  const int words = word_count<Words>(columns);
+  pack_rows<Words>(rows, n, round_up(n, kRowStep), columns, words, packed);
+  return {packed, words};
+}
+
+// The keys and values that a task's tiles are being run against.
 struct Panel {
   int begin, end;
   bool is_first, is_last;  // of the task
   Prefetcher ahead;
+  Operand keys, values;
+  Operand key_pairs;  // of backward alone
 };
 
 // One tile of queries of one task: its scores against blocks of packed keys.
@@ -150,7 +177,7 @@ struct Scores {
   // Scores of keys [key, key + n), with `factor` still to be multiplied in; `most` is their
   // maximum, times factor. False where a mask hides all of them; `scores` is then not written.
   template <int kGroups>
-  VLMFAST_INLINE bool block(const float* keys, int words, int key, int n, float* scores,
+  VLMFAST_INLINE bool block(const Operand& keys, int words, int key, int n, float* scores,
                             float* factor, Vec* most) const {
     constexpr int kWidth = kGroups * kLanes;
     const bool masked = problem.mask.data != nullptr, diagonal = crosses_diagonal(key, n);
@@ -160,14 +187,19 @@ struct Scores {
     if (*factor == 0.f) *factor = 1e-37f;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
-    // diagonal.
+    // diagonal. Those after are none, or kRowStep at least: a product never reads fewer.
     const int64_t shift = (int64_t)first_query + task.causal_shift - key;
-    const int open = masked     ? 0
-                     : diagonal ? (int)(shift < 0 ? 0 : (shift + 1) / kRowStep * kRowStep)
-                                : n;
-    if (open > 0) multiply_rows<Words, kGroups>(query, keys, words, open, scores, most, ahead);
+    const int open = masked ? 0
+                     : diagonal
+                         ? (int)(shift < 0 ? 0
+                                           : minimum((int)shift + 1, maximum(0, n - kRowStep)) /
+                                                 kRowStep * kRowStep)
+                         : n;
+    if (open > 0)
+      multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, open, scores, most,
+                                    ahead);
     if (open < n)
-      multiply_rows<Words, kGroups>(query, keys + (int64_t)open * words, words, n - open,
+      multiply_rows<Words, kGroups>(query, keys.from(open).rows, keys.stride, words, n - open,
                                     scores + open * kWidth, nullptr, ahead);
     if (masked) {
       const Vec f = broadcast(*factor), hidden = broadcast(-kInfinity);
@@ -195,6 +227,43 @@ struct Scores {
   }
 };
 
+// out[j][:] += weights[j] * row, of `vectors` vectors.
+VLMFAST_NOINLINE void add_outer(const float* weights, const float* row, int n, int vectors,
+                                float* out) {
+  for (int j = 0; j < n; j++) {
+    const Vec weight = broadcast(weights[j]);
+    for (int v = 0; v < vectors; v++) {
+      float* target = out + ((int64_t)j * vectors + v) * kLanes;
+      store(target, fma(weight, load(row + v * kLanes), load(target)));
+    }
+  }
+}
+
+struct RowStatistics {
+  float top, sum, inverse;  // of the sum; 0 where that is 0
+};
+
+// One query's n scores become exp2(factor * score - their maximum); zero beyond n.
+template <class Words>
+VLMFAST_INLINE RowStatistics exponentiate_row(float* scores, int n, float factor) {
+  const Vec hidden = broadcast(-kInfinity);
+  Vec most = hidden, total = zero();
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec x = select_ge(lane_index(j), n, hidden, load(scores + j) * broadcast(factor));
+    store(scores + j, x);
+    most = max(most, x);
+  }
+  const float top = horizontal_max(most);
+  for (int j = 0; j < n; j += kLanes) {
+    const Vec weight =
+        exp2<Words::kExpDegree>(load(scores + j) - broadcast(top == -kInfinity ? 0.f : top));
+    store(scores + j, weight);
+    total = total + weight;
+  }
+  const float sum = horizontal_sum(total);
+  return {top, sum, sum == 0.f ? 0.f : 1.f / sum};
+}
+
 template <class Words, class T>
 struct Forward {
   const FlashAttentionForward& problem;
@@ -207,7 +276,7 @@ struct Forward {
   Forward(const FlashAttentionForward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
     value_columns = round_up(p.value_dim, kRowStep);
-    const int tiles = Tiling(p.queries_most, p.causal).tiles;
+    const int tiles = Tiling(p.queries_most, p.causal, false).tiles;
     // A panel that only a tile or two will read need not stay in the cache, and a short one lets
     // the next be fetched meanwhile.
     const int64_t panel = tiles <= 2 ? kForwardPanel / 4 : kForwardPanel;
@@ -253,8 +322,8 @@ struct Forward {
       const int n = minimum(kBlock, end - key);
       float factor;
       Vec block_most[kGroups], rescale[kGroups];
-      if (!tile.template block<kGroups>(keys + (int64_t)(key - panel.begin) * words, words, key, n,
-                                        scores, &factor, block_most))
+      if (!tile.template block<kGroups>(panel.keys.from(key - panel.begin), words, key, n, scores,
+                                        &factor, block_most))
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
@@ -275,8 +344,8 @@ struct Forward {
       }
       const int n_rows = (n + Words::kElements - 1) / Words::kElements;
       weighted_sum<Words, kGroups>(
-          scores, values + (int64_t)(key - panel.begin) / Words::kElements * value_columns,
-          value_columns, n_rows, value_columns, out, *started != 0.f ? rescale : nullptr);
+          scores, panel.values.from((key - panel.begin) / Words::kElements).rows,
+          panel.values.stride, n_rows, value_columns, out, *started != 0.f ? rescale : nullptr);
       *started = 1.f;
     }
     if (!panel.is_last) {
@@ -289,6 +358,35 @@ struct Forward {
     if (*started == 0.f)
       for (int i = 0; i < value_columns * kWidth; i += kLanes) store(out + i, zero());
     finish<kGroups>(task, first_query, count, most, sum, out);
+  }
+
+  // Whether a query may run by itself: where nothing is hidden, and one panel holds all keys.
+  VLMFAST_INLINE bool may_leave_one(const FlashAttentionTask& task) const {
+    const int n = task.k_end - task.k_begin;
+    return n > 0 && n <= minimum(keys_at_once, kBlock * kMaxTile) && !problem.causal &&
+           problem.mask.data == nullptr && keep == nullptr;
+  }
+
+  // One query; lanes are keys in the scores and features in the sum.
+  VLMFAST_NOINLINE void one_query(const FlashAttentionTask& task, const Panel& panel,
+                                  int row) const {
+    const int n = panel.end - panel.begin;
+    pack_rows<Words>(rows_of<T>(problem.query, task.batch, task.head, row), 1, 1, problem.head_dim,
+                     words, query);
+    multiply_row<Words>(query, panel.keys.rows, panel.keys.stride, words, n, scores);
+    const RowStatistics statistics = exponentiate_row<Words>(scores, n, problem.scale * kLog2E);
+    float log_sum = statistics.sum == 0.f ? 1.f : statistics.sum;
+    log2_in_place(&log_sum, 1);
+    problem
+        .logsumexp[((int64_t)task.batch * problem.heads + task.head) * problem.query_length + row] =
+        (float)(((double)statistics.top + log_sum) * kLn2);
+    round_weights<Words>(scores, n);
+    combine_rows<Words>(scores, panel.values.rows, panel.values.stride,
+                        (n + Words::kElements - 1) / Words::kElements, problem.value_dim, state);
+    T* target = problem.out.at<T>(task.batch, task.head, row);
+    for (int d = 0; d < problem.value_dim; d += kLanes)
+      store_first(target + d, load(state + d) * broadcast(statistics.inverse),
+                  minimum(kLanes, problem.value_dim - d));
   }
 
   template <int kGroups>
@@ -323,15 +421,19 @@ struct Forward {
     if (!problem.prefetch) return result;
     const int head = next.head / problem.group;
     const int n = minimum(next.k_end - next.k_begin, keys_at_once);
+    const int rest = task.q_end - task.q_begin - kMaxTile;
+    result.add(rows_of<T>(problem.query, task.batch, task.head, task.q_begin + kMaxTile), rest,
+               problem.head_dim);
+    result.add(rows_of<T>(problem.out, task.batch, task.head, task.q_begin),
+               task.q_end - task.q_begin, problem.value_dim);
     if (next.batch != task.batch || head != task.head / problem.group) {
-      result.add(rows_of<T>(problem.key, next.batch, head, next.k_begin), n, problem.head_dim);
       result.add(rows_of<T>(problem.value, next.batch, head, next.k_begin), n, problem.value_dim);
+      result.add(rows_of<T>(problem.key, next.batch, head, next.k_begin), n, problem.head_dim);
     }
     result.add(rows_of<T>(problem.query, next.batch, next.head, next.q_begin),
-               next.q_end - next.q_begin, problem.head_dim);
-    result.add(rows_of<T>(problem.out, next.batch, next.head, next.q_begin),
-               next.q_end - next.q_begin, problem.value_dim);
-    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
+               minimum(kMaxTile, next.q_end - next.q_begin), problem.head_dim);
+    result.spread_over((int64_t)tiles * keys_left / kRowStep * (words / kWordStep) /
+                       (problem.causal ? 2 : 1));
     return result;
   }
 
@@ -343,25 +445,31 @@ struct Forward {
     const int n = minimum(task.k_end - begin, keys_at_once);
     result.add(rows_of<T>(problem.key, task.batch, key_head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, key_head, begin), n, problem.value_dim);
-    result.spread_over((int64_t)tiles * keys_left / kRowStep / (problem.causal ? 2 : 1));
+    result.spread_over((int64_t)tiles * keys_left / kRowStep * (words / kWordStep) /
+                       (problem.causal ? 2 : 1));
     return result;
   }
 
   // `next` is what this thread will probably run afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin, problem.causal);
+    const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const int key_head = task.head / problem.group;
     int begin = task.k_begin;
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
-      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
+      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}, {}, {}, {}};
       panel.ahead = panel.is_last ? prefetcher(task, next, tiling.tiles, n)
                                   : panel_prefetcher(task, key_head, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, key_head, begin);
-      pack_rows<Words>(key_rows, n, round_up(n, kRowStep), problem.head_dim, words, keys);
-      pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim, value_columns,
-                            values);
+      panel.keys = rows_as_words<Words>(key_rows, n, problem.head_dim, keys);
+      if constexpr (Words::kElements == 1) {
+        panel.values = rows_as_words<Words>(value_rows, n, problem.value_dim, values);
+      } else {
+        pack_row_pairs<Words>(value_rows, n, round_up(n, kRowStep), problem.value_dim,
+                              value_columns, values);
+        panel.values = {values, value_columns};
+      }
       for (int t = 0; t < tiling.tiles; t++) {
         const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
         const int first_query = task.q_begin + first * kLanes;
@@ -386,6 +494,7 @@ struct Forward {
 #endif
         }
       }
+      if (tiling.leaves_one) one_query(task, panel, task.q_end - 1);
       begin = end;
     } while (begin < task.k_end);
   }
@@ -418,7 +527,7 @@ struct Backward {
     const int64_t padded = round_up(keys_at_once, kRowStep);
     keys = arena.take(padded * words);
     values = arena.take(padded * value_words);
-    key_pairs = kPairs ? arena.take(padded / 2 * columns) : keys;
+    key_pairs = arena.take(kPairs ? padded / 2 * columns : 0);
     grad_keys = arena.take(p.wants_key_value ? padded * vectors * kLanes : 0);
     grad_values = arena.take(p.wants_key_value ? padded * value_vectors * kLanes : 0);
     query = arena.take((int64_t)round_up(words, kLanes) * kMaxTile);
@@ -436,9 +545,9 @@ struct Backward {
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
     temporary_keys = arena.take((int64_t)kBlock * words);
     const bool many_panels = keys_at_once < p.keys_most || p.grad_query_splits != nullptr;
-    grad_query =
-        arena.take(grad_query_tile *
-                   (many_panels ? (int64_t)Tiling(p.queries_most, p.causal).tiles * p.group : 1));
+    grad_query = arena.take(
+        grad_query_tile *
+        (many_panels ? (int64_t)Tiling(p.queries_most, p.causal, false).tiles * p.group : 1));
     scratch_size = arena.used;
   }
 
@@ -509,7 +618,8 @@ struct Backward {
       pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, temporary_keys);
       float factor;
       Vec block_most[kGroups];
-      if (!tile.template block<kGroups>(temporary_keys, words, key, n, scores, &factor, block_most))
+      if (!tile.template block<kGroups>({temporary_keys, words}, words, key, n, scores, &factor,
+                                        block_most))
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
@@ -683,11 +793,11 @@ struct Backward {
                   at = key - panel.begin;
         float factor;
         Vec most[kGroups];
-        if (!tile.template block<kGroups>(keys + (int64_t)at * words, words, key, n, scores,
-                                          &factor, most))
+        if (!tile.template block<kGroups>(panel.keys.from(at), words, key, n, scores, &factor,
+                                          most))
           continue;
-        multiply_rows<Words, kGroups>(grad_out, values + (int64_t)at * value_words, value_words, n,
-                                      grad_scores, nullptr, panel.ahead);
+        multiply_rows<Words, kGroups>(grad_out, panel.values.from(at).rows, panel.values.stride,
+                                      value_words, n, grad_scores, nullptr, panel.ahead);
         if (keep != nullptr)
           dropout(problem).keep(key, n, first_query, kWidth,
                                 (uint32_t)(task.batch * problem.heads + head), keep);
@@ -709,8 +819,8 @@ struct Backward {
         }
         if (problem.wants_query)
           weighted_sum<Words, kGroups>(
-              grad_scores, key_pairs + (int64_t)at / Words::kElements * columns, columns,
-              padded / Words::kElements, columns, grad_query_sum, factors);
+              grad_scores, panel.key_pairs.from(at / Words::kElements).rows, panel.key_pairs.stride,
+              (n + Words::kElements - 1) / Words::kElements, columns, grad_query_sum, factors);
       }
     }
     if (!panel.is_last || !problem.wants_query) return;
@@ -726,6 +836,68 @@ struct Backward {
       const auto target = rows_of<T>(problem.grad_query, task.batch, head, first_query);
       store_transposed<kGroups>(grad_query_sum, factors, target, count, problem.head_dim);
     }
+  }
+
+  // Whether a query may run by itself: where nothing is hidden, and one panel holds all keys.
+  VLMFAST_INLINE bool may_leave_one(const FlashAttentionTask& task) const {
+    const int n = task.k_end - task.k_begin;
+    return n > 0 && n == task.all_k_end - task.all_k_begin &&
+           n <= minimum(keys_at_once, kBlock * kMaxTile) && !problem.causal &&
+           problem.mask.data == nullptr && keep == nullptr;
+  }
+
+  // One query, after others have met these keys; lanes are keys in the scores, features in the
+  // sums.
+  VLMFAST_NOINLINE void one_query(const FlashAttentionTask& task, const Panel& panel, int head,
+                                  int row) const {
+    const int n = panel.end - panel.begin;
+    const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head, row);
+    const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head, row);
+    pack_rows<Words>(query_in, 1, 1, problem.head_dim, words, query);
+    pack_rows<Words>(grad_in, 1, 1, problem.value_dim, value_words, grad_out);
+    multiply_row<Words>(query, panel.keys.rows, panel.keys.stride, words, n, scores);
+    multiply_row<Words>(grad_out, panel.values.rows, panel.values.stride, value_words, n,
+                        grad_scores);
+    const Vec inverse =
+        broadcast(exponentiate_row<Words>(scores, n, problem.scale * kLog2E).inverse);
+    Vec products = zero();
+    for (int j = 0; j < n; j += kLanes) {
+      const Vec weight = load(scores + j) * inverse;
+      store(scores + j, weight);
+      products = fma(weight, load(grad_scores + j), products);
+    }
+    float delta = horizontal_sum(products);
+    if (problem.grad_logsumexp != nullptr)
+      delta -=
+          problem
+              .grad_logsumexp[((int64_t)task.batch * problem.heads + head) * problem.query_length +
+                              row];
+    for (int j = 0; j < n; j += kLanes)
+      store(grad_scores + j, load(scores + j) * (load(grad_scores + j) - broadcast(delta)));
+    if (problem.wants_key_value) {
+      for (int d = 0; d < problem.head_dim; d += kLanes)
+        store(query_rows + d, load_columns(query_in, d, problem.head_dim));
+      for (int d = 0; d < problem.value_dim; d += kLanes)
+        store(grad_out_rows + d, load_columns(grad_in, d, problem.value_dim));
+      add_outer(scores, grad_out_rows, n, value_vectors, grad_values);
+      add_outer(grad_scores, query_rows, n, vectors, grad_keys);
+    }
+    if (!problem.wants_query) return;
+    round_weights<Words>(grad_scores, n);
+    combine_rows<Words>(grad_scores, panel.key_pairs.rows, panel.key_pairs.stride,
+                        (n + Words::kElements - 1) / Words::kElements, problem.head_dim,
+                        grad_query);
+    T* target = problem.grad_query.at<T>(task.batch, head, row);
+    for (int d = 0; d < problem.head_dim; d += kLanes)
+      store_first(target + d, load(grad_query + d) * broadcast(problem.scale),
+                  minimum(kLanes, problem.head_dim - d));
+  }
+
+  VLMFAST_INLINE Vec load_columns(const Rows<T>& row, int d, int columns) const {
+    const int n = minimum(kLanes, columns - d);
+    const T* p = row.data + d * row.column_stride;
+    return row.column_stride == 1 ? load_first(p, n)
+                                  : gather_words<Fp32Words>(p, row.column_stride, n);
   }
 
   // Where the first tile of queries meets every key it can store its share of grad_keys and
@@ -756,7 +928,7 @@ struct Backward {
     if (problem.wants_query)
       result.add(rows_of<T>(problem.grad_query, next.batch, head, next.q_begin), count,
                  problem.head_dim);
-    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
+    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep * (words / kWordStep) *
                        (problem.causal ? 1 : 2));
     return result;
   }
@@ -769,34 +941,37 @@ struct Backward {
     const int n = minimum(task.k_end - begin, keys_at_once);
     result.add(rows_of<T>(problem.key, task.batch, task.head, begin), n, problem.head_dim);
     result.add(rows_of<T>(problem.value, task.batch, task.head, begin), n, problem.value_dim);
-    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep *
+    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep * (words / kWordStep) *
                        (problem.causal ? 1 : 2));
     return result;
   }
 
   // `next` is what this thread will probably run afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin, problem.causal);
+    const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;
     int begin = task.k_begin;
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       const int padded = round_up(n, kRowStep);
-      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}};
+      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}, {}, {}, {}};
       panel.ahead = panel.is_last ? prefetcher(next, tiling.tiles, n)
                                   : panel_prefetcher(task, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
-      pack_rows<Words>(key_rows, n, padded, problem.head_dim, words, keys);
-      pack_rows<Words>(value_rows, n, padded, problem.value_dim, value_words, values);
-      if (kPairs) pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
+      panel.keys = panel.key_pairs = rows_as_words<Words>(key_rows, n, problem.head_dim, keys);
+      panel.values = rows_as_words<Words>(value_rows, n, problem.value_dim, values);
+      if (kPairs) {
+        pack_row_pairs<Words>(key_rows, n, padded, problem.head_dim, columns, key_pairs);
+        panel.key_pairs = {key_pairs, columns};
+      }
       if (problem.wants_key_value && (!overwrites() || tiling.tiles == 0)) {
         for (int64_t i = 0; i < (int64_t)padded * vectors * kLanes; i += kLanes)
           store(grad_keys + i, zero());
         for (int64_t i = 0; i < (int64_t)padded * value_vectors * kLanes; i += kLanes)
           store(grad_values + i, zero());
       }
-      for (int h = 0; h < problem.group; h++)
+      for (int h = 0; h < problem.group; h++) {
         for (int t = 0; t < tiling.tiles; t++) {
           const int first = tiling.first_vector(t), groups = tiling.first_vector(t + 1) - first;
           const int first_query = task.q_begin + first * kLanes,
@@ -822,6 +997,9 @@ struct Backward {
 #endif
           }
         }
+        if (tiling.leaves_one)
+          one_query(task, panel, task.head * problem.group + h, task.q_end - 1);
+      }
       if (problem.wants_key_value) {
         T* grad_key = problem.grad_key.at<T>(task.batch, task.head, begin);
         T* grad_value = problem.grad_value.at<T>(task.batch, task.head, begin);

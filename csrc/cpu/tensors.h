@@ -41,11 +41,10 @@ inline Strided strided(const Tensor& tensor) {
   return result;
 }
 
-// Whether fetching ahead pays: what lies in the last-level cache anyway arrives soon enough, and
-// the requests cost more than they save. Systems do not tell what share of that cache a process
-// has.
+// Whether fetching ahead pays: what lies in a core's own cache anyway arrives soon enough, and the
+// requests cost more than they save.
 inline bool exceeds_cache(std::initializer_list<const Tensor*> tensors) {
-  constexpr int64_t kCachedBytes = 12 << 20;  // about a third of a usual last-level cache
+  constexpr int64_t kCachedBytes = 2 << 20;  // about a usual second-level cache
   int64_t bytes = 0;
   for (const Tensor* tensor : tensors)
     bytes += tensor->numel() * static_cast<int64_t>(tensor->element_size());

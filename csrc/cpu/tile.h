@@ -295,14 +295,17 @@ VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T
 template <int kGroups>
 constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups == 1 ? 8 : 4);
 
-// Calls body(row, sum) for every kRows rows of keys; sum[r][g] = keys[row + r] . query, in
-// registers. Rows [0, n_rows) rounded up to kRows are read. `between()` is called every kWordStep
+// Calls body(row, sum) for every kRows rows of keys, which lie key_stride apart; sum[r][g] =
+// keys[row + r] . query, in registers. The last rows are those that end at n_rows, some of them for
+// the second time; fewer than kRows rows are read as kRows. `between()` is called every kWordStep
 // words.
 template <class Words, int kGroups, int kRows, class Between, class Body>
 VLMFAST_INLINE void for_each_product(const float* __restrict query, const float* __restrict keys,
-                                     int words, int n_rows, Between between, Body body) {
-  for (int j = 0; j < n_rows; j += kRows) {
-    const float* key = keys + (int64_t)j * words;
+                                     int64_t key_stride, int words, int n_rows, Between between,
+                                     Body body) {
+  for (int first = 0; first < n_rows; first += kRows) {
+    const int j = first + kRows <= n_rows ? first : maximum(0, n_rows - kRows);
+    const float* key = keys + j * key_stride;
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
         sum[r][g] = zero();
@@ -315,7 +318,7 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
         Vec part[kGroups];
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] = zero();
         VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
-          const Vec k = broadcast(key[r * words + w + u]);
+          const Vec k = broadcast(key[r * key_stride + w + u]);
           VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] =
               Words::multiply_add(load(query + ((w + u) * kGroups + g) * kLanes), k, part[g]);
         }
@@ -327,7 +330,7 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
             load(query + ((w + u) * kGroups + g) * kLanes);
         VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-          const Vec k = broadcast(key[r * words + w + u]);
+          const Vec k = broadcast(key[r * key_stride + w + u]);
           VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] =
               Words::multiply_add(q[g], k, sum[r][g]);
         }
@@ -338,17 +341,17 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
   }
 }
 
-// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) rounded up to kRowStep;
+// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) or kTileRows;
 // `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
 template <class Words, int kGroups>
 VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
-                                    int words, int n_rows, float* __restrict scores,
-                                    Vec* running_max, Prefetcher& prefetcher) {
+                                    int64_t key_stride, int words, int n_rows,
+                                    float* __restrict scores, Vec* running_max,
+                                    Prefetcher& prefetcher) {
   constexpr int kRows = kTileRows<kGroups>;
   for_each_product<Words, kGroups, kRows>(
-      query, keys, words, n_rows, []() VLMFAST_INLINE_LAMBDA {},
+      query, keys, key_stride, words, n_rows, [&]() VLMFAST_INLINE_LAMBDA { prefetcher.step(); },
       [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
-        if (j % kRowStep == 0) prefetcher.step();
         float* target = scores + j * kGroups * kLanes;
         VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
             VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
@@ -405,8 +408,8 @@ VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* 
 
 template <class Words, int kGroups, int kColumns>
 VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
-                                     const float* __restrict values, int value_stride, int n_rows,
-                                     float* __restrict out, const Vec* rescale) {
+                                     const float* __restrict values, int64_t value_stride,
+                                     int n_rows, float* __restrict out, const Vec* rescale) {
   Vec sum[kColumns][kGroups];
   VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
       sum[d][g] = zero();
@@ -415,7 +418,7 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) p[g] =
         load(weights + (r * kGroups + g) * kLanes);
     VLMFAST_UNROLL for (int d = 0; d < kColumns; d++) {
-      const Vec v = broadcast(values[(int64_t)r * value_stride + d]);
+      const Vec v = broadcast(values[r * value_stride + d]);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[d][g] =
           Words::multiply_add(p[g], v, sum[d][g]);
     }
@@ -431,7 +434,7 @@ VLMFAST_INLINE void weighted_columns(const float* __restrict weights,
 // values[row][column]; without `rescale` out starts from zero. n_rows counts rows of words;
 // `columns` is a multiple of kRowStep.
 template <class Words, int kGroups>
-VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, int value_stride,
+VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, int64_t value_stride,
                                    int n_rows, int columns, float* out, const Vec* rescale) {
   constexpr int kColumns = kTileRows<kGroups>;
   for (int d = 0; d < columns; d += kColumns)
@@ -514,6 +517,74 @@ VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const
     }
     left_over -= n;
   }
+}
+
+// out[row] = the sum over words of left(row, word, n) . right(row, word, n), each of which loads n
+// words; here the lanes of `out` are rows.
+template <class Words, class Left, class Right>
+VLMFAST_INLINE void sum_rows(int n_rows, int words, Left left, Right right, float* out) {
+  for (int j = 0; j < n_rows; j += kLanes) {
+    Vec r[kLanes];
+    VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] = zero();
+    if (j + kLanes <= n_rows && words % kLanes == 0) {
+      for (int w = 0; w < words; w += kLanes)
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            Words::multiply_add(left(j + i, w, kLanes), right(j + i, w, kLanes), r[i]);
+    } else {
+      for (int i = 0; i < kLanes && j + i < n_rows; i++) {
+        Vec sum = zero();
+        for (int w = 0; w < words; w += kLanes) {
+          const int n = minimum(kLanes, words - w);
+          sum = Words::multiply_add(left(j + i, w, n), right(j + i, w, n), sum);
+        }
+        r[i] = sum;
+      }
+    }
+    transpose(r);
+    VLMFAST_UNROLL for (int step = kLanes / 2; step > 0; step /= 2)
+        VLMFAST_UNROLL for (int i = 0; i < step; i++) r[i] = r[i] + r[i + step];
+    store(out + j, r[0]);
+  }
+}
+
+// out[row] = row . rows[row], of rows of words.
+template <class Words>
+VLMFAST_NOINLINE void multiply_row(const float* row, const float* rows, int64_t stride, int words,
+                                   int n_rows, float* out) {
+  sum_rows<Words>(
+      n_rows, words,
+      [&](int, int w, int n) VLMFAST_INLINE_LAMBDA { return load_first(row + w, n); },
+      [&](int j, int w, int n)
+          VLMFAST_INLINE_LAMBDA { return load_first(rows + j * stride + w, n); },
+      out);
+}
+
+// out[column] = sum over rows of words of weights[row] * rows[row][column].
+template <class Words>
+VLMFAST_NOINLINE void combine_rows(const float* weights, const float* rows, int64_t stride,
+                                   int n_rows, int columns, float* out) {
+  for (int d = 0; d < columns; d += kLanes) {
+    const int n = minimum(kLanes, columns - d);
+    Vec sum[4] = {zero(), zero(), zero(), zero()};
+    int r = 0;
+    for (; r + 4 <= n_rows; r += 4)
+      VLMFAST_UNROLL for (int i = 0; i < 4; i++) sum[i] = Words::multiply_add(
+          broadcast(weights[r + i]), load_first(rows + (r + i) * stride + d, n), sum[i]);
+    for (; r < n_rows; r++)
+      sum[0] =
+          Words::multiply_add(broadcast(weights[r]), load_first(rows + r * stride + d, n), sum[0]);
+    store(out + d, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+// Rounds fp32 weights to words of Words, in place; beyond the n there are zeros.
+template <class Words>
+VLMFAST_INLINE void round_weights(float* weights, int n) {
+#if VLMFAST_LEVEL >= 3
+  if constexpr (Words::kElements == 2)
+    for (int j = 0; j < n; j += kLanes)
+      _mm256_storeu_si256((__m256i*)(weights + j / 2), narrow_bf16(load(weights + j)));
+#endif
 }
 
 // Rows j (and j + 1 with bf16 words) of P and dS, the operands of the products of a backward pass.

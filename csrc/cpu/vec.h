@@ -83,13 +83,6 @@ VLMFAST_INLINE void store_first(BFloat16* p, Vec x, int n) {
 VLMFAST_INLINE void store_first(Half* p, Vec x, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-// p * 2^k, where k stands in the low bits of n. NaN stays: the low bits of its payload are
-// anything.
-VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
-  const __mmask16 is_number = _mm512_cmp_ps_mask(p, p, _CMP_ORD_Q);
-  return _mm512_castsi512_ps(_mm512_add_epi32(
-      _mm512_castps_si512(p), _mm512_maskz_slli_epi32(is_number, _mm512_castps_si512(n), 23)));
-}
 
 VLMFAST_INLINE void transpose(Vec r[16]) {
   Vec t[16];
@@ -195,6 +188,8 @@ VLMFAST_INLINE void store_first(BFloat16* p, Vec x, int n) {
 VLMFAST_INLINE void store_first(Half* p, Vec x, int n) {
   store_first_16bit(&p->bits, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), n);
 }
+// p * 2^k, where k stands in the low bits of n. NaN stays: the low bits of its payload are
+// anything.
 VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
   const __m256i is_number = _mm256_castps_si256(_mm256_cmp_ps(p, p, _CMP_ORD_Q));
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
@@ -320,16 +315,9 @@ VLMFAST_INLINE void transpose(Vec r[4]) {
 }
 #endif
 
-// 2^x for x <= 127, with p(f) fitted to 2^f on [-1/2, 1/2] so that p(0) = 1: relative error 9.4e-8
-// (degree 5) or 1.1e-4 (degree 3). -inf gives 0, NaN stays NaN.
+// 2^f on [-1/2, 1/2], 1 at 0: relative error 9.4e-8 (degree 5) or 1.1e-4 (degree 3).
 template <int kDegree>
-VLMFAST_INLINE Vec exp2(Vec x) {
-  x = max(broadcast(-127.f),
-          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
-  // on the adders instead of the multipliers.
-  const Vec shifted = x + broadcast(12582912.f);
-  const Vec f = x - (shifted - broadcast(12582912.f));
+VLMFAST_INLINE Vec exp2_of_fraction(Vec f) {
   Vec p;
   if constexpr (kDegree == 3) {
     p = broadcast(5.500904471e-02f);
@@ -343,7 +331,24 @@ VLMFAST_INLINE Vec exp2(Vec x) {
     p = fma(p, f, broadcast(2.402224690e-01f));
     p = fma(p, f, broadcast(6.931470037e-01f));
   }
-  return add_exponent(fma(p, f, broadcast(1.f)), shifted);
+  return fma(p, f, broadcast(1.f));
+}
+
+// 2^x for x <= 127. -inf gives 0, NaN stays NaN.
+template <int kDegree>
+VLMFAST_INLINE Vec exp2(Vec x) {
+#if VLMFAST_LEVEL >= 2
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_of_fraction<kDegree>(f), x - f);
+#else
+  x = max(broadcast(-127.f),
+          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
+  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
+  // on the adders instead of the multipliers.
+  const Vec shifted = x + broadcast(12582912.f);
+  const Vec f = x - (shifted - broadcast(12582912.f));
+  return add_exponent(exp2_of_fraction<kDegree>(f), shifted);
+#endif
 }
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT

@@ -157,46 +157,6 @@ class WindowPrefetcher {
   int64_t offset_ = 0, bytes_ = 0;
 };
 
-// out[row] = the sum over words of left(row, word, n) . right(row, word, n), each of which loads n
-// words; here the lanes of `out` are rows.
-template <class Words, class Left, class Right>
-VLMFAST_INLINE void sum_rows(int n_rows, int words, Left left, Right right, float* out) {
-  for (int j = 0; j < n_rows; j += kLanes) {
-    Vec r[kLanes];
-    VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] = zero();
-    if (j + kLanes <= n_rows && words % kLanes == 0) {
-      for (int w = 0; w < words; w += kLanes)
-        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
-            Words::multiply_add(left(j + i, w, kLanes), right(j + i, w, kLanes), r[i]);
-    } else {
-      for (int i = 0; i < kLanes && j + i < n_rows; i++) {
-        Vec sum = zero();
-        for (int w = 0; w < words; w += kLanes) {
-          const int n = minimum(kLanes, words - w);
-          sum = Words::multiply_add(left(j + i, w, n), right(j + i, w, n), sum);
-        }
-        r[i] = sum;
-      }
-    }
-    transpose(r);
-    VLMFAST_UNROLL for (int step = kLanes / 2; step > 0; step /= 2)
-        VLMFAST_UNROLL for (int i = 0; i < step; i++) r[i] = r[i] + r[i + step];
-    store(out + j, r[0]);
-  }
-}
-
-// out[row] = row . rows[row], of packed rows.
-template <class Words>
-VLMFAST_NOINLINE void multiply_row(const float* row, const float* rows, int words, int n_rows,
-                                   float* out) {
-  sum_rows<Words>(
-      n_rows, words,
-      [&](int, int w, int n) VLMFAST_INLINE_LAMBDA { return load_first(row + w, n); },
-      [&](int j, int w, int n)
-          VLMFAST_INLINE_LAMBDA { return load_first(rows + (int64_t)j * words + w, n); },
-      out);
-}
-
 // 1 / max(|x|, 1e-12) from |x|^2.
 VLMFAST_INLINE Vec inverse_norm(Vec square) {
   return broadcast(1.f) / max(broadcast(kSmallestNorm), sqrt(square));
@@ -222,23 +182,6 @@ VLMFAST_INLINE void square_norms(const float* query, int words, Vec* squares) {
     }
 }
 
-// out[column] = sum over rows of words of weights[row] * rows[row][column].
-template <class Words>
-VLMFAST_NOINLINE void combine_rows(const float* weights, const float* rows, int stride, int n_rows,
-                                   int columns, float* out) {
-  for (int d = 0; d < columns; d += kLanes) {
-    Vec sum[4] = {zero(), zero(), zero(), zero()};
-    int r = 0;
-    for (; r + 4 <= n_rows; r += 4)
-      VLMFAST_UNROLL for (int i = 0; i < 4; i++) sum[i] = Words::multiply_add(
-          broadcast(weights[r + i]), load(rows + (int64_t)(r + i) * stride + d), sum[i]);
-    for (; r < n_rows; r++)
-      sum[0] =
-          Words::multiply_add(broadcast(weights[r]), load(rows + (int64_t)r * stride + d), sum[0]);
-    store(out + d, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-}
-
 // out[j][:] = weights[j] * row, of `vectors` vectors.
 VLMFAST_INLINE void set_outer(const float* weights, const float* row, int n, int vectors,
                               float* out) {
@@ -247,16 +190,6 @@ VLMFAST_INLINE void set_outer(const float* weights, const float* row, int n, int
     for (int v = 0; v < vectors; v++)
       store(out + ((int64_t)j * vectors + v) * kLanes, weight * load(row + v * kLanes));
   }
-}
-
-// Rounds fp32 weights to words of Words, in place; beyond the n there are zeros.
-template <class Words>
-VLMFAST_INLINE void round_weights(float* weights, int n) {
-#if VLMFAST_LEVEL >= 3
-  if constexpr (Words::kElements == 2)
-    for (int j = 0; j < n; j += kLanes)
-      _mm256_storeu_si256((__m256i*)(weights + j / 2), narrow_bf16(load(weights + j)));
-#endif
 }
 
 // Rows of keys that one register tile of the scores holds: one less than usual where that wastes
@@ -308,7 +241,7 @@ struct Logits {
       top[g] = max(top[g], x);
     };
     for_each_product<Words, kGroups, kRows>(
-        query, keys, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
+        query, keys, words, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
         [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
           if (j + kRows <= n) {
             VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
@@ -333,7 +266,7 @@ struct Logits {
   // The last query's logits[key]; lanes beyond the keys are -inf.
   VLMFAST_INLINE void last(const float* query, float factor, float* logits) const {
     const int n = tiling.tokens;
-    multiply_row<Words>(query, keys, words, n, logits);
+    multiply_row<Words>(query, keys, words, words, n, logits);
     const float* added = bias + tiling.bias_tiles_size();
     for (int j = 0; j < n; j += kLanes) {
       Vec f = broadcast(factor);
@@ -691,7 +624,7 @@ struct Backward {
     }
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
     Prefetcher none;
-    multiply_rows<Words, kGroups>(grad_out, values, words, n, grad_scores, nullptr, none);
+    multiply_rows<Words, kGroups>(grad_out, values, words, words, n, grad_scores, nullptr, none);
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
@@ -785,7 +718,7 @@ struct Backward {
       factor = problem.logit_scale[head];
     }
     logits.last(row, factor * inverse * kLog2E, row_scores);
-    multiply_row<Words>(grad_row, values, words, n, row_grads);
+    multiply_row<Words>(grad_row, values, words, words, n, row_grads);
     float most;
     const float normalise = 1.f / exponentiate_row<Words>(row_scores, n, &most);
     if (keep != nullptr) {
