@@ -117,44 +117,47 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
 }
 
-// Asks for the rows of the next window, a few lines at a time between other work: they lie too far
-// apart for the hardware to foresee them, also where a cache holds them.
+// Asks for the rows of the next window, a few at a time between other work: the hardware does not
+// foresee them, also where a cache holds them. It goes token by token, because in a packed
+// projection a token's query, key and value are neighbours, and so are tokens.
+template <int kTensors>
 class WindowPrefetcher {
  public:
+  // Of each row `columns` columns from `column` on; spread over the logits of `heads` heads.
   template <class T>
-  VLMFAST_INLINE void add(T* const* rows, int column, int columns) {
-    ranges_[count_++] = {(const char* const*)rows, column * (int64_t)sizeof(T)};
-    bytes_ = columns * (int64_t)sizeof(T);
+  VLMFAST_INLINE WindowPrefetcher(const Window<T, kTensors>& window, const Tiling& tiling,
+                                  int column, int columns, int heads, int words)
+      : begin_(column * (int64_t)sizeof(T)),
+        bytes_(columns * (int)sizeof(T)),
+        tokens_(tiling.tokens) {
+    VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) rows_[t] = (const char* const*)window.rows[t];
+    const int64_t lines = (int64_t)kTensors * tokens_ * ((bytes_ + 63) / 64);
+    const int steps = heads * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
+    lines_per_step_ = (int)(lines / maximum(steps, 1)) + 1;
   }
-  // Spreads the lines over the logits of `heads` heads: more at once than the core can ask for
-  // would stall it.
-  VLMFAST_INLINE void spread_over(const Tiling& tiling, int heads, int words) {
-    tokens_ = tiling.tokens;
-    const int64_t lines = (int64_t)count_ * tokens_ * ((bytes_ + 63) / 64);
-    const int64_t steps =
-        (int64_t)heads * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
-    per_step_ = (int)(lines / (steps > 0 ? steps : 1)) + 1;
-  }
+
   VLMFAST_INLINE void step() {
-    for (int i = 0; i < per_step_ && at_ < count_; i++) {
-      __builtin_prefetch(ranges_[at_].rows[token_] + ranges_[at_].begin + offset_, 0, 2);
-      offset_ += 64;
+    due_ += lines_per_step_;
+    while (due_ > 0 && token_ < tokens_) {
+      const char* p = rows_[tensor_][token_] + begin_ + offset_;
+      const int n = minimum(bytes_ - offset_, kMostBytes);
+      for (int i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
+      due_ -= (n + 63) / 64;
+      offset_ += n;
       if (offset_ < bytes_) continue;
       offset_ = 0;
-      if (++token_ < tokens_) continue;
-      token_ = 0;
-      at_++;
+      if (++tensor_ < kTensors) continue;
+      tensor_ = 0;
+      token_++;
     }
   }
 
  private:
-  struct Range {
-    const char* const* rows;
-    int64_t begin;
-  };
-  Range ranges_[8];
-  int count_ = 0, at_ = 0, token_ = 0, tokens_ = 0, per_step_ = 0;
-  int64_t offset_ = 0, bytes_ = 0;
+  static constexpr int kMostBytes = 512;  // more requests at once would stall the core
+  const char* const* rows_[kTensors];
+  int64_t begin_;
+  int bytes_, tokens_, lines_per_step_, due_ = 0;
+  int token_ = 0, tensor_ = 0, offset_ = 0;
 };
 
 // out[row] = the sum over words of left(row, word, n) . right(row, word, n), each of which loads n
@@ -276,9 +279,9 @@ struct Logits {
   float mask;
 
   // logits[key][lane] for the tile's queries from the vector `first` on, and their maxima.
-  template <int kGroups>
+  template <int kGroups, class Ahead>
   VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                           Vec* most, WindowPrefetcher& ahead) const {
+                           Vec* most, Ahead& ahead) const {
     constexpr int kMany = kTileRows<kGroups>, kFew = kFewerRows<kGroups>;
     const bool few = round_up(tiling.tokens, kFew) < round_up(tiling.tokens, kMany);
     const bool plain = key_factors == nullptr && regions == nullptr;
@@ -292,9 +295,9 @@ struct Logits {
       tile<kGroups, kMany, false>(query, first, factor, logits, most, ahead);
   }
 
-  template <int kGroups, int kRows, bool kPlain>
+  template <int kGroups, int kRows, bool kPlain, class Ahead>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                             Vec* most, WindowPrefetcher& ahead) const {
+                             Vec* most, Ahead& ahead) const {
     const int stride = tiling.bias_stride(), n = tiling.tokens;
     Vec top[kGroups];  // in registers, which `most` cannot be
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
@@ -385,6 +388,7 @@ VLMFAST_INLINE void with_groups(int groups, Body body) {
 template <class Words, class T>
 struct Forward {
   enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
+  using Ahead = WindowPrefetcher<kTensors>;
   const WindowAttentionForward& problem;
   Tiling tiling;
   int words, value_columns, row_words;
@@ -427,7 +431,7 @@ struct Forward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, float* logsumexp,
-                             WindowPrefetcher& ahead) const {
+                             Ahead& ahead) const {
     constexpr int kWidth = kGroups * kLanes;
     const int column = head * problem.head_dim, n = tiling.tokens;
     const int first_query = first * kLanes,
@@ -496,8 +500,7 @@ struct Forward {
     logsumexp[q] = (most + sum) * (float)kLn2;
   }
 
-  void run_head(const Window<T, kTensors>& window, int64_t index, int head,
-                WindowPrefetcher& ahead) const {
+  void run_head(const Window<T, kTensors>& window, int64_t index, int head, Ahead& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens;
     pack_rows<Words>(ScatteredRows<T>{window.rows[kKey], column}, n, tiling.padded_tokens,
                      problem.head_dim, words, keys);
@@ -532,9 +535,7 @@ struct Forward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      WindowPrefetcher ahead;
-      for (T** rows : following->rows) ahead.add(rows, column, columns);
-      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      Ahead ahead(*following, tiling, column, columns, task.head_end - task.head_begin, words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, index, head, ahead);
       Window<T, kTensors>* free = window;
@@ -547,6 +548,7 @@ struct Forward {
 template <class Words, class T>
 struct Backward {
   enum Tensors { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kTensors };
+  using Ahead = WindowPrefetcher<kTensors>;
   static constexpr bool kPairs = Words::kElements == 2;
   const WindowAttentionBackward& problem;
   Tiling tiling;
@@ -665,8 +667,7 @@ struct Backward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, bool overwrite,
-                             float* grad_bias, Vec* grad_logit_scale,
-                             WindowPrefetcher& ahead) const {
+                             float* grad_bias, Vec* grad_logit_scale, Ahead& ahead) const {
     constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const int first_query = first * kLanes,
@@ -876,7 +877,7 @@ struct Backward {
   }
 
   void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
-                int head, WindowPrefetcher& ahead) const {
+                int head, Ahead& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const ScatteredRows<T> key_rows{window.rows[kKey], column};
     const ScatteredRows<T> value_rows{window.rows[kValue], column};
@@ -922,9 +923,7 @@ struct Backward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      WindowPrefetcher ahead;
-      for (T** rows : following->rows) ahead.add(rows, column, columns);
-      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      Ahead ahead(*following, tiling, column, columns, task.head_end - task.head_begin, words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, task, index, head, ahead);
       Window<T, kTensors>* free = window;
