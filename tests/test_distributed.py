@@ -679,15 +679,21 @@ def test_table_is_what_the_formulas_give():
 def bytes_sent(group):
     """Counts what this rank sends in collectives, as rings and pairwise exchange send it."""
     world, sent = dist.get_world_size(group), [0]
+    gather, reduce_scatter = (
+        f"{what}_single" if hasattr(dist, f"{what}_single") else before
+        for what, before in (
+            ("all_gather", "all_gather_into_tensor"),
+            ("reduce_scatter", "reduce_scatter_tensor"),
+        )
+    )
     originals = {
-        name: getattr(dist, name)
-        for name in ("all_gather_into_tensor", "all_to_all_single", "batch_isend_irecv")
+        name: getattr(dist, name) for name in (gather, "all_to_all_single", "batch_isend_irecv")
     }
-    refused = ("all_reduce", "reduce_scatter_tensor", "all_gather_object", "all_gather")
+    refused = ("all_reduce", reduce_scatter, "all_gather_object", "all_gather")
 
-    def all_gather_into_tensor(output, own, group):
+    def all_gather(output, own, group):
         sent[0] += (world - 1) * own.nbytes
-        return originals["all_gather_into_tensor"](output, own, group=group)
+        return originals[gather](output, own, group=group)
 
     def all_to_all_single(output, parts, output_split_sizes, input_split_sizes, group):
         row = parts.nbytes // parts.shape[0]
@@ -702,10 +708,10 @@ def bytes_sent(group):
     def uncounted(*args, **kwargs):
         raise AssertionError("a collective that the formulas do not know")
 
-    counting = (all_gather_into_tensor, all_to_all_single, batch_isend_irecv)
+    counting = (all_gather, all_to_all_single, batch_isend_irecv)
     with pytest.MonkeyPatch.context() as patcher:
-        for function in counting:
-            patcher.setattr(dist, function.__name__, function)
+        for name, function in zip(originals, counting, strict=True):
+            patcher.setattr(dist, name, function)
         for name in refused:
             patcher.setattr(dist, name, uncounted)
         yield sent

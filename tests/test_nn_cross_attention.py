@@ -699,3 +699,33 @@ def test_bad_arguments_of_the_resampler(arguments, shape, message):
         layer(torch.zeros(shape))
     with pytest.raises(TypeError, match="x: expected a floating dtype"):
         layer(torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        vnn.MaskedCrossAttention,
+        vnn.GatedCrossAttentionBlock,
+        vnn.PerceiverAttention,
+        vnn.PerceiverResampler,
+    ],
+)
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ({"dim": -1}, ValueError, "dim: expected at least 1, got -1"),
+        ({"heads": 0}, ValueError, "heads: expected at least 1, got 0"),
+        ({"dim_head": 0}, ValueError, "dim_head: expected at least 1, got 0"),
+        ({"heads": 2.0}, TypeError, "heads: expected an int, got float"),
+    ],
+)
+def test_bad_sizes(layer, sizes, error, message):
+    with pytest.raises(error, match=message):
+        layer(**{"dim": WIDTH, **sizes})
+
+
+def test_bad_sizes_of_single_layers():
+    with pytest.raises(ValueError, match="dim_visual: expected at least 1, got 0"):
+        vnn.MaskedCrossAttention(dim=WIDTH, dim_visual=0)
+    with pytest.raises(ValueError, match="num_latents: expected at least 1, got 0"):
+        vnn.PerceiverResampler(dim=WIDTH, num_latents=0)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vlmfast.functional.common import check_device, reject_type
+from vlmfast.functional.common import check_device, reject, reject_type
 
-__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept"]
+__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept", "positive_int"]
 
 Result = TypeVar("Result")
+
+
+def positive_int(argument: str, number: Any) -> int:
+    """An argument of a constructor that is a number of at least 1."""
+    try:
+        value = operator.index(number)
+    except TypeError:
+        reject_type(argument, "an int", type(number).__name__)
+    if value < 1:
+        reject(argument, "at least 1", value)
+    return value
 
 
 def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
@@ -75,16 +88,23 @@ class _Snapshot:
     def __init__(self, tensor: Tensor):
         self._layout = _layout(tensor)
         self._copy = tensor.clone() if tensor.is_inference() else None
-        # Held, so that no other tensor can take its place in memory.
+        # Held, so that no other tensor can take its identity.
         self._owner = None if tensor.is_inference() else _owner(tensor)
         self._version = 0 if tensor.is_inference() else tensor._version
+        # `tensor.data = other` counts up no version, and memory that it frees is soon given out
+        # again, at the same address. A weak reference keeps the identity alone.
+        self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def shows(self, tensor: Tensor) -> bool:
         if _layout(tensor) != self._layout or tensor.is_inference() != (self._copy is not None):
             return False
         if self._copy is not None:
             return torch.equal(self._copy, tensor)
-        return _owner(tensor) is self._owner and tensor._version == self._version
+        return (
+            _owner(tensor) is self._owner
+            and tensor._version == self._version
+            and tensor.untyped_storage()._cdata == self._storage.cdata
+        )
 
 
 # One copy of a tensor without a version serves all layers.

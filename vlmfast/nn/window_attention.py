@@ -22,7 +22,7 @@ from vlmfast.functional.common import (
     reject,
     reject_type,
 )
-from vlmfast.nn.common import check_fits_weight, has_hooks
+from vlmfast.nn.common import check_fits_weight, has_hooks, positive_int
 
 __all__ = [
     "ShiftedWindowAttention",
@@ -91,7 +91,7 @@ class ShiftedWindowAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        dim, num_heads = _positive_int("dim", dim), _positive_int("num_heads", num_heads)
+        dim, num_heads = positive_int("dim", dim), positive_int("num_heads", num_heads)
         if dim % num_heads:
             reject("num_heads", f"a number that divides dim, {dim}", num_heads)
         self.window_size = _two_ints("window_size", window_size)
@@ -368,16 +368,6 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
-
-
-def _positive_int(argument: str, number: Any) -> int:
-    try:
-        value = operator.index(number)
-    except TypeError:
-        reject_type(argument, "an int", type(number).__name__)
-    if value < 1:
-        reject(argument, "at least 1", value)
-    return value
 
 
 def _two_ints(argument: str, pair: Any) -> list[int]:
