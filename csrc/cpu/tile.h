@@ -442,35 +442,46 @@ VLMFAST_NOINLINE void weighted_sum(const float* weights, const float* values, in
                                                out + d * kGroups * kLanes, rescale);
 }
 
-template <class Words, int kVectors, bool kLeftByColumns>
-VLMFAST_INLINE void outer_columns(const float* __restrict left, int left_stride,
-                                  const float* __restrict right, int right_stride, int depth,
-                                  int n_rows, bool overwrite, float* __restrict out,
-                                  int out_stride) {
-  constexpr int kRows = 4;
-  for (int j = 0; j < n_rows; j += kRows) {
-    const float* l = left + (kLeftByColumns ? j : j * left_stride);
-    float* o = out + (int64_t)j * out_stride;
-    Vec sum[kRows][kVectors];
-    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
-        sum[r][v] = zero();
-    for (int i = 0; i < depth; i++) {
-      Vec x[kVectors];
-      VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
-          load(right + i * right_stride + v * kLanes);
-      VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-        const Vec weight =
-            broadcast(kLeftByColumns ? l[i * left_stride + r] : l[r * left_stride + i]);
-        VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) sum[r][v] =
-            Words::multiply_add(weight, x[v], sum[r][v]);
-      }
-    }
-    VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
-        VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) {
-      float* target = o + r * out_stride + v * kLanes;
-      store(target, overwrite ? sum[r][v] : load(target) + sum[r][v]);
+template <class Words, int kVectors, int kRows, bool kLeftByColumns>
+VLMFAST_INLINE void outer_rows(const float* __restrict left, int left_stride,
+                               const float* __restrict right, int right_stride, int depth,
+                               bool overwrite, float* __restrict out, int out_stride) {
+  Vec sum[kRows][kVectors];
+  VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++)
+      sum[r][v] = zero();
+  for (int i = 0; i < depth; i++) {
+    Vec x[kVectors];
+    VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) x[v] =
+        load(right + i * right_stride + v * kLanes);
+    VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
+      const Vec weight =
+          broadcast(kLeftByColumns ? left[i * left_stride + r] : left[r * left_stride + i]);
+      VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) sum[r][v] =
+          Words::multiply_add(weight, x[v], sum[r][v]);
     }
   }
+  VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int v = 0; v < kVectors; v++) {
+    float* target = out + r * out_stride + v * kLanes;
+    store(target, overwrite ? sum[r][v] : load(target) + sum[r][v]);
+  }
+}
+
+template <class Words, int kVectors, bool kLeftByColumns>
+VLMFAST_INLINE void outer_columns(const float* left, int left_stride, const float* right,
+                                  int right_stride, int depth, int n_rows, bool overwrite,
+                                  float* out, int out_stride) {
+  // Four rows of two vectors are too few sums to hide the latency of a multiply-add.
+  constexpr int kRows = kRegisters == 32 && kVectors <= 2 ? 8 : 4;
+  const int left_step = kLeftByColumns ? 1 : left_stride;
+  int j = 0;
+  for (; kRows > 4 && j + 4 < n_rows; j += kRows)
+    outer_rows<Words, kVectors, kRows, kLeftByColumns>(left + j * left_step, left_stride, right,
+                                                       right_stride, depth, overwrite,
+                                                       out + (int64_t)j * out_stride, out_stride);
+  for (; j < n_rows; j += 4)
+    outer_rows<Words, kVectors, 4, kLeftByColumns>(left + j * left_step, left_stride, right,
+                                                   right_stride, depth, overwrite,
+                                                   out + (int64_t)j * out_stride, out_stride);
 }
 
 // out[row][vectors * kLanes] += (or, with `overwrite`, =) the sum over i of left[row][i] *

@@ -31,9 +31,12 @@ struct Tiling {
   VLMFAST_INLINE int first_vector(int tile) const { return vectors * tile / tiles; }
   VLMFAST_INLINE int tiled_queries() const { return has_last ? tokens - 1 : tokens; }
 
-  // A packed bias holds [key][vectors * kLanes], and then the last query's row [padded_tokens].
-  VLMFAST_INLINE int bias_stride() const { return vectors * kLanes; }
-  VLMFAST_INLINE int64_t bias_tiles_size() const { return (int64_t)tokens * bias_stride(); }
+  // A packed bias holds [key][the tile's vectors * kLanes], tile after tile, and then the last
+  // query's row [padded_tokens].
+  VLMFAST_INLINE int64_t bias_tile(int first_vector) const {
+    return (int64_t)tokens * first_vector * kLanes;
+  }
+  VLMFAST_INLINE int64_t bias_tiles_size() const { return bias_tile(vectors); }
   VLMFAST_INLINE int64_t bias_size() const {
     return bias_tiles_size() + (has_last ? padded_tokens : 0);
   }
@@ -117,44 +120,48 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
 }
 
-// Asks for the rows of the next window, a few lines at a time between other work: they lie too far
-// apart for the hardware to foresee them, also where a cache holds them.
+// Asks for the rows of the next window, a few at a time between other work: the hardware does not
+// foresee them, also where a cache holds them. It goes token by token, because in a packed
+// projection a token's query, key and value are neighbours, and so are tokens.
+template <int kTensors>
 class WindowPrefetcher {
  public:
+  // Of each row `columns` columns from `column` on; spread over `products` products of all queries
+  // and keys.
   template <class T>
-  VLMFAST_INLINE void add(T* const* rows, int column, int columns) {
-    ranges_[count_++] = {(const char* const*)rows, column * (int64_t)sizeof(T)};
-    bytes_ = columns * (int64_t)sizeof(T);
+  VLMFAST_INLINE WindowPrefetcher(const Window<T, kTensors>& window, const Tiling& tiling,
+                                  int column, int columns, int products, int words)
+      : begin_(column * (int64_t)sizeof(T)),
+        bytes_(columns * (int)sizeof(T)),
+        tokens_(tiling.tokens) {
+    VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) rows_[t] = (const char* const*)window.rows[t];
+    const int64_t lines = (int64_t)kTensors * tokens_ * ((bytes_ + 63) / 64);
+    const int steps = products * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
+    lines_per_step_ = (int)(lines / maximum(steps, 1)) + 1;
   }
-  // Spreads the lines over the logits of `heads` heads: more at once than the core can ask for
-  // would stall it.
-  VLMFAST_INLINE void spread_over(const Tiling& tiling, int heads, int words) {
-    tokens_ = tiling.tokens;
-    const int64_t lines = (int64_t)count_ * tokens_ * ((bytes_ + 63) / 64);
-    const int64_t steps =
-        (int64_t)heads * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
-    per_step_ = (int)(lines / (steps > 0 ? steps : 1)) + 1;
-  }
+
   VLMFAST_INLINE void step() {
-    for (int i = 0; i < per_step_ && at_ < count_; i++) {
-      __builtin_prefetch(ranges_[at_].rows[token_] + ranges_[at_].begin + offset_, 0, 2);
-      offset_ += 64;
+    due_ += lines_per_step_;
+    while (due_ > 0 && token_ < tokens_) {
+      const char* p = rows_[tensor_][token_] + begin_ + offset_;
+      const int n = minimum(bytes_ - offset_, kMostBytes);
+      for (int i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
+      due_ -= (n + 63) / 64;
+      offset_ += n;
       if (offset_ < bytes_) continue;
       offset_ = 0;
-      if (++token_ < tokens_) continue;
-      token_ = 0;
-      at_++;
+      if (++tensor_ < kTensors) continue;
+      tensor_ = 0;
+      token_++;
     }
   }
 
  private:
-  struct Range {
-    const char* const* rows;
-    int64_t begin;
-  };
-  Range ranges_[8];
-  int count_ = 0, at_ = 0, token_ = 0, tokens_ = 0, per_step_ = 0;
-  int64_t offset_ = 0, bytes_ = 0;
+  static constexpr int kMostBytes = 512;  // more requests at once would stall the core
+  const char* const* rows_[kTensors];
+  int64_t begin_;
+  int bytes_, tokens_, lines_per_step_, due_ = 0;
+  int token_ = 0, tensor_ = 0, offset_ = 0;
 };
 
 // 1 / max(|x|, 1e-12) from |x|^2.
@@ -192,10 +199,39 @@ VLMFAST_INLINE void set_outer(const float* weights, const float* row, int n, int
   }
 }
 
-// Rows of keys that one register tile of the scores holds: one less than usual where that wastes
-// less of the last tile (49 = 7 * 7).
-template <int kGroups>
-constexpr int kFewerRows = kTileRows<kGroups> == 8 && kRegisters == 32 ? 7 : kTileRows<kGroups>;
+template <int kValue>
+struct Count {
+  static constexpr int kCount = kValue;
+};
+
+// Calls body(Count<rows of keys that one register tile holds>()): one less than usual where that
+// wastes less of the last tile (49 = 7 * 7).
+template <int kGroups, class Body>
+VLMFAST_INLINE void with_rows(int n, Body body) {
+  constexpr int kMany = kTileRows<kGroups>;
+  constexpr int kFew = kMany == 8 && kRegisters == 32 ? 7 : kMany;
+  if (round_up(n, kFew) < round_up(n, kMany))
+    body(Count<kFew>());
+  else
+    body(Count<kMany>());
+}
+
+// products[key][kGroups * kLanes] = keys[key] . query.
+template <class Words, int kGroups, class Ahead>
+VLMFAST_NOINLINE void multiply_keys(const float* query, const float* keys, int words, int n,
+                                    float* products, Ahead& ahead) {
+  with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
+    constexpr int kRows = decltype(rows)::kCount;
+    for_each_product<Words, kGroups, kRows>(
+        query, keys, words, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
+        [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
+          float* target = products + j * kGroups * kLanes;
+          VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
+              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+                  store(target + (r * kGroups + g) * kLanes, sum[r][g]);
+        });
+  });
+}
 
 // The logits of one head in one window, in log2 units.
 template <class Words>
@@ -209,32 +245,29 @@ struct Logits {
   float mask;
 
   // logits[key][lane] for the tile's queries from the vector `first` on, and their maxima.
-  template <int kGroups>
+  template <int kGroups, class Ahead>
   VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                           Vec* most, WindowPrefetcher& ahead) const {
-    constexpr int kMany = kTileRows<kGroups>, kFew = kFewerRows<kGroups>;
-    const bool few = round_up(tiling.tokens, kFew) < round_up(tiling.tokens, kMany);
-    const bool plain = key_factors == nullptr && regions == nullptr;
-    if (few && plain)
-      tile<kGroups, kFew, true>(query, first, factor, logits, most, ahead);
-    else if (few)
-      tile<kGroups, kFew, false>(query, first, factor, logits, most, ahead);
-    else if (plain)
-      tile<kGroups, kMany, true>(query, first, factor, logits, most, ahead);
-    else
-      tile<kGroups, kMany, false>(query, first, factor, logits, most, ahead);
+                           Vec* most, Ahead& ahead) const {
+    with_rows<kGroups>(tiling.tokens, [&](auto rows) VLMFAST_INLINE_LAMBDA {
+      constexpr int kRows = decltype(rows)::kCount;
+      if (key_factors == nullptr && regions == nullptr)
+        tile<kGroups, kRows, true>(query, first, factor, logits, most, ahead);
+      else
+        tile<kGroups, kRows, false>(query, first, factor, logits, most, ahead);
+    });
   }
 
-  template <int kGroups, int kRows, bool kPlain>
+  template <int kGroups, int kRows, bool kPlain, class Ahead>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                             Vec* most, WindowPrefetcher& ahead) const {
-    const int stride = tiling.bias_stride(), n = tiling.tokens;
+                             Vec* most, Ahead& ahead) const {
+    const int n = tiling.tokens;
+    const float* added = bias + tiling.bias_tile(first);
     Vec top[kGroups];  // in registers, which `most` cannot be
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
     const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
       Vec f = factor[g];
       if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j]);
-      Vec x = fma(sum, f, load(bias + (int64_t)j * stride + (first + g) * kLanes));
+      Vec x = fma(sum, f, load(added + (j * kGroups + g) * kLanes));
       if (!kPlain && regions != nullptr)
         x = x + masked(load(regions + (first + g) * kLanes), regions[j]);
       store(logits + (j * kGroups + g) * kLanes, x);
@@ -292,25 +325,21 @@ VLMFAST_INLINE float exponentiate_row(float* logits, int n, float* most) {
   return horizontal_sum(sum);
 }
 
-// Calls body(Groups<groups>()) for a tile of that many vectors.
-template <int kGroups>
-struct Groups {
-  static constexpr int kCount = kGroups;
-};
+// Calls body(Count<groups>()) for a tile of that many vectors.
 template <class Body>
 VLMFAST_INLINE void with_groups(int groups, Body body) {
   switch (groups) {
     case 1:
-      return body(Groups<1>());
+      return body(Count<1>());
     case 2:
-      return body(Groups<2>());
+      return body(Count<2>());
 #if VLMFAST_LEVEL >= 1
     case 3:
-      return body(Groups<3>());
+      return body(Count<3>());
 #endif
 #if VLMFAST_LEVEL >= 2
     case 4:
-      return body(Groups<4>());
+      return body(Count<4>());
 #endif
   }
 }
@@ -318,6 +347,7 @@ VLMFAST_INLINE void with_groups(int groups, Body body) {
 template <class Words, class T>
 struct Forward {
   enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
+  using Ahead = WindowPrefetcher<kTensors>;
   const WindowAttentionForward& problem;
   Tiling tiling;
   int words, value_columns, row_words;
@@ -360,7 +390,7 @@ struct Forward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, float* logsumexp,
-                             WindowPrefetcher& ahead) const {
+                             Ahead& ahead) const {
     constexpr int kWidth = kGroups * kLanes;
     const int column = head * problem.head_dim, n = tiling.tokens;
     const int first_query = first * kLanes,
@@ -429,8 +459,7 @@ struct Forward {
     logsumexp[q] = (most + sum) * (float)kLn2;
   }
 
-  void run_head(const Window<T, kTensors>& window, int64_t index, int head,
-                WindowPrefetcher& ahead) const {
+  void run_head(const Window<T, kTensors>& window, int64_t index, int head, Ahead& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens;
     pack_rows<Words>(ScatteredRows<T>{window.rows[kKey], column}, n, tiling.padded_tokens,
                      problem.head_dim, words, keys);
@@ -465,9 +494,7 @@ struct Forward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      WindowPrefetcher ahead;
-      for (T** rows : following->rows) ahead.add(rows, column, columns);
-      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      Ahead ahead(*following, tiling, column, columns, task.head_end - task.head_begin, words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, index, head, ahead);
       Window<T, kTensors>* free = window;
@@ -480,6 +507,7 @@ struct Forward {
 template <class Words, class T>
 struct Backward {
   enum Tensors { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kTensors };
+  using Ahead = WindowPrefetcher<kTensors>;
   static constexpr bool kPairs = Words::kElements == 2;
   const WindowAttentionBackward& problem;
   Tiling tiling;
@@ -553,7 +581,7 @@ struct Backward {
   VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor,
                                   float* grad_bias) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
-    const int n = tiling.tokens, stride = tiling.bias_stride();
+    const int n = tiling.tokens;
     const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
     Vec sum[kGroups], delta[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = delta[g] = zero();
@@ -583,8 +611,7 @@ struct Backward {
           weight[i][g] = load(scores + at) * sum[g];
           grad[i][g] = weight[i][g] * (load(grad_scores + at) - delta[g]);
           if (grad_bias != nullptr) {
-            float* target = grad_bias + (int64_t)(j + i) * stride + g * kLanes;
-            store(target, load(target) + grad[i][g]);
+            store(grad_bias + at, load(grad_bias + at) + grad[i][g]);
           }
           if (keep != nullptr) weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
           if (key_factors != nullptr)
@@ -598,8 +625,7 @@ struct Backward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, bool overwrite,
-                             float* grad_bias, Vec* grad_logit_scale,
-                             WindowPrefetcher& ahead) const {
+                             float* grad_bias, Vec* grad_logit_scale, Ahead& ahead) const {
     constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const int first_query = first * kLanes,
@@ -623,12 +649,12 @@ struct Backward {
       }
     }
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
-    Prefetcher none;
-    multiply_rows<Words, kGroups>(grad_out, values, words, words, n, grad_scores, nullptr, none);
+    multiply_keys<Words, kGroups>(grad_out, values, words, n, grad_scores, ahead);
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
-    gradients<kGroups>(most, inverse, grad_bias == nullptr ? nullptr : grad_bias + first_query);
+    gradients<kGroups>(most, inverse,
+                       grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first));
     if (!wants_products) return;
     outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n, overwrite, grad_values,
                             vectors);
@@ -809,7 +835,7 @@ struct Backward {
   }
 
   void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
-                int head, WindowPrefetcher& ahead) const {
+                int head, Ahead& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const ScatteredRows<T> key_rows{window.rows[kKey], column};
     const ScatteredRows<T> value_rows{window.rows[kValue], column};
@@ -855,9 +881,8 @@ struct Backward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      WindowPrefetcher ahead;
-      for (T** rows : following->rows) ahead.add(rows, column, columns);
-      ahead.spread_over(tiling, task.head_end - task.head_begin, words);
+      Ahead ahead(*following, tiling, column, columns, 2 * (task.head_end - task.head_begin),
+                  words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, task, index, head, ahead);
       Window<T, kTensors>* free = window;
@@ -882,30 +907,60 @@ VLMFAST_INLINE void with_element(ElementType dtype, Body body) {
 
 int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
 
+// Calls body(vector, at, stride) for every vector of queries in a tile: there a packed bias holds
+// the row of key j at `at` + j * stride.
+template <class Body>
+void for_each_bias_vector(const Tiling& tiling, Body body) {
+  for (int t = 0; t < tiling.tiles; t++) {
+    const int first = tiling.first_vector(t), end = tiling.first_vector(t + 1);
+    for (int v = first; v < end; v++)
+      body(v, tiling.bias_tile(first) + (v - first) * kLanes, (end - first) * kLanes);
+  }
+}
+
+// load(query, key, n) gives n elements of a query's row.
+template <class Load>
+VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* packed) {
+  const int tokens = tiling.tokens;
+  for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
+    const int queries = minimum(kLanes, tokens - v * kLanes);
+    for (int key = 0; key < tokens; key += kLanes) {
+      const int n = minimum(kLanes, tokens - key);
+      Vec r[kLanes];
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+          i < queries ? load_keys(v * kLanes + i, key, n) : zero();
+      transpose(r);
+      float* target = packed + at + (int64_t)key * stride;
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n) store(target + i * stride, r[i]);
+    }
+  });
+  if (tiling.has_last)
+    for (int key = 0; key < tokens; key += kLanes)
+      store(packed + tiling.bias_tiles_size() + key,
+            load_keys(tokens - 1, key, minimum(kLanes, tokens - key)));
+}
+
 void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
   with_element(bias.dtype, [&](auto element) {
     using T = decltype(element);
-    const Tiling tiling(tokens);
+    constexpr float kMost = 1.5e38f;  // to which a mask of -1e38 may be added
     const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
-    const auto load_keys = [&](int query, int key) VLMFAST_INLINE_LAMBDA {
-      const T* p = base + query * bias.query_stride + key * bias.key_stride;
-      const int n = minimum(kLanes, tokens - key);
-      const Vec raw =
-          bias.key_stride == 1 ? load_first(p, n) : gather_words<Fp32Words>(p, bias.key_stride, n);
-      return in_log2_units(raw, 1.5e38f);  // to which a mask of -1e38 may be added
-    };
-    for (int v = 0; v < tiling.vectors; v++)
-      for (int key = 0; key < tokens; key += kLanes) {
-        Vec r[kLanes];
-        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
-            v * kLanes + i < tokens ? load_keys(v * kLanes + i, key) : zero();
-        transpose(r);
-        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < tokens - key)
-            store(packed + (int64_t)(key + i) * tiling.bias_stride() + v * kLanes, r[i]);
-      }
-    if (tiling.has_last)
-      for (int key = 0; key < tokens; key += kLanes)
-        store(packed + tiling.bias_tiles_size() + key, load_keys(tokens - 1, key));
+    const int64_t query_stride = bias.query_stride, key_stride = bias.key_stride;
+    if (key_stride == 1)
+      pack_bias_rows(
+          Tiling(tokens),
+          [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
+            return in_log2_units(load_first(base + query * query_stride + key, n), kMost);
+          },
+          packed);
+    else
+      pack_bias_rows(
+          Tiling(tokens),
+          [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
+            const T* p = base + query * query_stride + key * key_stride;
+            return in_log2_units(gather_words<Fp32Words>(p, key_stride, n), kMost);
+          },
+          packed);
   });
 }
 
@@ -922,20 +977,22 @@ void sum_bias(const float* partial, int splits, int heads, int tokens, int head,
       return sum;
     };
     T* out = static_cast<T*>(gradient.data) + head * gradient.head_stride;
-    for (int key = 0; key < tokens; key += kLanes) {
-      const int n = minimum(kLanes, tokens - key);
-      for (int v = 0; v < tiling.vectors; v++) {
+    for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
+      const int queries = minimum(kLanes, tiling.tiled_queries() - v * kLanes);
+      for (int key = 0; key < tokens; key += kLanes) {
+        const int n = minimum(kLanes, tokens - key);
         Vec r[kLanes];
         VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
-            i < n ? total((int64_t)(key + i) * tiling.bias_stride() + v * kLanes) : zero();
+            i < n ? total(at + (int64_t)(key + i) * stride) : zero();
         transpose(r);
-        for (int i = 0; i < minimum(kLanes, tiling.tiled_queries() - v * kLanes); i++)
+        for (int i = 0; i < queries; i++)
           store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
       }
-      if (tiling.has_last)
+    });
+    if (tiling.has_last)
+      for (int key = 0; key < tokens; key += kLanes)
         store_first(out + (tokens - 1) * gradient.query_stride + key,
-                    total(tiling.bias_tiles_size() + key), n);
-    }
+                    total(tiling.bias_tiles_size() + key), minimum(kLanes, tokens - key));
   });
 }
 
