@@ -2,11 +2,13 @@
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   MAX_JOBS=1          files compiled at a time
 #   PYTEST_ARGS=...     further arguments for pytest
+#   EXAMPLE_ARGS="--loss eager"   arguments for the example
 #   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 GATE_ARGS ?=
+EXAMPLE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
 VENV := .venv
@@ -16,10 +18,11 @@ EXTENSION := vlmfast/_C.abi3.so
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test gates bench lint format clean distclean
+.PHONY: help build demo example test gates bench lint format clean distclean
 
 help:
 	@echo "make demo       patch real models, check them, time them side by side; results in out/"
+	@echo "make example    train a small CLIP with the fused loss, in two processes"
 	@echo "make test       every test that needs no GPU"
 	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
 	@echo "make bench      time the kernels against their peers on this machine"
@@ -31,6 +34,9 @@ build: $(EXTENSION)
 
 demo: $(EXTENSION)
 	$(BIN)/python -m vlmfast demo
+
+example: $(EXTENSION)
+	PYTHONPATH=. $(BIN)/torchrun --nproc-per-node 2 examples/train_clip.py $(EXAMPLE_ARGS)
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

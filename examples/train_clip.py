@@ -4,6 +4,8 @@
     torchrun --nproc-per-node 2 examples/train_clip.py                 # two, on CPUs or GPUs
     torchrun --nproc-per-node 2 examples/train_clip.py --loss eager    # the same in plain PyTorch
 
+vlmfast must be installed; in a checkout, `make example` sees to everything.
+
 An image shows one shape; its caption says which, how large, of what colour and where: "a small red
 circle at the top left". Nothing is downloaded. Towers learn by CLIP's loss over the batch of all
 processes. Zero-shot accuracy is how often the right one of all 720 captions is nearest to an image

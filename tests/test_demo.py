@@ -33,9 +33,14 @@ def test_rows_in_bf16(tmp_path, capsys):
         assert plot.width > 1000 and plot.height > 400
 
 
+def test_row_of_a_model_that_is_only_read(tmp_path, capsys):
+    assert demo.main(["--quick", "--only", "inference=True", "--out", str(tmp_path)]) == 0
+    assert "vlmfast.integrations.torch.Linear" in capsys.readouterr().out
+
+
 def test_a_wrong_number_fails(tmp_path, capsys, monkeypatch):
-    def wrong_patch(model, _patch=demo.vlmfast.patch):
-        report = _patch(model)
+    def wrong_patch(model, _patch=demo.vlmfast.patch, **options):
+        report = _patch(model, **options)
         with torch.no_grad():
             model.blocks[0].attn.proj.weight.mul_(1.01)
         return report

@@ -333,6 +333,12 @@ def test_strided_and_expanded_features():
     assert_close(VF.clip_loss(same, same, 10.0), torch.tensor(7.0).log())
 
 
+def test_vmap_over_an_argument_whose_value_is_checked():
+    views, temperatures = torch.randn(2, 3, 5, 8), torch.tensor([0.2, 0.5, 0.7])
+    losses = torch.vmap(VF.ntxent_loss)(*views, temperatures)
+    assert torch.equal(losses, torch.stack([*map(VF.ntxent_loss, *views, temperatures)]))
+
+
 def test_second_derivatives():
     inputs = (features(9, 8), features(9, 8), number(10.0))
     (gradient,) = torch.autograd.grad(VF.clip_loss(*inputs), inputs[0], create_graph=True)

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import vlmfast
 import vlmfast.functional as VF
 from tools.budget import assert_keeps_budget
+from vlmfast.reference.cross_attention import UNIFORM
 from vlmfast.verify.cross_attention import image_case, visible_latents
 
 BACKENDS = ["cpu", "reference"]
@@ -86,6 +87,41 @@ def test_lists_hold_the_tokens_that_see_an_image(mode):
             seen = phi[b] == image + 1 if mode == "last" else phi[b] > image
             assert middle == end
             assert tokens == seen.nonzero().flatten().tolist()
+
+
+def test_numbers_beyond_int32_are_no_others():
+    phi = torch.tensor([[0, 1, 2**31, 2**32 + 1, torch.iinfo(torch.int64).max]])
+    assert VF.cross_attention_plan(phi, 2).image_index.tolist() == [[0, 1, 0, 0, 0]]
+    uniform = VF.cross_attention_plan(phi, 2, overflow="uniform").image_index
+    assert uniform.tolist() == [[0, 1, UNIFORM, UNIFORM, UNIFORM]]
+    seen = VF.cross_attention_plan(phi, 2, mode="all_previous").visible
+    assert seen.sum(-1).tolist() == [[0, 1, 2, 2, 2]]
+    lengths = VF.cross_attention_plan(phi, 2, image_lengths=torch.tensor([[2**32, 3]]))
+    assert lengths.image_lengths.tolist() == [[2**31 - 1, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint64], ids=str)
+def test_numbers_of_any_integer_dtype(dtype):
+    phi, lengths = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[4, 5]])
+    expected = VF.cross_attention_plan(phi, 2, image_lengths=lengths)
+    plan = VF.cross_attention_plan(phi.to(dtype), 2, image_lengths=lengths.to(dtype))
+    for ours, theirs in zip(plan, expected, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_vmap_over_phi():
+    query, key = torch.randn(3, 2, 2, 6, 16), torch.randn(3, 2, 2, 2, 5, 16)
+    phi = torch.randint(0, 3, (3, 2, 6))
+    out = torch.vmap(VF.image_cross_attention)(query, key, key, phi)
+    one_by_one = map(VF.image_cross_attention, query, key, key, phi)
+    assert torch.equal(out, torch.stack([*one_by_one]))
+
+
+def test_a_plan_holds_no_tensor_of_the_caller():
+    phi, lengths = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([[4, 5]]).int()
+    plan = VF.cross_attention_plan(phi, 2, image_lengths=lengths)
+    phi.zero_(), lengths.zero_()
+    assert plan.image_index.tolist() == [[1, 2]] and plan.image_lengths.tolist() == [[4, 5]]
 
 
 def test_tokens_of_an_image_stand_together_where_images_are_in_order():

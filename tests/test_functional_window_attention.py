@@ -128,6 +128,16 @@ def test_explanation_names_what_runs():
     assert {"triton", "cuda"} <= set(explanation.refusals)
 
 
+def test_windows_beyond_the_kernels_run_on_the_reference():
+    qkv, _, _ = tensors()
+    explanation = vlmfast.explain(attend, qkv, 2, (1, 1 << 14))
+    assert explanation.backend == "cpu"
+    assert "takes windows of up to 1024 tokens, got 1 x 16384" in explanation.refusals["triton"]
+    explanation = vlmfast.explain(attend, qkv, 2, (129, 128))
+    assert explanation.backend == "reference"
+    assert "takes windows of up to 16384 tokens, got 129 x 128" in explanation.refusals["cpu"]
+
+
 # --- dropout ------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,17 @@ def test_idefics_runs_our_kernels_on_the_mask_as_it_comes(monkeypatch):
         assert len(plans) <= 1
 
 
+def test_idefics_refuses_a_mask_of_fewer_images_as_before():
+    model = make_idefics().eval()
+    inputs = words_and_images(0)
+    inputs["image_attention_mask"] = inputs["image_attention_mask"][..., :1]
+    with pytest.raises(RuntimeError, match="size"):
+        last_hidden_state(model, inputs)
+    vlmfast.patch(model)
+    with pytest.raises(ValueError, match="attn_mask: expected"):
+        last_hidden_state(model, inputs)
+
+
 def test_idefics_rows_without_an_image_are_left_as_they_are():
     model = make_idefics().eval()
     vlmfast.patch(model)
@@ -318,6 +329,17 @@ def test_mllama_expands_no_mask(monkeypatch):
         by_place = model(words, None, None, None, None, mask, states).last_hidden_state
     assert torch.equal(by_name, by_place)
     assert [c.function for c in calls] == ["image_cross_attention"] * 4
+
+
+def test_mllama_refuses_a_mask_of_fewer_tiles_as_before():
+    model = make_mllama().eval()
+    inputs = words_and_tiles(0)
+    inputs["cross_attention_mask"] = inputs["cross_attention_mask"][..., :1]
+    with pytest.raises(RuntimeError, match="size"):
+        last_hidden_state(model, inputs)
+    vlmfast.patch(model)
+    with pytest.raises(ValueError, match="attn_mask: expected"):
+        last_hidden_state(model, inputs)
 
 
 def test_mllama_with_a_layer_left_keeps_its_mask():

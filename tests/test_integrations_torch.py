@@ -306,6 +306,21 @@ def test_linear_notices_new_weights():
     assert_linear_right(mlp, original)
 
 
+def test_linear_notices_weights_that_come_back_to_their_old_address():
+    original = make_mlp()
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    for _ in range(20):  # the allocator may give the same memory again, or not
+        assert_linear_right(mlp, original)
+        mlp.bfloat16()
+        mlp.float()
+        original.load_state_dict(mlp.state_dict())
+        assert_linear_right(mlp, original)
+        with torch.no_grad():
+            mlp[0].weight.add_(0.01)  # whose digits the next round drops
+        original.load_state_dict(mlp.state_dict())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_linear_notices_a_step_of_an_optimizer(fused):
     """torch's fused optimizers change weights without counting up their versions."""

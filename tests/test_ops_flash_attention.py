@@ -224,6 +224,8 @@ def test_functional_transforms():
     # in_dims: one key and value for all
     shared = torch.vmap(loss, in_dims=(0, None, None))(query, key[0], value[0])
     assert_close(shared[1], loss(query[1], key[0], value[0]))
+    with pytest.raises(NotImplementedError, match="vmap over a dimension of size 0"):
+        torch.vmap(loss)(query[:0], key[:0], value[:0])
 
 
 @pytest.mark.parametrize("options", ["plain", "packed"])

@@ -268,6 +268,13 @@ def _flash_attention_triton(
     return reasons
 
 
+def _most_tokens(window_size: tuple[int, int], most: int) -> list[str]:
+    height, width = window_size
+    if height * width <= most:
+        return []
+    return [f"takes windows of up to {most} tokens, got {height} x {width}"]
+
+
 def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]:
     reasons = _kernel_dtype(query.dtype, None)
     names = ("relative_position_bias", "logit_scale", "pad_value")
@@ -286,6 +293,7 @@ def _window_attention_cpu(
     window_size: tuple[int, int],
 ) -> list[str]:
     reasons = _window_attention_dtypes(query, bias, logit_scale, pad_value)
+    reasons += _most_tokens(window_size, 1 << 14)
     if query.device.type not in ("cpu", "meta"):
         reasons.append(f"takes CPU tensors, got {query.device.type}")
     if EXTENSION_ERROR is not None:
@@ -304,6 +312,8 @@ def _window_attention_triton(
     reasons = _triton("window_attention", query.device)
     if head_dim > 128:
         reasons.append(f"takes head dims up to 128, got {head_dim}")
+    # The kernels unroll their loop over the keys of a window.
+    reasons += _most_tokens(window_size, 1 << 10)
     return reasons + _window_attention_dtypes(query, bias, logit_scale, pad_value)
 
 

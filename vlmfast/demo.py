@@ -71,13 +71,17 @@ class Case:
     build: Callable[[bool], nn.Module]
     inputs: Callable[[bool], Inputs]
     run: Callable[[Any, Inputs], dict[str, Tensor]]
+    inference: bool = False  # patched as a model that is only read
 
     def model(self, patched: bool, quick: bool) -> nn.Module:
         torch.manual_seed(0)
         model = self.build(quick).to(self.dtype)
         if patched:
-            vlmfast.patch(model)
+            self.patch(model)
         return model
+
+    def patch(self, model: nn.Module) -> vlmfast.PatchReport:
+        return vlmfast.patch(model, inference=self.inference)
 
 
 @dataclass
@@ -255,6 +259,14 @@ CASES = (
     Case("CLIP ViT-B/32 (transformers), fp32", torch.float32, _clip, _clip_inputs, _run_clip),
     Case("CLIP ViT-B/32 (transformers), bf16", torch.bfloat16, _clip, _clip_inputs, _run_clip),
     Case("ViT-B/16 (timm), fp32", torch.float32, _vit, _vit_inputs, _run_vit),
+    Case(
+        "ViT-B/16 (timm), fp32, inference=True",
+        torch.float32,
+        _vit,
+        _vit_inputs,
+        _run_vit,
+        inference=True,
+    ),
     Case("ViT-B/16 (timm), bf16", torch.bfloat16, _vit, _vit_inputs, _run_vit),
     Case("ViT-B/16 (timm), bf16, training", torch.bfloat16, _vit, _vit_inputs, _train_vit),
     Case("Swin-T (torchvision), fp32", torch.float32, _swin, _swin_inputs, _run_swin),
@@ -326,7 +338,7 @@ def _measure(case: Case, quick: bool, seconds: float, say: Callable[[str], None]
     say(f"{case.name}: building it twice")
     original = case.model(patched=False, quick=quick)
     patched = copy.deepcopy(original)
-    report = vlmfast.patch(patched)
+    report = case.patch(patched)
     print(report, flush=True)
     inputs = _cast(case.inputs(quick), case.dtype)
 

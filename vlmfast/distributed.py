@@ -193,7 +193,7 @@ def _exchange_numbers(group: Any, numbers: tuple[int, ...]) -> list[tuple[int, .
     device = torch.device("cpu" if "cpu" in device_types else device_types[0])
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     all_of_them = own.new_empty((dist.get_world_size(group), len(numbers)))
-    dist.all_gather_into_tensor(all_of_them.view(-1), own, group=group)
+    _collective("all_gather_single")(all_of_them.view(-1), own, group=group)
     return [tuple(row) for row in all_of_them.tolist()]
 
 
@@ -245,7 +245,9 @@ def statistics(
         columns: what `everyone` returned.
         ranks: all of them take part.
     """
-    settings = _Settings(sigmoid, column_statistics, backend)
+    # Chosen once: use_backend may have ended when backward runs.
+    chosen = functional.choose(rows, columns, backend)
+    settings = _Settings(sigmoid, column_statistics, chosen)
     if ranks.ring and ranks.size > 1:
         if rows.dim() == 2:
             rows = rows.unsqueeze(1)
@@ -352,7 +354,7 @@ class _ScaleGradient(torch.autograd.Function):
 class _Settings(NamedTuple):
     sigmoid: bool
     column_statistics: bool
-    backend: str | None
+    backend: str
 
 
 class _RingStatistics(torch.autograd.Function):
@@ -472,10 +474,9 @@ def _block_backward(
         maxima: of rows and columns over all blocks.
         wanted: which gradients.
     """
-    rows, columns = inputs[:2]
-    backend = functional.choose(rows, columns, settings.backend)
-    if backend != "reference":
-        return ops.BACKWARD[backend](
+    rows = inputs[0]
+    if settings.backend != "reference":
+        return ops.BACKWARD[settings.backend](
             *gradients, *inputs, *maxima, first_column, settings.sigmoid, *wanted, True
         )
     # The reference is differentiable, but has maxima of its own.
@@ -516,13 +517,23 @@ def _block_backward(
 
 # --- Communication: every call into torch.distributed that moves features or statistics ---
 
+_NAMES_BEFORE_TORCH_2_13 = {
+    "all_gather_single": "all_gather_into_tensor",
+    "reduce_scatter_single": "reduce_scatter_tensor",
+}
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    """A collective of torch.distributed by the name that it has in this version."""
+    return getattr(dist, name if hasattr(dist, name) else _NAMES_BEFORE_TORCH_2_13[name])
+
 
 def _all_gather(own: Tensor, ranks: Ranks) -> Tensor:
     """The rows of all ranks, in the order of ranks."""
     largest = max(ranks.sizes)
     padded = _padded(own, largest)
     gathered = own.new_empty((ranks.size, largest, *own.shape[1:]))
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), padded, group=ranks.group)
+    _collective("all_gather_single")(gathered.flatten(0, 1), padded, group=ranks.group)
     if min(ranks.sizes) == largest:
         return gathered.flatten(0, 1)
     return torch.cat([block[:size] for block, size in zip(gathered, ranks.sizes, strict=True)])
@@ -538,7 +549,7 @@ def _reduce_scatter(tensor: Tensor, ranks: Ranks) -> Tensor:
     if min(ranks.sizes) < largest:
         tensor = torch.cat([_padded(block, largest) for block in tensor.split(list(ranks.sizes))])
     summed = tensor.new_empty((largest, *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(summed, tensor.contiguous(), group=ranks.group)
+    _collective("reduce_scatter_single")(summed, tensor.contiguous(), group=ranks.group)
     return summed[: ranks.sizes[ranks.rank]]
 
 

@@ -886,13 +886,13 @@ void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
   with_element(bias.dtype, [&](auto element) {
     using T = decltype(element);
     const Tiling tiling(tokens);
-    const Vec factor = broadcast(kLog2E);
     const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
     const auto load_keys = [&](int query, int key) VLMFAST_INLINE_LAMBDA {
       const T* p = base + query * bias.query_stride + key * bias.key_stride;
       const int n = minimum(kLanes, tokens - key);
-      return factor * (bias.key_stride == 1 ? load_first(p, n)
-                                            : gather_words<Fp32Words>(p, bias.key_stride, n));
+      const Vec raw =
+          bias.key_stride == 1 ? load_first(p, n) : gather_words<Fp32Words>(p, bias.key_stride, n);
+      return in_log2_units(raw, 1.5e38f);  // to which a mask of -1e38 may be added
     };
     for (int v = 0; v < tiling.vectors; v++)
       for (int key = 0; key < tokens; key += kLanes) {

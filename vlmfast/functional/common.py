@@ -29,9 +29,11 @@ def check_floating_tensor(argument: str, tensor: Any) -> None:
         reject_type(argument, "a tensor", type(tensor).__name__)
     if not tensor.is_floating_point():
         reject_type(argument, "a floating dtype", tensor.dtype)
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        got = "a nested tensor" if tensor.is_nested else tensor.layout
-        reject_type(argument, "a strided tensor (ragged batches: see varlen_attention)", got)
+    if tensor.is_nested:
+        expected = "a strided tensor (ragged batches: see varlen_attention)"
+        reject_type(argument, expected, "a nested tensor")
+    if tensor.layout is not torch.strided:
+        reject_type(argument, "a strided tensor", tensor.layout)
 
 
 def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
@@ -93,9 +95,11 @@ def may_read_values(tensor: Tensor) -> bool:
     """Whether a check may look at the values of a tensor.
 
     It may on the CPU; on a GPU, where that would synchronise, only with VLMFAST_CHECKS=1; and never
-    while a graph is traced, where there are no values.
+    while a graph is traced, or under vmap, where there are no values.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
+        return False
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or (
         tensor.device.type != "meta" and os.environ.get("VLMFAST_CHECKS") == "1"

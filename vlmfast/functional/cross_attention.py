@@ -128,12 +128,12 @@ def cross_attention_plan(
     if not several and common.may_read_values(image_index):
         _check_values(image_index, num_images, overflow)
 
-    image_index = image_index.contiguous()
     if several:
+        image_index = image_index.contiguous()
         empty = ~image_index.any(-1)
         kind = torch.where(empty, _EMPTY_ROWS[empty_rows], 1).int()
         return _plan_of_several(kind, image_index, image_lengths)
-    phi = image_index.int()
+    phi = _saturated_int32(image_index)
     empty = phi <= 0
     if mode == "all_previous":
         numbers = torch.arange(1, num_images + 1, device=phi.device)
@@ -305,15 +305,21 @@ def _check_lengths(lengths: Any, index: Tensor, images: int) -> Tensor:
     if lengths.shape != (index.shape[0], images):
         reject("image_lengths", f"shape {(index.shape[0], images)}", tuple(lengths.shape))
     common.check_device("image_lengths", lengths, "image_index", index)
-    if common.may_read_values(lengths) and bool((lengths < 0).any()):
-        reject("image_lengths", "lengths of at least 0", int(lengths.min()))
-    return lengths.int().contiguous()
+    if common.may_read_values(lengths) and bool((lengths.long() < 0).any()):
+        reject("image_lengths", "lengths of at least 0", int(lengths.long().min()))
+    return _saturated_int32(lengths)
+
+
+def _saturated_int32(numbers: Tensor) -> Tensor:
+    """A contiguous copy in int32, in which numbers that do not fit are the nearest that do."""
+    limits = torch.iinfo(torch.int32)
+    return numbers.long().clamp(limits.min, limits.max).int().contiguous()
 
 
 def _check_values(index: Tensor, images: int, overflow: str) -> None:
     if index.numel() == 0:
         return
-    least, most = (int(x) for x in torch.aminmax(index))
+    least, most = (int(x) for x in torch.aminmax(index.long()))
     if least < 0:
         reject("image_index", "numbers of at least 0", least)
     if overflow == "error" and most > images:

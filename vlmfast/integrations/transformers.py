@@ -227,6 +227,8 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
             or key_value_states is None
             or past_key_values is not None
             or not _kernel_suffices(self, kwargs)
+            or attention_mask is None
+            or attention_mask.shape[-1] != key_value_states.shape[1]  # the original says so itself
         ):
             return super().forward(
                 hidden_states,
@@ -464,6 +466,12 @@ def _hand_on_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if tokens is None:
         tokens = given.get("inputs_embeds")
     if tokens is None:  # the model says so itself
+        return None
+    pixels, states = given.get("pixel_values"), given.get("cross_attention_states")
+    tiles = len(tokens) * mask.shape[2:].numel()
+    if pixels is not None and pixels.shape[:3].numel() != tiles:  # likewise
+        return None
+    if states is not None and len(states) != tiles:
         return None
     count = tokens.shape[1]
     if mask.shape[1] != count:  # the mask of all tokens, of which a cache holds the first

@@ -206,8 +206,8 @@ class NTXentLoss(nn.Module):
             reject_type("temperature", "a number", type(temperature).__name__)
         if not temperature > 0:
             reject("temperature", "a positive number", temperature)
-        size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
-        if size != 0:
+        sizes = [memory_bank_size] if isinstance(memory_bank_size, int) else memory_bank_size
+        if sizes[:1] not in ([0], (0,)):
             raise NotImplementedError(
                 f"memory_bank_size: expected 0, got {memory_bank_size}; losses against a memory "
                 "bank (MoCo) are not fused"
@@ -248,6 +248,8 @@ def _group(loss: Any, ring: bool = False) -> Any:
     from vlmfast import distributed
 
     if group is None:
+        if not dist.is_initialized():
+            reject("world_size", "1 where torch.distributed is not initialised", loss.world_size)
         group = distributed.Ring() if ring else dist.group.WORLD
     for name, own, actual in (
         ("world_size", loss.world_size, distributed.world_size(group)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,14 @@ from vlmfast.functional.common import (
     reject_type,
 )
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.nn.common import Keeper, check_fits_weight, has_hooks, may_be_kept
+from vlmfast.nn.common import (
+    Keeper,
+    check_fits_weight,
+    has_hooks,
+    is_linear,
+    may_be_kept,
+    positive_int,
+)
 
 __all__ = [
     "GatedCrossAttentionBlock",
@@ -48,8 +55,9 @@ class MaskedCrossAttention(nn.Module):
     The projected media are kept and projected again only if the media or the weights are other
     tensors than last time, or have been written to. So a step of decoding attends to one image and
     projects nothing. They are not kept where a gradient to them is wanted, where a graph is traced,
-    where `to_kv` is not a plain linear layer, or on a GPU in inference mode. What torch does not
-    record, writes through `.data` or NumPy, cannot be seen: call `forget_media` after them.
+    where `to_kv` is not a plain linear layer, or on a GPU in inference mode or beside a process
+    group. What torch does not record, writes through `.data`, NumPy or a replayed CUDA graph,
+    cannot be seen: call `forget_media` after them.
 
     Args:
         dim: width of the text.
@@ -67,6 +75,10 @@ class MaskedCrossAttention(nn.Module):
     Shapes:
         x (B, T, dim), media (B, I, L, dim_visual), media_locations (B, T), out (B, T, dim).
 
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is below 1.
+
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022).
     """
 
@@ -82,12 +94,13 @@ class MaskedCrossAttention(nn.Module):
         only_attend_immediate_media: bool = True,
     ):
         super().__init__()
+        inner_dim = _check_sizes(dim, dim_head, heads)
+        dim_visual = positive_int("dim_visual", dim if dim_visual is None else dim_visual)
         self.scale = dim_head**-0.5
         self.heads = heads
-        inner_dim = dim_head * heads
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_kv = nn.Linear(dim if dim_visual is None else dim_visual, inner_dim * 2, bias=False)
+        self.to_kv = nn.Linear(dim_visual, inner_dim * 2, bias=False)
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
         self.only_attend_immediate_media = only_attend_immediate_media
 
@@ -290,6 +303,10 @@ class PerceiverAttention(nn.Module):
     Shapes:
         x (B, I, N, dim), latents (B, I, L, dim), out (B, I, L, dim).
 
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is below 1.
+
     Source: Jaegle et al., "Perceiver" (2021); Alayrac et al., "Flamingo" (2022).
     """
 
@@ -297,9 +314,9 @@ class PerceiverAttention(nn.Module):
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
         super().__init__()
+        inner_dim = _check_sizes(dim, dim_head, heads)
         self.scale = dim_head**-0.5
         self.heads = heads
-        inner_dim = dim_head * heads
         self.norm_media = nn.LayerNorm(dim)
         self.norm_latents = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
@@ -360,6 +377,10 @@ class PerceiverResampler(nn.Module):
         x (B, N, dim), one image; (B, I, N, dim); or (B, I, F, N, dim), I videos of F frames.
         The result is (B, I, L, dim), with I = 1 in the first case.
 
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is below 1.
+
     Source: Alayrac et al., "Flamingo" (2022), section 2.1.1 and appendix A.1.1; OpenFlamingo.
     """
 
@@ -377,6 +398,8 @@ class PerceiverResampler(nn.Module):
         max_num_frames: int | None = None,
     ):
         super().__init__()
+        positive_int("num_latents", num_latents)
+        _check_sizes(dim, dim_head, heads)
 
         def embeddings(count: int | None, *shape: int) -> nn.Parameter | None:
             return None if count is None else nn.Parameter(torch.randn(count, *shape))
@@ -490,7 +513,7 @@ def kept_key_value(
         return project()
     sources = (media, *(p for module in modules for p in module.parameters()))
     if (
-        all(_is_linear(m) or type(m) in plain for m in modules)
+        all(is_linear(m) or type(m) in plain for m in modules)
         and not any(map(has_hooks, modules))
         and may_be_kept(*sources)
     ):
@@ -501,8 +524,9 @@ def kept_key_value(
 
 
 def forget_media(layer: nn.Module) -> None:
-    """Drops what `kept_key_value` has kept for a layer."""
+    """Drops what `kept_key_value` has kept for a layer, and the plan that `kept_plan` has kept."""
     _kept_media.pop(layer, None)
+    _last_plan.forget()
 
 
 def kept_plan(
@@ -528,17 +552,15 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
-def _is_linear(projection: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
-    cls = type(projection)
-    return cls is nn.Linear or (
-        issubclass(cls, nn.Linear) and cls.__module__.startswith("vlmfast.")
-    )
+def _check_sizes(dim: int, dim_head: int, heads: int) -> int:
+    """The width of all heads together."""
+    positive_int("dim", dim)
+    return positive_int("dim_head", dim_head) * positive_int("heads", heads)
 
 
 def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
     """Whether a projection can take `tensor`; one that is no plain linear layer says so itself."""
-    if not _is_linear(projection):
+    if not is_linear(projection):
         return
     if tensor.shape[-1] != projection.in_features:
         reject(argument, f"a last dimension of size {projection.in_features}", tuple(tensor.shape))

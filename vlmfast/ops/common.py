@@ -55,6 +55,8 @@ def _vmap_by_loop(operator: Any) -> Callable[..., Any]:
     """torch.vmap for an operator that returns a tuple of tensors: a call for each element."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        if info.batch_size == 0:
+            raise NotImplementedError(f"{operator}: vmap over a dimension of size 0")
         calls = [
             operator(
                 *(
