@@ -14,10 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import vlmfast
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
 from tools.processes import Processes
 from vlmfast.distributed import Ring
+from vlmfast.ops import contrastive_loss as ops
 from vlmfast.verify.common import SEEDS, budget, relative_error
 
 MOST = 4
@@ -251,6 +253,51 @@ def test_a_group_of_some_ranks(processes):
         ours = after_averaging(processes.run(run_one_rank, *arguments, ranks=(1, 3)))
         del ours["bias"]
         assert_within_budget(ours, dense_clip, 11, torch.float32)
+
+
+def stale_after_collectives(group):
+    """How far layers that keep results are off after a collective has written to their inputs."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(rank)
+    linear = torch.nn.Sequential(torch.nn.Linear(16, 16)).eval()
+    vlmfast.patch(linear, inference=True)
+    layer = vnn.MaskedCrossAttention(dim=16, dim_head=8, heads=2).eval()
+    x, media = torch.randn(1, 3, 16), torch.randn(1, 2, 4, 16)
+    locations = torch.tensor([[True, False, rank == 0]])
+    errors = []
+    with torch.no_grad():
+        for writes in (dist.broadcast, dist.all_reduce):
+            linear(x), layer(x, media, locations)
+            for tensor in (*linear.parameters(), *layer.parameters(), media):
+                arguments = (0,) if writes is dist.broadcast else ()
+                writes(tensor, *arguments, group=group)
+            dist.broadcast(locations, 0, group=group)
+            wanted = F.linear(x, linear[0].weight, linear[0].bias)
+            errors.append(relative_error(linear(x), wanted))
+            out = layer(x, media, locations)
+            layer.forget_media()
+            errors.append(relative_error(out, layer(x, media.clone(), locations.clone())))
+    return errors
+
+
+def test_what_layers_keep_notices_collectives(processes):
+    for errors in processes.run(stale_after_collectives, ranks=(0, 1)):
+        assert max(errors) < 1e-6
+
+
+def backward_by_the_reference(group):
+    image, text, scale, _ = make_inputs(0, 9, torch.float32, 8)
+    image.requires_grad_()
+    with vlmfast.use_backend("reference"):
+        loss = VF.clip_loss(image, text, scale, group=Ring(group))
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(ops, "BACKWARD", {})  # no kernel may run
+        loss.backward()
+    return image.grad.isfinite().all()
+
+
+def test_backward_in_a_ring_runs_the_backend_of_forward(processes):
+    assert all(processes.run(backward_by_the_reference, ranks=(0, 1)))
 
 
 def narrow_queries(group, rows_of):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import vlmfast
 import vlmfast.nn as vnn
@@ -342,6 +343,36 @@ def test_swin_dropout_follows_training(version, monkeypatch):
     calls.clear()
     model.eval()(**pictures(64, 64)(0))
     assert {call.arguments["dropout_p"] for call in calls} == {0.0}
+
+
+def test_swin_drops_projections(version):
+    model = make_swin(version, proj_drop_rate=1.0)  # nothing random about it
+    patched = copy.deepcopy(model)
+    vlmfast.patch(patched)
+    inputs = pictures(64, 64)(0)
+    torch.testing.assert_close(patched(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("change", ["subclass", "hook"])
+def test_padding_goes_through_a_projection_that_does_more(change):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make_swin("v1", **ANY_SIZE).eval()
+    patched = copy.deepcopy(model)
+    vlmfast.patch(patched)
+    for either in (model, patched):
+        for module in either.modules():
+            if hasattr(module, "qkv"):
+                nn.init.normal_(module.qkv.bias, generator=torch.Generator().manual_seed(0))
+                if change == "subclass":
+                    module.qkv.__class__ = Doubled
+                else:
+                    module.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.no_grad():
+        inputs = pictures(52, 36)(0)
+        torch.testing.assert_close(patched(**inputs), model(**inputs))
 
 
 def test_swin_drop_path_is_as_before(version):

@@ -184,6 +184,20 @@ def test_every_instruction_set_keeps_the_budget(case, dtype, cpu_isa):
     assert_keeps_budget(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["last", "all_previous"])
+@pytest.mark.parametrize("scale", [1e8, -1e9, 1e12, 1e30])
+def test_huge_logits_choose_one_latent(scale, mode, dtype, cpu_isa):
+    query, key = torch.randn(1, 2, 40, 16).to(dtype), torch.randn(1, 2, 2, 70, 16).to(dtype)
+    plan = cross_attention_plan(torch.arange(40)[None] % 3, 2, mode=mode)
+    inputs = [x.requires_grad_() for x in (query, key, torch.randn_like(key))]
+    out, _ = FORWARD(*inputs, *plan, scale)
+    exact, _ = reference(*(x.detach().double() for x in inputs), *plan, scale)
+    assert torch.equal(out, exact.to(dtype))
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
 MORE_CASES = [
     image_case("nine latents", (2, 2, 40, 32), (2, 3, 9)),
     image_case("one image of 2000", (1, 1, 20, 64), (1, 1, 2000)),

@@ -249,6 +249,17 @@ def test_extreme_logits_keep_the_budget(case, dtype, cpu_isa):
     assert_keeps_budget(case, dtype)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_row_of_the_lowest_bias_is_a_mean(sign, cpu_isa):
+    case = window_case("", (1, 7, 7), 2, 16, (7, 7), bias_std=None, pad_value=False)
+    inputs = case.make(torch.Generator().manual_seed(0), torch.float32, "cpu")
+    inputs["bias"] = torch.zeros(2, 49, 49)
+    inputs["bias"][:, 5] = sign * torch.finfo(torch.float32).max
+    out = case.kernel(inputs, "cpu")["out"]
+    values = inputs["query"][0, :, :, 64:]
+    assert_close(out[0, 0, 5], values.mean((0, 1)))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_geometry(data):

@@ -245,7 +245,9 @@ def statistics(
         columns: what `everyone` returned.
         ranks: all of them take part.
     """
-    settings = _Settings(sigmoid, column_statistics, backend)
+    # Chosen once: use_backend may have ended when backward runs.
+    chosen = functional.choose(rows, columns, backend)
+    settings = _Settings(sigmoid, column_statistics, chosen)
     if ranks.ring and ranks.size > 1:
         if rows.dim() == 2:
             rows = rows.unsqueeze(1)
@@ -352,7 +354,7 @@ class _ScaleGradient(torch.autograd.Function):
 class _Settings(NamedTuple):
     sigmoid: bool
     column_statistics: bool
-    backend: str | None
+    backend: str
 
 
 class _RingStatistics(torch.autograd.Function):
@@ -472,10 +474,9 @@ def _block_backward(
         maxima: of rows and columns over all blocks.
         wanted: which gradients.
     """
-    rows, columns = inputs[:2]
-    backend = functional.choose(rows, columns, settings.backend)
-    if backend != "reference":
-        return ops.BACKWARD[backend](
+    rows = inputs[0]
+    if settings.backend != "reference":
+        return ops.BACKWARD[settings.backend](
             *gradients, *inputs, *maxima, first_column, settings.sigmoid, *wanted, True
         )
     # The reference is differentiable, but has maxima of its own.

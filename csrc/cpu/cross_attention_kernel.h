@@ -298,6 +298,25 @@ VLMFAST_INLINE void row_maxima(const float* scores, int count, int n, float fact
       [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return max(a, b); });
 }
 
+// The factor that scores still need before exp2. As maxima are those of rounded products, an exact
+// product could exceed them by what rounding takes, and that overflows where logits are huge: there
+// scores are multiplied here, and rounded likewise.
+VLMFAST_INLINE float remaining_factor(float* scores, int count, int n, float factor,
+                                      const float* subtracted) {
+  constexpr float kHuge = 1 << 20;
+  bool huge = false;
+  for (int i = 0; i < count; i++) {
+    const float size = __builtin_fabsf(subtracted[i]);
+    huge |= size > kHuge && size < kInfinity;
+  }
+  if (!huge) return factor;
+  for (int i = 0; i < count; i++)
+    for_each_vector(i, n, [&](int at, int) VLMFAST_INLINE_LAMBDA {
+      store(scores + at, load(scores + at) * broadcast(factor));
+    });
+  return 1.f;
+}
+
 VLMFAST_INLINE void add_rows(float* sums, const float* more) {
   VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes)
       store(sums + c, load(sums + c) + load(more + c));
@@ -379,6 +398,7 @@ struct Forward {
   VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums,
                               const RowFetcher<T>& later, Prefetcher& ahead) const {
     constexpr int kStep = Words::kElements;
+    const Vec f = broadcast(remaining_factor(scores, count, n, factor, subtracted));
     float more[kTile] = {};
     reduce_rows(
         count, more,
@@ -396,8 +416,7 @@ struct Forward {
                 const int at = g + i * kLanes;
                 if (at >= m) break;
                 const Vec score = load(panel + row * width + at);
-                p[i] = first_or(exp2<Words::kExpDegree>(fms(broadcast(factor), score, shift)),
-                                m - at, 0.f);
+                p[i] = first_or(exp2<Words::kExpDegree>(fms(f, score, shift)), m - at, 0.f);
                 total = total + p[i];
               }
               store_words<Words>(panel + row * (width / kStep) + g / kStep, p, width - g);
@@ -773,14 +792,14 @@ struct Backward {
                              ahead);
       row_maxima(scores, count, m, factor, most);
       softmax->raise(most, subtracted, rescale);
+      const Vec f = broadcast(remaining_factor(scores, count, m, factor, subtracted));
       reduce_rows(
           count, more,
           [&](int row) VLMFAST_INLINE_LAMBDA {
             const Vec shift = broadcast(subtracted[row]);
             Vec total = zero();
             for_each_vector(row, m, [&](int at, int lanes) VLMFAST_INLINE_LAMBDA {
-              const Vec p =
-                  exp2<Words::kExpDegree>(fms(broadcast(factor), load(scores + at), shift));
+              const Vec p = exp2<Words::kExpDegree>(fms(f, load(scores + at), shift));
               total = total + first_or(p, lanes, 0.f);
             });
             return total;
@@ -842,6 +861,7 @@ struct Backward {
   // and `grad_words` gets dS as pairs of latents.
   VLMFAST_INLINE void gradients(int count, int n, const float* delta, const float* top,
                                 const float* share, Prefetcher& ahead) const {
+    const Vec f = broadcast(remaining_factor(scores, count, n, factor, top));
     for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
       const int width = panel_width(m), panel = first / kPanel;
       for (int row = 0; row < count; row += kStep) {
@@ -854,8 +874,7 @@ struct Backward {
             weight[r][v] = grad[r][v] = zero();
             if (i >= count || lanes <= 0) continue;
             const int at = panel * kPanelScores + i * width + g + v * kLanes;
-            const Vec power = exp2<Words::kExpDegree>(
-                fms(broadcast(factor), load(scores + at), broadcast(top[i])));
+            const Vec power = exp2<Words::kExpDegree>(fms(f, load(scores + at), broadcast(top[i])));
             const Vec p = first_or(power * broadcast(share[i]), lanes, 0.f);
             weight[r][v] = p;
             grad[r][v] = p * (load(grad_scores + at) - broadcast(delta[i]));

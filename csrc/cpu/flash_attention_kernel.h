@@ -45,11 +45,7 @@ struct Tiling {
 template <class M>
 VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
   const Vec raw = stride == 1 ? load_first(row, n) : gather_words<Fp32Words>(row, stride, n);
-  // Finite values stay finite: torch adds them, and a row of equal lowest values is uniform, not
-  // empty.
-  const Vec scaled = min(broadcast(-kLowest), max(broadcast(kLowest), raw * broadcast(kLog2E)));
-  const Vec magnitude = max(raw, broadcast(0.f) - raw);
-  return select_eq(magnitude, broadcast(kInfinity), raw, scaled);
+  return in_log2_units(raw, -kLowest);
 }
 
 VLMFAST_INLINE Vec load_mask_row(const bool* row, int64_t stride, int n) {

@@ -23,6 +23,14 @@ constexpr double kLn2 = 0.69314718055994530942;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -3.40282346638528859812e38f;
 
+// What is added to logits, in units of log2. Finite values stay finite, as torch adds them: a row
+// of equal lowest values is uniform, not empty.
+VLMFAST_INLINE Vec in_log2_units(Vec raw, float most) {
+  const Vec scaled = min(broadcast(most), max(broadcast(-most), raw * broadcast(kLog2E)));
+  const Vec magnitude = max(raw, broadcast(0.f) - raw);
+  return select_eq(magnitude, broadcast(kInfinity), raw, scaled);
+}
+
 VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
 VLMFAST_INLINE int minimum(int a, int b) { return a < b ? a : b; }
 VLMFAST_INLINE int maximum(int a, int b) { return a > b ? a : b; }

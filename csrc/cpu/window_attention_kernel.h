@@ -1010,14 +1010,14 @@ VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* 
 void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
   with_element(bias.dtype, [&](auto element) {
     using T = decltype(element);
-    const Vec factor = broadcast(kLog2E);
+    constexpr float kMost = 1.5e38f;  // to which a mask of -1e38 may be added
     const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
     const int64_t query_stride = bias.query_stride, key_stride = bias.key_stride;
     if (key_stride == 1)
       pack_bias_rows(
           Tiling(tokens),
           [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
-            return factor * load_first(base + query * query_stride + key, n);
+            return in_log2_units(load_first(base + query * query_stride + key, n), kMost);
           },
           packed);
     else
@@ -1025,7 +1025,7 @@ void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
           Tiling(tokens),
           [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
             const T* p = base + query * query_stride + key * key_stride;
-            return factor * gather_words<Fp32Words>(p, key_stride, n);
+            return in_log2_units(gather_words<Fp32Words>(p, key_stride, n), kMost);
           },
           packed);
   });

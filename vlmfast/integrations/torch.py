@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vlmfast.nn as vnn
 from vlmfast.integrations.rules import LINEAR, Rule, class_name, code_names, swap_class
-from vlmfast.nn.common import Keeper, may_be_kept
+from vlmfast.nn.common import Keeper, is_watched, may_be_kept
 
 __all__ = ["RULES", "Linear", "TransformerEncoderLayer"]
 
@@ -71,9 +71,9 @@ class Linear(nn.Linear):
     is made anew when the weight is replaced or written to, and after a step of any optimiser of
     torch, but not when it is written to through `weight.data`.
 
-    Gradients, GPUs, torch.compile, torch.func, dispatch modes, weights made in inference mode
-    (whose changes torch does not record) and dtypes other than float32 and bfloat16 take the way of
-    torch.nn.Linear.
+    Gradients, GPUs, torch.compile, torch.func, dispatch modes, dtypes other than float32 and
+    bfloat16, and weights whose changes torch does not record (made in inference mode, or in a
+    process group of torch.distributed) take the way of torch.nn.Linear.
     """
 
     backend: str | None = None  # set by patch; no kernel of vlmfast's takes part
@@ -95,7 +95,7 @@ class Linear(nn.Linear):
             not torch.compiler.is_compiling()
             and may_be_kept(*sources)
             and input.device.type == self.weight.device.type == "cpu"
-            and not self.weight.is_inference()
+            and is_watched(self.weight)
             and (dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_takes_bfloat16()))
             and (input.dtype == self.weight.dtype or torch.is_autocast_enabled("cpu"))
             and input.is_floating_point()

@@ -5,18 +5,28 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmfast.functional.common import check_device, reject, reject_type
 
-__all__ = ["Keeper", "check_fits_weight", "has_hooks", "may_be_kept", "positive_int"]
+__all__ = [
+    "Keeper",
+    "check_fits_weight",
+    "has_hooks",
+    "is_linear",
+    "is_watched",
+    "may_be_kept",
+    "positive_int",
+]
 
 Result = TypeVar("Result")
 
@@ -46,6 +56,14 @@ def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
         reject_type(argument, f"the dtype of the weights, {weight.dtype}", tensor.dtype)
 
 
+def is_linear(projection: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
+    cls = type(projection)
+    return cls is nn.Linear or (
+        issubclass(cls, nn.Linear) and cls.__module__.startswith("vlmfast.")
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class says."""
     return bool(
@@ -61,9 +79,11 @@ def may_be_kept(*sources: Tensor) -> bool:
     """Whether a result of these tensors may be given again.
 
     Not where it needs a gradient, nor where a graph is traced or captured, which must hold the
-    computation itself.
+    computation itself, nor where a hook on all modules watches it, or changes it.
     """
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if _has_any_global_hook():
         return False
     if _get_current_dispatch_mode() is not None:  # fake tensors, or somebody counts
         return False
@@ -73,30 +93,40 @@ def may_be_kept(*sources: Tensor) -> bool:
         return False
     if sources[0].device.type == "cpu":
         return True
-    if any(x.is_inference() for x in sources):  # to compare values would synchronise
+    if not all(map(is_watched, sources)):  # to compare values would synchronise
         return False
     return not (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether all that torch writes to a tensor counts up its version.
+
+    Tensors made in inference mode have none, and the collectives of torch.distributed count none.
+    """
+    return not (tensor.is_inference() or (dist.is_available() and dist.is_initialized()))
 
 
 class _Snapshot:
     """A tensor at one moment. Identity and version tell whether another is that one, unchanged.
 
-    Every operation of torch that writes to a tensor counts up its version, which its views share.
-    Tensors made in inference mode have none: on a CPU, their values are compared with a copy.
+    Operations of torch that write to a tensor count up its version, which its views share. Where
+    they do not, values are compared with a copy, on a CPU; and those of masks always, which are
+    small.
     """
 
     def __init__(self, tensor: Tensor):
         self._layout = _layout(tensor)
-        self._copy = tensor.clone() if tensor.is_inference() else None
+        self._copy = tensor.clone() if _is_compared_by_value(tensor) else None
         # Held, so that no other tensor can take its identity.
-        self._owner = None if tensor.is_inference() else _owner(tensor)
-        self._version = 0 if tensor.is_inference() else tensor._version
+        self._owner = None if self._copy is not None else _owner(tensor)
+        self._version = 0 if self._copy is not None else tensor._version
         # `tensor.data = other` counts up no version, and memory that it frees is soon given out
         # again, at the same address. A weak reference keeps the identity alone.
         self._storage = StorageWeakRef(tensor.untyped_storage())
 
     def shows(self, tensor: Tensor) -> bool:
-        if _layout(tensor) != self._layout or tensor.is_inference() != (self._copy is not None):
+        by_value = _is_compared_by_value(tensor)
+        if _layout(tensor) != self._layout or by_value != (self._copy is not None):
             return False
         if self._copy is not None:
             return torch.equal(self._copy, tensor)
@@ -107,12 +137,18 @@ class _Snapshot:
         )
 
 
-# One copy of a tensor without a version serves all layers.
+def _is_compared_by_value(tensor: Tensor) -> bool:
+    return not is_watched(tensor) or (
+        tensor.device.type == "cpu" and not tensor.is_floating_point()
+    )
+
+
+# One copy of a tensor serves all layers.
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _snapshot(tensor: Tensor) -> _Snapshot:
-    if not tensor.is_inference():
+    if not _is_compared_by_value(tensor):
         return _Snapshot(tensor)
     copied = _copies.get(tensor)
     if copied is None or not copied.shows(tensor):
@@ -155,6 +191,10 @@ class Keeper(Generic[Result]):
             result = compute()
         self._last = [_snapshot(source) for source in sources], context, result
         return result
+
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._last = None
 
 
 _optimizer_steps = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeGuard
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from vlmfast.nn.common import (
     Keeper,
     check_fits_weight,
     has_hooks,
+    is_linear,
     may_be_kept,
     positive_int,
 )
@@ -54,8 +55,9 @@ class MaskedCrossAttention(nn.Module):
     The projected media are kept and projected again only if the media or the weights are other
     tensors than last time, or have been written to. So a step of decoding attends to one image and
     projects nothing. They are not kept where a gradient to them is wanted, where a graph is traced,
-    where `to_kv` is not a plain linear layer, or on a GPU in inference mode. What torch does not
-    record, writes through `.data` or NumPy, cannot be seen: call `forget_media` after them.
+    where `to_kv` is not a plain linear layer, or on a GPU in inference mode or beside a process
+    group. What torch does not record, writes through `.data`, NumPy or a replayed CUDA graph,
+    cannot be seen: call `forget_media` after them.
 
     Args:
         dim: width of the text.
@@ -511,7 +513,7 @@ def kept_key_value(
         return project()
     sources = (media, *(p for module in modules for p in module.parameters()))
     if (
-        all(_is_linear(m) or type(m) in plain for m in modules)
+        all(is_linear(m) or type(m) in plain for m in modules)
         and not any(map(has_hooks, modules))
         and may_be_kept(*sources)
     ):
@@ -522,8 +524,9 @@ def kept_key_value(
 
 
 def forget_media(layer: nn.Module) -> None:
-    """Drops what `kept_key_value` has kept for a layer."""
+    """Drops what `kept_key_value` has kept for a layer, and the plan that `kept_plan` has kept."""
     _kept_media.pop(layer, None)
+    _last_plan.forget()
 
 
 def kept_plan(
@@ -549,14 +552,6 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
-def _is_linear(projection: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
-    cls = type(projection)
-    return cls is nn.Linear or (
-        issubclass(cls, nn.Linear) and cls.__module__.startswith("vlmfast.")
-    )
-
-
 def _check_sizes(dim: int, dim_head: int, heads: int) -> int:
     """The width of all heads together."""
     positive_int("dim", dim)
@@ -565,7 +560,7 @@ def _check_sizes(dim: int, dim_head: int, heads: int) -> int:
 
 def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
     """Whether a projection can take `tensor`; one that is no plain linear layer says so itself."""
-    if not _is_linear(projection):
+    if not is_linear(projection):
         return
     if tensor.shape[-1] != projection.in_features:
         reject(argument, f"a last dimension of size {projection.in_features}", tuple(tensor.shape))

@@ -12,17 +12,21 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import vlmfast.functional as VF
 from vlmfast.functional.common import (
     check_dropout,
     check_floating_tensor,
-    may_read_values,
     reject,
     reject_type,
 )
-from vlmfast.nn.common import check_fits_weight, has_hooks, positive_int
+from vlmfast.nn.common import (
+    check_fits_weight,
+    has_hooks,
+    is_linear,
+    may_be_kept,
+    positive_int,
+)
 
 __all__ = [
     "ShiftedWindowAttention",
@@ -275,7 +279,7 @@ def _project(projection: nn.Module, x: Tensor) -> Tensor:
 
 def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
     """What `projection` makes of a token of zeros, which models pad x with: None for zeros."""
-    if isinstance(projection, nn.Linear):
+    if is_linear(projection) and not has_hooks(projection):
         return projection.bias
     return projection(x.new_zeros(1, x.shape[-1]))[0]
 
@@ -340,15 +344,9 @@ _PLAIN_LAYERS = (nn.Linear, nn.ReLU, nn.Identity, nn.Dropout)
 
 
 def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or not may_be_kept(*sources):
         return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if _get_current_dispatch_mode() is not None:  # fake tensors, or somebody counts
-        return False
-    if not all(source.device.type == "cpu" and may_read_values(source) for source in sources):
-        return False
-    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+    if any(source.device.type != "cpu" for source in sources):
         return False
     for layer in network.modules():
         if has_hooks(layer):
