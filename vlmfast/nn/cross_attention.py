@@ -519,7 +519,7 @@ def kept_key_value(
     ):
         keeper: Keeper[KeyValue] = _kept_media.setdefault(layer, Keeper())
         return keeper.get(sources, _autocast_dtype(media), project)
-    forget_media(layer)
+    _kept_media.pop(layer, None)
     return project()
 
 
