@@ -249,7 +249,8 @@ def _group(loss: Any, ring: bool = False) -> Any:
 
     if group is None:
         if not dist.is_initialized():
-            reject("world_size", "1 where torch.distributed is not initialised", loss.world_size)
+            expected = "1, unless torch.distributed.init_process_group was called"
+            reject("world_size", expected, loss.world_size)
         group = distributed.Ring() if ring else dist.group.WORLD
     for name, own, actual in (
         ("world_size", loss.world_size, distributed.world_size(group)),
