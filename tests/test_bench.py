@@ -361,13 +361,6 @@ def test_layers_are_right_after_patching(case: ModuleCase, mode: str) -> None:
     assert calls.keys() == {OURS, "original"}, row.refusals
 
 
-def test_gradients_of_a_replaced_layer_are_judged_together() -> None:
-    assert modules._replaced_layers(LAYERS[0]) == ("attention",)
-    assert modules._layer_of("attention.out_proj.bias", ("attention",)) == "attention"
-    assert modules._layer_of("attentional.out.bias", ("attention",)) == "attentional.out"
-    assert modules._layer_of("blocks.1.mlp.fc1.bias", ("", "blocks.1")) == "blocks.1"
-
-
 def test_a_module_that_nothing_is_replaced_in_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LAYERS[0], batch=1)
     report = type("Report", (), {"replaced": []})()
