@@ -245,12 +245,12 @@ def statistics(
         columns: what `everyone` returned.
         ranks: all of them take part.
     """
-    # Chosen once: use_backend may have ended when backward runs.
-    chosen = functional.choose(rows, columns, backend)
-    settings = _Settings(sigmoid, column_statistics, chosen)
     if ranks.ring and ranks.size > 1:
         if rows.dim() == 2:
             rows = rows.unsqueeze(1)
+        # Chosen once: use_backend may have ended when backward runs.
+        chosen = functional.choose(rows, columns, backend)
+        settings = _Settings(sigmoid, column_statistics, chosen)
         return functional.Statistics(
             *_RingStatistics.apply(rows, columns, scale, bias, settings, ranks)
         )
