@@ -341,16 +341,14 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
   }
 }
 
-// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) or kTileRows;
+// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) or kRows of them;
 // `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
-template <class Words, int kGroups>
+template <class Words, int kGroups, int kRows = kTileRows<kGroups>, class Ahead>
 VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
                                     int64_t key_stride, int words, int n_rows,
-                                    float* __restrict scores, Vec* running_max,
-                                    Prefetcher& prefetcher) {
-  constexpr int kRows = kTileRows<kGroups>;
+                                    float* __restrict scores, Vec* running_max, Ahead& ahead) {
   for_each_product<Words, kGroups, kRows>(
-      query, keys, key_stride, words, n_rows, [&]() VLMFAST_INLINE_LAMBDA { prefetcher.step(); },
+      query, keys, key_stride, words, n_rows, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
       [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
         float* target = scores + j * kGroups * kLanes;
         VLMFAST_UNROLL for (int r = 0; r < kRows; r++)

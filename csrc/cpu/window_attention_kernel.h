@@ -216,23 +216,6 @@ VLMFAST_INLINE void with_rows(int n, Body body) {
     body(Count<kMany>());
 }
 
-// products[key][kGroups * kLanes] = keys[key] . query.
-template <class Words, int kGroups, class Ahead>
-VLMFAST_NOINLINE void multiply_keys(const float* query, const float* keys, int words, int n,
-                                    float* products, Ahead& ahead) {
-  with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
-    constexpr int kRows = decltype(rows)::kCount;
-    for_each_product<Words, kGroups, kRows>(
-        query, keys, words, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
-        [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
-          float* target = products + j * kGroups * kLanes;
-          VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
-              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-                  store(target + (r * kGroups + g) * kLanes, sum[r][g]);
-        });
-  });
-}
-
 // The logits of one head in one window, in log2 units.
 template <class Words>
 struct Logits {
@@ -649,7 +632,10 @@ struct Backward {
       }
     }
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
-    multiply_keys<Words, kGroups>(grad_out, values, words, n, grad_scores, ahead);
+    with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
+      multiply_rows<Words, kGroups, decltype(rows)::kCount>(grad_out, values, words, words, n,
+                                                            grad_scores, nullptr, ahead);
+    });
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
