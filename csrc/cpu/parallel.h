@@ -59,8 +59,9 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
     float* buffer = scratch.get(scratch_floats);
     for (int64_t worker = first_worker; worker < last_worker; worker++) {
       for (int64_t task = worker; task < tasks;) {
-        body(task, std::min(unclaimed.load(std::memory_order_relaxed), tasks - 1), buffer);
-        task = unclaimed.fetch_add(1, std::memory_order_relaxed);
+        const int64_t next = unclaimed.fetch_add(1, std::memory_order_relaxed);
+        body(task, std::min(next, tasks - 1), buffer);
+        task = next;
       }
     }
     scratch.trim();

@@ -92,15 +92,15 @@ struct Rows {
   VLMFAST_INLINE T* row(int i) const { return data + i * row_stride; }
 };
 
-// Dense rows that lie anywhere, from `column` on.
-template <class T>
+// Dense rows that lie anywhere, from `column` on: every kStep-th of `rows`.
+template <class T, int kStep>
 struct ScatteredRows {
   using Element = T;
   static constexpr int64_t column_stride = 1;
   T* const* rows;
   int64_t column;
 
-  VLMFAST_INLINE T* row(int i) const { return rows[i] + column; }
+  VLMFAST_INLINE T* row(int i) const { return rows[i * kStep] + column; }
 };
 
 // Asks for the cache lines of some rows, a few at a time between other work: rows lie far apart in

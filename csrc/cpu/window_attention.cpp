@@ -264,12 +264,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   logit_scale_grad = logit_scale_grad && logit_scale;
   pad_grad = pad_grad && pad_value;
   const int64_t windows = in.windows(), tokens = in.tokens(), channels = in.channels();
-  Tensor grad_bias = bias_grad ? torch::stable::new_zeros(*bias, {num_heads, tokens, tokens})
+  Tensor grad_bias = bias_grad ? torch::stable::new_empty(*bias, {num_heads, tokens, tokens})
                                : nothing(bias ? *bias : query);
   Tensor grad_logit_scale = logit_scale_grad ? torch::stable::new_zeros(*logit_scale, {num_heads})
                                              : nothing(logit_scale ? *logit_scale : query);
   Tensor grad_pad = pad_grad ? torch::stable::new_zeros(*pad_value, {3 * channels})
                              : nothing(pad_value ? *pad_value : query);
+  if (windows == 0 && bias_grad) torch::stable::zero_(grad_bias);
   if (windows == 0)
     return {grad_query, grad_key, grad_value, grad_bias, grad_logit_scale, grad_pad};
 
@@ -294,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   const int64_t splits = tasks.back().split + 1;
   MaybeTensor bias_sums, pad_sums, logit_scale_sums;
   if (bias_grad) {
-    bias_sums = torch::stable::new_zeros(query, {splits, num_heads, bias_size}, ScalarType::Float);
+    bias_sums = torch::stable::new_empty(query, {splits, num_heads, bias_size}, ScalarType::Float);
     problem.grad_bias = static_cast<float*>(bias_sums->mutable_data_ptr());
   }
   if (pad_grad) {

@@ -45,18 +45,22 @@ struct Tiling {
 // Where the tokens of one window lie, and in which region of the map.
 template <class T, int kTensors>
 struct Window {
-  T** rows[kTensors];  // [tokens] of each tensor
-  float* regions;      // [padded_tokens]
+  T** rows;        // [tokens][kTensors]
+  float* regions;  // [padded_tokens]
   bool wraps, has_padding;
   bool* is_padding;  // [tokens]
 
   static constexpr int kFloatsPerPointer = (sizeof(T*) + sizeof(float) - 1) / sizeof(float);
 
   void take(Arena* arena, const Tiling& tiling) {
-    for (int i = 0; i < kTensors; i++)
-      rows[i] = (T**)arena->take((int64_t)tiling.tokens * kFloatsPerPointer);
+    rows = (T**)arena->take((int64_t)tiling.tokens * kTensors * kFloatsPerPointer);
     regions = arena->take(tiling.padded_tokens);
     is_padding = (bool*)arena->take(tiling.tokens);
+  }
+
+  // A tensor's rows from a token on, each from a column on.
+  VLMFAST_INLINE ScatteredRows<T, kTensors> of(int tensor, int column, int token = 0) const {
+    return {rows + token * kTensors + tensor, column};
   }
 };
 
@@ -100,6 +104,8 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   window->wraps = (problem.shift_height > 0 && down == problem.windows_down - 1) ||
                   (problem.shift_width > 0 && across == problem.windows_across - 1);
   window->has_padding = false;
+  int64_t stride[kTensors];
+  VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) stride[t] = maps[t].tensor.stride[2];
   int token = 0;
   for (int i = 0; i < problem.window_height; i++) {
     const int y = rows.place(top + i);
@@ -110,8 +116,12 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
     for (int j = 0; j < problem.window_width; j++, token++) {
       const int x = columns.place(left + j);
       const bool padding = y < 0 || x < 0;
-      VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) window->rows[t][token] =
-          padding ? maps[t].padding : row[t] + x * maps[t].tensor.stride[2];
+      T** target = window->rows + token * kTensors;
+      if (padding) {
+        VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) target[t] = maps[t].padding;
+      } else {
+        VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) target[t] = row[t] + x * stride[t];
+      }
       window->regions[token] = region + (columns.came_round(left + j) ? 1.f : 0.f);
       window->is_padding[token] = padding;
       window->has_padding |= padding;
@@ -123,45 +133,38 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
 // Asks for the rows of the next window, a few at a time between other work: the hardware does not
 // foresee them, also where a cache holds them. It goes token by token, because in a packed
 // projection a token's query, key and value are neighbours, and so are tokens.
-template <int kTensors>
 class WindowPrefetcher {
  public:
   // Of each row `columns` columns from `column` on; spread over `products` products of all queries
   // and keys.
-  template <class T>
+  template <class T, int kTensors>
   VLMFAST_INLINE WindowPrefetcher(const Window<T, kTensors>& window, const Tiling& tiling,
                                   int column, int columns, int products, int words)
-      : begin_(column * (int64_t)sizeof(T)),
-        bytes_(columns * (int)sizeof(T)),
-        tokens_(tiling.tokens) {
-    VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) rows_[t] = (const char* const*)window.rows[t];
-    const int64_t lines = (int64_t)kTensors * tokens_ * ((bytes_ + 63) / 64);
-    const int steps = products * tiling.tiles * (tokens_ / kRowStep) * (words / kWordStep);
-    lines_per_step_ = (int)(lines / maximum(steps, 1)) + 1;
+      : row_((const char* const*)window.rows),
+        end_(row_ + (int64_t)tiling.tokens * kTensors),
+        first_(column * (int64_t)sizeof(T)),
+        last_(first_ + columns * (int64_t)sizeof(T) - 1),
+        at_(first_) {
+    parts_ = (int)((end_ - row_) * ((last_ - first_) / kPart + 1));
+    steps_ = maximum(products * tiling.tiles * (tiling.tokens / kRowStep) * (words / kWordStep), 1);
   }
 
   VLMFAST_INLINE void step() {
-    due_ += lines_per_step_;
-    while (due_ > 0 && token_ < tokens_) {
-      const char* p = rows_[tensor_][token_] + begin_ + offset_;
-      const int n = minimum(bytes_ - offset_, kMostBytes);
-      for (int i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
-      due_ -= (n + 63) / 64;
-      offset_ += n;
-      if (offset_ < bytes_) continue;
-      offset_ = 0;
-      if (++tensor_ < kTensors) continue;
-      tensor_ = 0;
-      token_++;
+    for (due_ += parts_; due_ > 0 && row_ < end_; due_ -= steps_) {
+      const char* row = *row_;
+      const int64_t end = at_ + kPart;
+      for (; at_ < end && at_ <= last_; at_ += 64) __builtin_prefetch(row + at_);
+      if (at_ <= last_) continue;
+      at_ = first_;
+      row_++;
     }
   }
 
  private:
-  static constexpr int kMostBytes = 512;  // more requests at once would stall the core
-  const char* const* rows_[kTensors];
-  int64_t begin_;
-  int bytes_, tokens_, lines_per_step_, due_ = 0;
-  int token_ = 0, tensor_ = 0, offset_ = 0;
+  static constexpr int64_t kPart = 512;  // bytes: more requests at once would stall the core
+  const char *const *row_, *const *end_;
+  int64_t first_, last_, at_;
+  int parts_, steps_, due_ = 0;
 };
 
 // 1 / max(|x|, 1e-12) from |x|^2.
@@ -228,9 +231,9 @@ struct Logits {
   float mask;
 
   // logits[key][lane] for the tile's queries from the vector `first` on, and their maxima.
-  template <int kGroups, class Ahead>
+  template <int kGroups>
   VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                           Vec* most, Ahead& ahead) const {
+                           Vec* most, WindowPrefetcher& ahead) const {
     with_rows<kGroups>(tiling.tokens, [&](auto rows) VLMFAST_INLINE_LAMBDA {
       constexpr int kRows = decltype(rows)::kCount;
       if (key_factors == nullptr && regions == nullptr)
@@ -240,9 +243,9 @@ struct Logits {
     });
   }
 
-  template <int kGroups, int kRows, bool kPlain, class Ahead>
+  template <int kGroups, int kRows, bool kPlain>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                             Vec* most, Ahead& ahead) const {
+                             Vec* most, WindowPrefetcher& ahead) const {
     const int n = tiling.tokens;
     const float* added = bias + tiling.bias_tile(first);
     Vec top[kGroups];  // in registers, which `most` cannot be
@@ -330,7 +333,6 @@ VLMFAST_INLINE void with_groups(int groups, Body body) {
 template <class Words, class T>
 struct Forward {
   enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
-  using Ahead = WindowPrefetcher<kTensors>;
   const WindowAttentionForward& problem;
   Tiling tiling;
   int words, value_columns, row_words;
@@ -373,12 +375,12 @@ struct Forward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, float* logsumexp,
-                             Ahead& ahead) const {
+                             WindowPrefetcher& ahead) const {
     constexpr int kWidth = kGroups * kLanes;
     const int column = head * problem.head_dim, n = tiling.tokens;
     const int first_query = first * kLanes,
               count = minimum(kWidth, tiling.tiled_queries() - first_query);
-    const ScatteredRows<T> rows{window.rows[kQuery] + first_query, column};
+    const auto rows = window.of(kQuery, column, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, 1.f, query);
     Vec factor[kGroups], most[kGroups], sum[kGroups];
     if (problem.logit_scale == nullptr) {
@@ -410,15 +412,14 @@ struct Forward {
     }
     log2_in_place(logs, kWidth);
     for (int i = 0; i < count; i++) logsumexp[first_query + i] = (tops[i] + logs[i]) * (float)kLn2;
-    const ScatteredRows<T> target{window.rows[kOut] + first_query, column};
+    const auto target = window.of(kOut, column, first_query);
     store_transposed<kGroups>(sums, factor, target, count, problem.head_dim);
   }
 
   VLMFAST_NOINLINE void last_query(const Window<T, kTensors>& window, const Logits<Words>& logits,
                                    int head, uint32_t dropout_row, float* logsumexp) const {
     const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
-    pack_rows<Words>(ScatteredRows<T>{window.rows[kQuery] + q, column}, 1, 1, problem.head_dim,
-                     row_words, row);
+    pack_rows<Words>(window.of(kQuery, column, q), 1, 1, problem.head_dim, row_words, row);
     float factor = problem.scale * kLog2E;
     if (problem.logit_scale != nullptr) {
       float norm[kLanes];
@@ -434,7 +435,7 @@ struct Forward {
     round_weights<Words>(row_scores, n);
     combine_rows<Words>(row_scores, values, value_columns,
                         (n + Words::kElements - 1) / Words::kElements, problem.head_dim, row);
-    T* out = window.rows[kOut][q] + column;
+    T* out = window.of(kOut, column, q).row(0);
     const Vec scaled = broadcast(kept_scale(problem.dropout_p) / sum);
     for (int d = 0; d < problem.head_dim; d += kLanes)
       store_first(out + d, scaled * load(row + d), minimum(kLanes, problem.head_dim - d));
@@ -442,12 +443,13 @@ struct Forward {
     logsumexp[q] = (most + sum) * (float)kLn2;
   }
 
-  void run_head(const Window<T, kTensors>& window, int64_t index, int head, Ahead& ahead) const {
+  void run_head(const Window<T, kTensors>& window, int64_t index, int head,
+                WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens;
-    pack_rows<Words>(ScatteredRows<T>{window.rows[kKey], column}, n, tiling.padded_tokens,
-                     problem.head_dim, words, keys);
-    pack_row_pairs<Words>(ScatteredRows<T>{window.rows[kValue], column}, n,
-                          round_up(n, Words::kElements), problem.head_dim, value_columns, values);
+    pack_rows<Words>(window.of(kKey, column), n, tiling.padded_tokens, problem.head_dim, words,
+                     keys);
+    pack_row_pairs<Words>(window.of(kValue, column), n, round_up(n, Words::kElements),
+                          problem.head_dim, value_columns, values);
     if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
     const Logits<Words> logits{tiling,
                                keys,
@@ -477,7 +479,8 @@ struct Forward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      Ahead ahead(*following, tiling, column, columns, task.head_end - task.head_begin, words);
+      WindowPrefetcher ahead(*following, tiling, column, columns, task.head_end - task.head_begin,
+                             words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, index, head, ahead);
       Window<T, kTensors>* free = window;
@@ -490,7 +493,6 @@ struct Forward {
 template <class Words, class T>
 struct Backward {
   enum Tensors { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kTensors };
-  using Ahead = WindowPrefetcher<kTensors>;
   static constexpr bool kPairs = Words::kElements == 2;
   const WindowAttentionBackward& problem;
   Tiling tiling;
@@ -557,12 +559,17 @@ struct Backward {
     locate(problem, index, maps, window);
   }
 
+  // A task's first window begins its partial sums.
+  VLMFAST_INLINE void add_to(float* sum, bool is_first, Vec x) const {
+    store(sum, load_first(sum, is_first ? 0 : kLanes) + x);
+  }
+
   // P (after dropout) and dS of a tile, from its logits in `scores` and its dP in `grad_scores`, as
   // store_gradients leaves them. dS is times the inverse norms of query and key where there are
   // any, but not in the gradient of the bias.
   template <int kGroups>
-  VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor,
-                                  float* grad_bias) const {
+  VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor, float* grad_bias,
+                                  bool is_first) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
     const int n = tiling.tokens;
     const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
@@ -593,9 +600,7 @@ struct Backward {
         if (kRows == 1 || j + i < n) {
           weight[i][g] = load(scores + at) * sum[g];
           grad[i][g] = weight[i][g] * (load(grad_scores + at) - delta[g]);
-          if (grad_bias != nullptr) {
-            store(grad_bias + at, load(grad_bias + at) + grad[i][g]);
-          }
+          if (grad_bias != nullptr) add_to(grad_bias + at, is_first, grad[i][g]);
           if (keep != nullptr) weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
           if (key_factors != nullptr)
             grad[i][g] = grad[i][g] * (query_factor[g] * broadcast(key_factors[j + i]));
@@ -608,13 +613,14 @@ struct Backward {
   template <int kGroups>
   VLMFAST_NOINLINE void tile(const Window<T, kTensors>& window, const Logits<Words>& logits,
                              int head, int first, uint32_t dropout_row, bool overwrite,
-                             float* grad_bias, Vec* grad_logit_scale, Ahead& ahead) const {
+                             float* grad_bias, bool is_first, Vec* grad_logit_scale,
+                             WindowPrefetcher& ahead) const {
     constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / Words::kElements;
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const int first_query = first * kLanes,
               count = minimum(kWidth, tiling.tiled_queries() - first_query);
-    const ScatteredRows<T> query_in{window.rows[kQuery] + first_query, column};
-    const ScatteredRows<T> grad_in{window.rows[kGradOut] + first_query, column};
+    const auto query_in = window.of(kQuery, column, first_query);
+    const auto grad_in = window.of(kGradOut, column, first_query);
     pack_transposed<Words, kGroups>(query_in, count, dim, 1.f, query);
     pack_transposed<Words, kGroups>(grad_in, count, dim, 1.f, grad_out);
     pack_row_pairs<Words>(query_in, count, kWidth, dim, vectors * kLanes, query_rows);
@@ -640,7 +646,8 @@ struct Backward {
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
     gradients<kGroups>(most, inverse,
-                       grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first));
+                       grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first),
+                       is_first);
     if (!wants_products) return;
     outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n, overwrite, grad_values,
                             vectors);
@@ -655,9 +662,8 @@ struct Backward {
           broadcast(problem.logit_scale[head]);
       project_queries<kGroups>(square, inverse, grad_logit_scale);
     }
-    store_transposed<kGroups>(grad_query, factor,
-                              ScatteredRows<T>{window.rows[kGradQuery] + first_query, column},
-                              count, dim);
+    store_transposed<kGroups>(grad_query, factor, window.of(kGradQuery, column, first_query), count,
+                              dim);
   }
 
   // Calls body(column, x) with the fp32 vectors of a column of the packed queries.
@@ -706,22 +712,20 @@ struct Backward {
     return select_eq(is_small, smallest, zero(), along * inverse * inverse);
   }
 
-  VLMFAST_INLINE void load_exact_row(T* const* rows, int column, float* out) const {
-    pack_rows<Fp32Words>(ScatteredRows<T>{rows, column}, 1, 1, problem.head_dim, vectors * kLanes,
-                         out);
+  VLMFAST_INLINE void load_exact_row(ScatteredRows<T, kTensors> row, float* out) const {
+    pack_rows<Fp32Words>(row, 1, 1, problem.head_dim, vectors * kLanes, out);
   }
 
   // The query that has no tile: it comes first, so that grad_keys and grad_values start from it.
   VLMFAST_NOINLINE void last_query(const Window<T, kTensors>& window, const Logits<Words>& logits,
-                                   int head, uint32_t dropout_row, float* grad_bias,
+                                   int head, uint32_t dropout_row, float* grad_bias, bool is_first,
                                    Vec* grad_logit_scale) const {
     const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
     const int dim = problem.head_dim;
-    pack_rows<Words>(ScatteredRows<T>{window.rows[kQuery] + q, column}, 1, 1, dim, row_words, row);
-    pack_rows<Words>(ScatteredRows<T>{window.rows[kGradOut] + q, column}, 1, 1, dim, row_words,
-                     grad_row);
-    load_exact_row(window.rows[kQuery] + q, column, exact_row);
-    load_exact_row(window.rows[kGradOut] + q, column, exact_grad_row);
+    pack_rows<Words>(window.of(kQuery, column, q), 1, 1, dim, row_words, row);
+    pack_rows<Words>(window.of(kGradOut, column, q), 1, 1, dim, row_words, grad_row);
+    load_exact_row(window.of(kQuery, column, q), exact_row);
+    load_exact_row(window.of(kGradOut, column, q), exact_grad_row);
     float inverse = 1.f, factor = problem.scale;
     if (key_factors != nullptr) {
       float norm[kLanes];
@@ -750,10 +754,7 @@ struct Backward {
     const Vec delta = broadcast(horizontal_sum(sum));
     for (int j = 0; j < n; j += kLanes) {
       Vec grad = load(row_scores + j) * (load(row_grads + j) - delta);
-      if (grad_bias != nullptr) {
-        float* target = grad_bias + tiling.bias_tiles_size() + j;
-        store(target, load(target) + grad);
-      }
+      if (grad_bias != nullptr) add_to(grad_bias + tiling.bias_tiles_size() + j, is_first, grad);
       if (key_factors != nullptr)
         grad =
             select_ge(lane_index(j), n, zero(), grad * broadcast(inverse) * load(key_factors + j));
@@ -768,7 +769,8 @@ struct Backward {
     float* gradient = exact_grad_row;
     combine_rows<Words>(row_grads, key_pairs, columns,
                         (n + Words::kElements - 1) / Words::kElements, dim, gradient);
-    store_row(exact_row, gradient, factor, window.rows[kGradQuery][q] + column, grad_logit_scale);
+    store_row(exact_row, gradient, factor, window.of(kGradQuery, column, q).row(0),
+              grad_logit_scale);
   }
 
   // Writes a row of the gradient of queries or keys; with cosines, from that of x / |x|, as in
@@ -805,10 +807,10 @@ struct Backward {
     for (int j = 0; j < tiling.tokens; j++) {
       float* grad_key = grad_keys + (int64_t)j * vectors * kLanes;
       float* grad_value = grad_values + (int64_t)j * vectors * kLanes;
-      if (key_factors != nullptr) load_exact_row(window.rows[kKey] + j, column, exact_row);
-      store_row(exact_row, grad_key, factor, window.rows[kGradKey][j] + column, nullptr);
+      if (key_factors != nullptr) load_exact_row(window.of(kKey, column, j), exact_row);
+      store_row(exact_row, grad_key, factor, window.of(kGradKey, column, j).row(0), nullptr);
       for (int d = 0; d < dim; d += kLanes)
-        store_first(window.rows[kGradValue][j] + column + d, load(grad_value + d),
+        store_first(window.of(kGradValue, column, j).row(0) + d, load(grad_value + d),
                     minimum(kLanes, dim - d));
       if (problem.grad_pad == nullptr || !window.is_padding[j]) continue;
       const int channels = problem.heads * dim;
@@ -821,10 +823,10 @@ struct Backward {
   }
 
   void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
-                int head, Ahead& ahead) const {
+                int head, WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
-    const ScatteredRows<T> key_rows{window.rows[kKey], column};
-    const ScatteredRows<T> value_rows{window.rows[kValue], column};
+    const auto key_rows = window.of(kKey, column);
+    const auto value_rows = window.of(kValue, column);
     pack_rows<Words>(key_rows, n, tiling.padded_tokens, dim, words, keys);
     pack_rows<Words>(value_rows, n, tiling.padded_tokens, dim, words, values);
     if (kPairs) pack_row_pairs<Words>(key_rows, n, round_up(n, 2), dim, columns, key_pairs);
@@ -841,12 +843,14 @@ struct Backward {
       grad_bias += ((int64_t)task.split * problem.heads + head) * tiling.bias_size();
     const uint32_t at = (uint32_t)(index * problem.heads + head);
     Vec grad_logit_scale = zero();
-    if (tiling.has_last) last_query(window, logits, head, at, grad_bias, &grad_logit_scale);
+    const bool is_first = index == task.window_begin;
+    if (tiling.has_last)
+      last_query(window, logits, head, at, grad_bias, is_first, &grad_logit_scale);
     for (int t = 0; t < tiling.tiles; t++) {
       const int first = tiling.first_vector(t);
       with_groups(tiling.first_vector(t + 1) - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
         tile<decltype(groups)::kCount>(window, logits, head, first, at, t == 0 && !tiling.has_last,
-                                       grad_bias, &grad_logit_scale, ahead);
+                                       grad_bias, is_first, &grad_logit_scale, ahead);
       });
     }
     if (problem.grad_logit_scale != nullptr)
@@ -867,8 +871,8 @@ struct Backward {
       locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
-      Ahead ahead(*following, tiling, column, columns, 2 * (task.head_end - task.head_begin),
-                  words);
+      WindowPrefetcher ahead(*following, tiling, column, columns,
+                             2 * (task.head_end - task.head_begin), words);
       for (int head = task.head_begin; head < task.head_end; head++)
         run_head(*window, task, index, head, ahead);
       Window<T, kTensors>* free = window;
