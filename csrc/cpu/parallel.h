@@ -47,9 +47,9 @@ class Scratch {
 };
 
 // Calls body(task, next, scratch) for every task in [0, tasks); `next` is the task that the same
-// thread will probably run afterwards, which it may prefetch for. Threads take the next task as
-// they become free: tasks may be of unequal size (causal rows are), and so may cores. A task's
-// result must not depend on which thread runs it.
+// thread runs afterwards, which it may prefetch for, or the last one where it runs no more. Threads
+// claim tasks as they become free, one ahead: tasks may be of unequal size (causal rows are), and
+// so may cores. A task's result must not depend on which thread runs it.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
