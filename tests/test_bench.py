@@ -74,6 +74,7 @@ from bench.report import (
     write_json,
 )
 from vlmfast import verify
+from vlmfast.verify.common import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
@@ -359,6 +360,17 @@ SMALL_LAYERS = [replace(case, batch=case.yardstick_batch) for case in LAYERS]
 def test_layers_are_right_after_patching(case: ModuleCase, mode: str) -> None:
     row, calls = checked_calls(Contest("layers", case, "float32", mode))
     assert calls.keys() == {OURS, "original"}, row.refusals
+
+
+def test_original_is_never_further_off_than_its_yardstick() -> None:
+    options = {"dim": 64, "heads": 2, "tokens": 65}
+    case, dtype = replace(LAYERS[0], batch=16, options=options), torch.bfloat16
+    inputs = modules.make_inputs(case, dtype, "fwd+bwd")
+    results = modules.make_call(lambda module, mode: module, inputs, "fwd+bwd")()
+    truths = modules.reference(case, inputs, "fwd+bwd")
+    yardsticks = modules.yardsticks(case, dtype, "fwd+bwd")
+    for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
+        assert relative_error(result, *truth) <= yardstick
 
 
 def test_a_module_that_nothing_is_replaced_in_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
