@@ -18,7 +18,7 @@ from bench.contest import Contest, contests, run
 from bench.html import page
 from bench.measure import Ceilings, measure_ceilings, settle_allocator
 from bench.memory import MemoryMeter
-from bench.peers import OURS
+from bench.peers import OURS, is_installed
 from bench.report import Row, append_csv, check_csv, machine_file, markdown, write_json
 from vlmfast.backends import BACKENDS
 
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     race = _Race(options, ceilings)
     try:
         forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
-        with forced, MemoryMeter(options.device) if options.memory else nullcontext() as meter:
+        meter_of = MemoryMeter(options.device, options.backend) if options.memory else nullcontext()
+        with forced, meter_of as meter:
             seconds = math.inf if options.minutes is None else 60 * options.minutes
             rows = race(chosen, start + seconds * (SHARE if swept else 1), meter)
             sweep_rows = race(swept, start + seconds, meter)

@@ -590,6 +590,24 @@ def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
 
 def row_of(name: str, ours: float, peer: float, spread: float) -> dict:
     def timing(median: float) -> dict:
+def test_peak_memory_is_that_of_the_forced_backend() -> None:
+    """The reference holds matrices of scores, the kernel none."""
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-l14-336")
+    scores = case.heads * case.query_length * case.key_length * 4
+    with MemoryMeter("cpu", "reference") as meter:
+        contest = Contest("flash_attention", case, "float32", "fwd")
+        assert meter.peak_bytes(contest, [OURS])[OURS] > scores
+
+
+def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
+    """What torch imports for it is nobody's."""
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    contest = Contest("flash_attention", case, "float32", "fwd+bwd")
+    with MemoryMeter("cpu") as meter:
+        first, second = (meter.peak_bytes(contest, ["torch SDPA"]) for _ in range(2))
+    assert first["torch SDPA"] < second["torch SDPA"] + 10e6
+
+
         half = spread * median
         return {"median": median, "p20": median - half, "p80": median + half, "samples": 50}
 
