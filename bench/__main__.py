@@ -15,8 +15,7 @@ import vlmfast
 from bench import compare
 from bench.cases import CASES, SELECTION, SWEEPS
 from bench.contest import Contest, contests, run
-from bench.html import page
-from bench.measure import Ceilings, measure_ceilings, settle_allocator
+from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
 from bench.peers import OURS, is_installed
 from bench.report import Row, append_csv, check_csv, machine_file, markdown, write_json
@@ -28,6 +27,8 @@ SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
 # What a contest takes in all: some seconds, and in the least time of one call float64, eight
 # smaller runs of it, and at least seven calls of each contestant, none at the machine's limit.
 FIXED, COST = 2.0, 90
+# And at least so many calls at the rate of torch's own products.
+UNHURRIED_CALLS = 30
 # Of the time there is, if there are sweeps: for what comes before them.
 SHARE = 0.7
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
@@ -136,6 +137,9 @@ class _Race:
         for number, contest in enumerate(chosen, start=1):
             if time.monotonic() + self._expected_seconds(contest) > end:
                 self.left_out.append(f"{contest.family} {contest}")
+        self.rates = {}
+        if options.minutes is not None and options.device == "cpu":
+            self.rates = {dtype: unhurried_rate(dtype) for dtype in ceilings.flops}
                 continue
             print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
             row = run(contest, self.options.seconds, compiles=self.options.compile)
@@ -153,9 +157,9 @@ class _Race:
             return 0.0
         dtype = getattr(torch, contest.dtype)
         work = contest.page.work(contest.case, dtype, contest.mode)
-        return (
-            FIXED + self.options.seconds + COST * self.ceilings.least_seconds(work, contest.dtype)
-        )
+        calls = COST * self.ceilings.least_seconds(work, contest.dtype)
+        unhurried = UNHURRIED_CALLS * work.flops / self.rates.get(contest.dtype, math.inf)
+        return FIXED + self.options.seconds + max(calls, unhurried)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from bench.measure import (
     cuda_seconds,
     input_sets,
     judge,
+    launch_seconds,
     race,
 )
 from bench.peers import CONTESTANTS, OURS, Contestant
@@ -164,7 +165,7 @@ def run(
         return row
     clock = None
     if contest.device == "cuda":
-        launches = race(calls, seconds / 4)
+        launches = race(calls, seconds / 4, launch_seconds)
         row.launch = {name: timing.median for name, timing in launches.items()}
         clock = cuda_seconds
         try:

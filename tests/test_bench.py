@@ -434,6 +434,39 @@ def test_eager_refuses_what_would_not_fit_in_memory() -> None:
     assert EAGER.refusal(SELF, torch.float32) is None
 
 
+def test_launches_begin_with_an_empty_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert measure.launch_seconds(lambda: log.append("launch") or (), 10**6) > 0
+    assert log == ["wait", *["launch"] * measure.MOST_LAUNCHED]
+
+
+def test_a_type_without_fast_products_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "unhurried_rate", lambda dtype: 1e9)
+    contest = next(contests("flash_attention", ["bfloat16"], ("fwd",), "vit-b16"))
+    fast = replace(CEILINGS, flops={"bfloat16": 1e12}, bandwidth=1e12, exps=1e12)
+    race = command_line._Race(parsed("--minutes", "1", "--seconds", "0"), fast)
+    work = family.work(contest.case, torch.bfloat16, "fwd")
+    expected = command_line.FIXED + command_line.UNHURRIED_CALLS * work.flops / 1e9
+    assert race._expected_seconds(contest) == pytest.approx(expected)
+    assert measure.unhurried_rate("float32", 64) > 0
+
+
+def test_no_result_is_right_that_is_nan() -> None:
+    truth = Truth(torch.ones(3, dtype=torch.float64))
+    assert not judge([torch.full((3,), float("nan"))], [truth], [float("inf")]).passed
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_only_the_yardsticks_of_sums_grow_with_the_batch(mode: str, monkeypatch) -> None:
+    case = LossCase("tiny", "a test", 64, 16)
+    monkeypatch.setattr(losses_family, "YARDSTICK_PAIRS", 16)
+    few = losses_family.yardsticks(replace(case, pairs=16), torch.float32, mode)
+    many = losses_family.yardsticks(case, torch.float32, mode)
+    grown = {"fwd": [2], "bwd": [1, 1, 2], "fwd+bwd": [2, 1, 1, 2]}[mode]
+    assert many == [factor * error for factor, error in zip(grown, few, strict=True)]
+
+
 def test_race_interleaves() -> None:
     order = []
 
