@@ -646,7 +646,7 @@ def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
 
     timings = {OURS: timing(ours), "torch SDPA": timing(peer)}
     keys = {"family": "flash_attention", "case": name, "dtype": "float32", "mode": "fwd"}
-    return {**keys, "timings": timings, "noise": 0.005}
+    return {**keys, "device": "cpu", "timings": timings, "noise": 0.005}
 
 
 @pytest.mark.parametrize(
@@ -702,6 +702,46 @@ def test_compare_finds_a_planted_slow_down() -> None:
 
 def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
     kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
+def test_compare_knows_that_a_race_may_be_quiet_by_luck() -> None:
+    """All of a run was noisy, and one contest happened to equal itself."""
+    first, second = recorded(1e-3, 2e-3), recorded(1.1e-3, 2e-3)
+    assert changes(first, second)[1].verdict == "SLOWER"
+    for document in (first, second):
+        steady, changing = document["rows"]
+        document["rows"] = [{**steady, "case": f"{n}", "noise": 0.06} for n in range(3)]
+        document["rows"].append(changing)
+    assert changes(first, second)[-1].verdict == ""
+
+
+def test_compare_holds_a_device_against_itself() -> None:
+    first, second = recorded(1e-3, 2e-3), recorded(1e-3, 2e-3)
+    for row in second["rows"]:
+        row["device"] = "cuda"
+    assert not changes(first, second)
+
+
+def test_compare_names_what_went_wrong_and_counts_what_is_gone(tmp_path: Path, capsys) -> None:
+    first, second = recorded(1e-3, 2e-3), recorded(1e-3, 2e-3)
+    second["rows"] = [{**second["rows"][0], "timings": {}, "noise": None}]
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, document in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps(document))
+    assert command_line.main(["compare", *map(str, paths)]) == 1
+    text = capsys.readouterr().out
+    assert "flash_attention steady float32 fwd: no right result any more" in text
+    assert "1 contests of the first run are not in the second" in text
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"machine": {}, "rows": [{}]}', "{"])
+def test_compare_refuses_what_is_no_result(tmp_path: Path, capsys, text: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["compare", str(path), str(path)])
+    assert stop.value.code == 2
+    assert "results.json: not the results of a run" in capsys.readouterr().err
+
+
     for milliseconds in (9.0, 1.0):  # the latter is what counts
         append_csv(kept, [timed_row("steady", 1.0), timed_row("changing", milliseconds)], CEILINGS)
     rows = [timed_row("steady", 1.0), timed_row("changing", 2.0)]
