@@ -55,9 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_csv(options.append)
         except ValueError as error:
             parser.error(f"argument --append: {error}")
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --out: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU", file=sys.stderr)
         return 2
+    draws = bool(options.out) and is_installed("matplotlib")
+    if options.out and not draws:
+        print("matplotlib is not installed: there will be no report.html", file=sys.stderr)
     start = time.monotonic()
     if not settle_allocator():
         print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
@@ -85,11 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             family: (SWEEPS[family], [row for row in sweep_rows if row.family == family])
             for family in dict.fromkeys(contest.family for contest in swept)
         }
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "results.json", race.rows, ceilings)
         (options.out / "report.md").write_text(text + "\n")
-        (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
-        print(f"report: {options.out / 'report.html'}", file=sys.stderr)
+        if draws:
+            from bench.html import page
+
+            (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
+        print(f"report: {options.out / ('report.html' if draws else 'report.md')}", file=sys.stderr)
     if options.append:
         append_csv(options.append, race.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
@@ -122,24 +132,27 @@ def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
 
 
 class _Race:
-    """Runs contests until the time is up; `left_out` names those that there was none for."""
+    """Runs contests until the time is up; `left_out` names the others, and why they did not run."""
 
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
         self.options = options
         self.ceilings = ceilings
+        self.rates = {}
+        if options.minutes is not None and options.device == "cpu":
+            self.rates = {dtype: unhurried_rate(dtype) for dtype in ceilings.flops}
         self.rows: list[Row] = []
-        self.left_out: list[str] = []
+        self.left_out: dict[str, str] = {}
 
     def __call__(
         self, chosen: Sequence[Contest], end: float, meter: MemoryMeter | None
     ) -> list[Row]:
         rows = []
         for number, contest in enumerate(chosen, start=1):
+            if contest.missing:
+                self.left_out[f"{contest.family} {contest}"] = f"not installed: {contest.missing},"
+                continue
             if time.monotonic() + self._expected_seconds(contest) > end:
-                self.left_out.append(f"{contest.family} {contest}")
-        self.rates = {}
-        if options.minutes is not None and options.device == "cpu":
-            self.rates = {dtype: unhurried_rate(dtype) for dtype in ceilings.flops}
+                self.left_out[f"{contest.family} {contest}"] = "no time was left"
                 continue
             print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
             row = run(contest, self.options.seconds, compiles=self.options.compile)
@@ -148,7 +161,6 @@ class _Race:
             rows.append(row)
             self.rows.append(row)
             if self.options.out:  # what there is so far
-                self.options.out.mkdir(parents=True, exist_ok=True)
                 write_json(self.options.out / "results.json", self.rows, self.ceilings)
         return rows
 

@@ -313,7 +313,7 @@ def why_not(family: str, name: str, case: Case, dtype: torch.dtype) -> str | Non
 def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.bfloat16, torch.float32
     losses, siglip = TINY["contrastive_loss"], replace(TINY["contrastive_loss"], loss="siglip")
-    monkeypatch.setattr(peers, "_is_installed", lambda name: False)
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
     for peers_of, name in (
         ("flash_attention", "flash-attn"),
         ("flash_attention", "torch varlen"),
@@ -323,7 +323,7 @@ def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("contrastive_loss", "open_clip"),
     ):
         assert why_not(peers_of, name, TINY[peers_of], half) == "not installed"
-    monkeypatch.setattr(peers, "_is_installed", lambda name: True)
+    monkeypatch.setattr(peers, "is_installed", lambda name: True)
     for name in ("flash-attn", "torch varlen"):
         assert why_not("flash_attention", name, CAUSAL, half) is None
         assert "float32" in why_not("flash_attention", name, CAUSAL, single)
@@ -590,39 +590,6 @@ def test_peak_memory_is_that_of_the_scores() -> None:
     assert found[OURS] < scores / 8
 
 
-def test_the_page_draws_sweeps_and_says_who_wins() -> None:
-    sweep = SWEEPS["flash_attention"]
-    rows = []
-    for (_, case), ratio in zip(sweep.cases, itertools.count(1), strict=False):
-        row = Row(
-            "flash_attention", case.name, case.shape, "", "float32", "fwd", "cpu", "cpu", WORK
-        )
-        times = {OURS: 1e-3 * ratio, "torch SDPA": 2e-3 * ratio}
-        row.timings = {name: Timing(t, 0.9 * t, 1.1 * t, 9) for name, t in times.items()}
-        row.verdicts = {OURS: Verdict(1e-7, 2e-7)}
-        row.peak_bytes = {OURS: 10**6}
-        row.noise, row.launch = 0.01, {OURS: 5e-6}
-        row.refusals = {"flash-attn": "not installed"}
-        rows.append(row)
-    text = page(rows, {"flash_attention": (sweep, rows)}, CEILINGS, ["models vit fwd"])
-    assert text.count("<svg") == 3
-    assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
-    assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
-    assert "all of flash_attention, flash-attn: not installed" in text
-    assert "no time was left for models: vit fwd" in text
-
-
-def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
-    """A run of two contests, as results.json holds it; times in seconds."""
-    rows = [
-        row_of("steady", 1e-3, 2e-3, spread),
-        row_of("changing", ours, peer, spread),
-    ]
-    return {"machine": machine(), "ceilings": {}, "rows": rows}
-
-
-def row_of(name: str, ours: float, peer: float, spread: float) -> dict:
-    def timing(median: float) -> dict:
 def test_peak_memory_is_that_of_the_forced_backend() -> None:
     """The reference holds matrices of scores, the kernel none."""
     case = next(case for case in CASES["flash_attention"] if case.name == "vit-l14-336")
@@ -641,6 +608,41 @@ def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
     assert first["torch SDPA"] < second["torch SDPA"] + 10e6
 
 
+def test_the_page_draws_sweeps_and_says_who_wins() -> None:
+    sweep = SWEEPS["flash_attention"]
+    rows = []
+    for (_, case), ratio in zip(sweep.cases, itertools.count(1), strict=False):
+        row = Row(
+            "flash_attention", case.name, case.shape, "", "float32", "fwd", "cpu", "cpu", WORK
+        )
+        times = {OURS: 1e-3 * ratio, "torch SDPA": 2e-3 * ratio}
+        row.timings = {name: Timing(t, 0.9 * t, 1.1 * t, 9) for name, t in times.items()}
+        row.verdicts = {OURS: Verdict(1e-7, 2e-7)}
+        row.peak_bytes = {OURS: 10**6}
+        row.noise, row.launch = 0.01, {OURS: 5e-6}
+        row.refusals = {"flash-attn": "not installed"}
+        rows.append(row)
+    text = page(
+        rows, {"flash_attention": (sweep, rows)}, CEILINGS, {"models vit fwd": "no time was left"}
+    )
+    assert text.count("<svg") == 3
+    assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
+    assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
+    assert "all of flash_attention, flash-attn: not installed" in text
+    assert "no time was left for models: vit fwd" in text
+
+
+def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
+    """A run of two contests, as results.json holds it; times in seconds."""
+    rows = [
+        row_of("steady", 1e-3, 2e-3, spread),
+        row_of("changing", ours, peer, spread),
+    ]
+    return {"machine": machine(), "ceilings": {}, "rows": rows}
+
+
+def row_of(name: str, ours: float, peer: float, spread: float) -> dict:
+    def timing(median: float) -> dict:
         half = spread * median
         return {"median": median, "p20": median - half, "p80": median + half, "samples": 50}
 
@@ -700,8 +702,6 @@ def test_compare_finds_a_planted_slow_down() -> None:
     assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
 
 
-def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
-    kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
 def test_compare_knows_that_a_race_may_be_quiet_by_luck() -> None:
     """All of a run was noisy, and one contest happened to equal itself."""
     first, second = recorded(1e-3, 2e-3), recorded(1.1e-3, 2e-3)
@@ -742,6 +742,8 @@ def test_compare_refuses_what_is_no_result(tmp_path: Path, capsys, text: str) ->
     assert "results.json: not the results of a run" in capsys.readouterr().err
 
 
+def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
+    kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
     for milliseconds in (9.0, 1.0):  # the latter is what counts
         append_csv(kept, [timed_row("steady", 1.0), timed_row("changing", milliseconds)], CEILINGS)
     rows = [timed_row("steady", 1.0), timed_row("changing", 2.0)]
@@ -777,6 +779,38 @@ def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             command_line.main(["compare", *map(str, arguments)])
         assert stop.value.code == 2
+
+
+def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+    """And so it is where nothing can draw."""
+    installed = peers.is_installed
+    gone = {"timm", "open_clip", "flamingo_pytorch", "torchvision", "matplotlib"}
+    for module in (command_line, contest_module, modules):
+        monkeypatch.setattr(module, "is_installed", lambda x: x not in gone and installed(x))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "bench.html")
+    modules._module.cache_clear()
+    out = tmp_path / "new"
+    arguments = ["layers", "models", "--dtype", "float32", "--selection", "--minutes", "0"]
+    arguments += ["--seconds", "0", "--ceiling-size", "64", "--out", str(out)]
+    assert command_line.main(arguments) == 0
+    text = (out / "report.md").read_text()
+    for line in (
+        "not installed: open_clip, for layers: clip-loss-layer float32 fwd",
+        "not installed: timm, for models: vit-b16-model float32 fwd",
+        "no time was left for layers: vit-b16-layer float32 fwd",
+    ):
+        assert f"- {line}\n" in text
+    assert not (out / "report.html").exists() and "bench.html" not in sys.modules
+    assert all(not contest.missing for contest in search.contests("cuda"))
+    assert ncu.measured("layers").case.name == "vit-b16-layer"
+    assert ncu.measured("models") is None
+
+
+def test_every_module_says_which_library_it_is_from() -> None:
+    for case in (*LAYERS, *MODELS):
+        assert all(importlib.util.find_spec(name) for name in case.libraries)
+    assert set(LAYERS[0].libraries) == {"torch"}
 
 
 def test_command_line_fails_on_a_wrong_kernel(
@@ -857,7 +891,7 @@ def test_gpu_script_runs_the_steps_it_is_told_and_keeps_going(tmp_path: Path) ->
 
 
 def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    for arguments in (["--minutes", "ten"], ["everything"]):
+    for arguments in (["--minutes", "ten"], ["--minutes", "0"], ["everything"]):
         result = gpu_script("--out", str(tmp_path / "none"), *arguments)
         assert result.returncode == 2
         assert not (tmp_path / "none").exists()
@@ -891,6 +925,23 @@ def test_ncu_reports_become_tables(tmp_path: Path) -> None:
     assert "| flash_attention_fwd | 9 |" in text
     command = ncu.command("flash_attention", report)
     assert command[0] == "ncu" and str(report) in command
+
+
+def test_ncu_that_measures_nothing_does_not_end_the_rest(tmp_path, monkeypatch, capsys) -> None:
+    """Where the driver forbids counters."""
+    fake = tmp_path / "ncu"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != --log-file ]; do shift; done\n'
+        'case "$2" in *flash*) echo "==WARNING== No kernels were profiled." >"$2"; exit 0;; esac\n'
+        'printf "\\"Kernel Name\\"\\n\\"\\"\\n\\"a_kernel\\"\\n" >"$2"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ncu.main([str(tmp_path / "out")]) == 1
+    assert "flash_attention: lines: expected" in capsys.readouterr().err
+    text = (tmp_path / "out" / "ncu.md").read_text()
+    assert "## window_attention" in text and "## flash_attention" not in text
 
 
 @pytest.mark.parametrize("module", [search, ncu])

@@ -195,6 +195,8 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
         for case in members:
             if case.name == options.target:
                 found = contest.Contest(family, case, options.dtype, options.mode, device)
+                if found.missing:
+                    raise SystemExit(f"{case.name}: not installed: {found.missing}")
                 row, calls = contest.checked_calls(found)
                 if contest.OURS not in calls:
                     raise SystemExit(f"{found}: our result is {row.refusals[contest.OURS]}")
