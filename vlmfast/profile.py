@@ -80,8 +80,14 @@ class Findings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profiles, prints tables, writes traces; returns 0."""
     options = _parser().parse_args(arguments)
+    if options.steps < 1:
+        _parser().error(f"argument --steps: expected at least 1, got {options.steps}")
     if options.ncu_report:
-        print(_table(*read_ncu(options.ncu_report.read_text().splitlines())))
+        try:
+            table = read_ncu(options.ncu_report.read_text().splitlines())
+        except (OSError, ValueError) as error:
+            _parser().error(f"argument --ncu-report: {options.ncu_report}: {error}")
+        print(_table(*table))
         return 0
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
