@@ -19,7 +19,7 @@ import vlmfast
 from bench import common, contrastive_loss
 from bench.cases import LossCase, ModuleCase
 from bench.measure import Truth, Work
-from bench.peers import PrepareModule
+from bench.peers import PrepareModule, is_installed
 from vlmfast._torchvision_ops import import_torchvision
 from vlmfast.verify.common import SEEDS
 
@@ -236,7 +236,8 @@ def make_inputs(
 @functools.lru_cache(maxsize=1)
 def _module(name: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
     """A module with random weights, float32."""
-    import_torchvision()
+    if is_installed("torchvision"):
+        import_torchvision()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         make, _ = _BUILD[name](1, **dict(options))

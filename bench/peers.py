@@ -63,7 +63,7 @@ def _needs(package: str, *further: Refusal) -> Refusal:
     """Refuses where a package is missing, and then where one of `further` does."""
 
     def refusal(case: Any, dtype: torch.dtype) -> str | None:
-        if not _is_installed(package):
+        if not is_installed(package):
             return "not installed"
         return next(filter(None, (why(case, dtype) for why in further)), None)
 
@@ -71,7 +71,7 @@ def _needs(package: str, *further: Refusal) -> Refusal:
 
 
 @functools.cache
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
