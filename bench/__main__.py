@@ -157,7 +157,10 @@ class _Race:
             print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
             row = run(contest, self.options.seconds, compiles=self.options.compile)
             if meter is not None:
-                row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
+                try:
+                    row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
+                except RuntimeError as error:
+                    row.refusals["peak memory"] = str(error)
             rows.append(row)
             self.rows.append(row)
             if self.options.out:  # what there is so far

@@ -46,19 +46,28 @@ class MemoryMeter:
 
     def __exit__(self, *_: object) -> None:
         if self.can_measure:
-            self._child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already
+                self._child.stdin.close()
             self._child.wait()
             self._child.stdout.close()
 
     def peak_bytes(self, contest: Contest, names: Sequence[str]) -> dict[str, int]:
-        """By contestant, for those named."""
+        """By contestant, for those named.
+
+        Raises RuntimeError if the process that measures ended, for want of memory perhaps; another
+        one stands ready for the next contest.
+        """
         if not self.can_measure:
             return {}
         asked = [contest.family, contest.case.name, contest.dtype, contest.mode, contest.device]
-        print(json.dumps([*asked, list(names)]), file=self._child.stdin, flush=True)
-        answer = self._child.stdout.readline()
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([*asked, list(names)]), file=self._child.stdin, flush=True)
+            answer = self._child.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process that measures memory ended in {contest}")
+            self.__exit__()
+            self.__enter__()
+            raise RuntimeError("the process that measures it ended")
         return json.loads(answer)
 
 

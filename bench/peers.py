@@ -590,3 +590,15 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
     "models": _MODULES,
 }
 """By family; the first one is ours."""
+
+_PATCHED = (
+    "forward is that of vlmfast.patch(module, inference=True), which packs Linear weights, too"
+)
+REMARKS = {
+    "window_attention": "every contestant begins at the projected qkv, whose 3C channels the "
+    "libraries' steps then shift and cut; the libraries themselves do that before they project, on "
+    "C channels: for a whole layer see layers",
+    "layers": _PATCHED,
+    "models": _PATCHED,
+}
+"""By family: what a reader of its table should know."""

@@ -16,7 +16,7 @@ import torch
 
 import vlmfast
 from bench.measure import Ceilings, Timing, Verdict, Work
-from bench.peers import OURS
+from bench.peers import OURS, REMARKS
 from vlmfast.ops.common import EXTENSION_ERROR
 
 # Whose versions are told beside torch's: Triton, and where peers come from.
@@ -147,7 +147,7 @@ def notes(
             where = missing.setdefault((row.family, name, reason), [])
             where.append(f"{row.case} {row.dtype} {row.mode}")
     raced = {family: len(members) for family, members in by_family(rows).items()}
-    lines = []
+    lines = [f"{family}: {REMARKS[family]}" for family in raced if family in REMARKS]
     for (family, name, reason), contests in missing.items():
         everywhere = len(contests) == raced[family] > 1
         lines.append(

@@ -71,6 +71,7 @@ from bench.report import (
     machine,
     machine_file,
     markdown,
+    notes,
     write_json,
 )
 from vlmfast import verify
@@ -620,6 +621,16 @@ def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
     assert first["torch SDPA"] < second["torch SDPA"] + 10e6
 
 
+def test_a_process_that_measures_memory_and_ends_costs_one_contest() -> None:
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    contest = Contest("flash_attention", case, "float32", "fwd")
+    with MemoryMeter("cpu") as meter:
+        meter._child.kill()
+        with pytest.raises(RuntimeError, match="ended"):
+            meter.peak_bytes(contest, [OURS])
+        assert meter.peak_bytes(contest, [OURS])[OURS] > 0
+
+
 def test_the_page_draws_sweeps_and_says_who_wins() -> None:
     sweep = SWEEPS["flash_attention"]
     rows = []
@@ -642,6 +653,12 @@ def test_the_page_draws_sweeps_and_says_who_wins() -> None:
     assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
     assert "all of flash_attention, flash-attn: not installed" in text
     assert "no time was left for models: vit fwd" in text
+
+
+def test_the_report_says_what_else_a_family_gains_from() -> None:
+    sizes = ("", "", "", "float32", "fwd", "cpu", "cpu", WORK)
+    told = notes([Row("layers", *sizes), Row("flash_attention", *sizes)], CEILINGS)
+    assert [x for x in told if "inference=True" in x] == [f"layers: {peers.REMARKS['layers']}"]
 
 
 def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
