@@ -199,28 +199,27 @@ template <class Words, int kGroups, class Source>
 VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, float scale,
                                       float* out) {
   const Vec factor = broadcast(scale);
-  for_each_word<Words>(rows, columns, word_count<Words>(columns),
-                       [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
-                         for (int g = 0; g < kGroups; g++) {
-                           Vec r[kLanes];
-                           VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) {
-                             const int row = g * kLanes + i;
-                             r[i] = row < n_rows ? load_row(row) : zero();
-                             if constexpr (Words::kElements == 1) r[i] = r[i] * factor;
-                           }
+  const int words = word_count<Words>(columns);
+  for_each_word<Words>(rows, columns, words, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
+    for (int g = 0; g < kGroups; g++) {
+      Vec r[kLanes];
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) {
+        const int row = g * kLanes + i;
+        r[i] = row < n_rows ? load_row(row) : zero();
+        if constexpr (Words::kElements == 1) r[i] = r[i] * factor;
+      }
 #if VLMFAST_LEVEL >= 3
-                           if (Words::kElements == 2 && scale < 0)
-                             for (int i = 0; i < kLanes; i++)
-                               r[i] = (Vec)_mm512_xor_si512((__m512i)r[i],
-                                                            _mm512_set1_epi32((int)0x80008000));
+      if (Words::kElements == 2 && scale < 0)
+        for (int i = 0; i < kLanes; i++)
+          r[i] = (Vec)_mm512_xor_si512((__m512i)r[i], _mm512_set1_epi32((int)0x80008000));
 #endif
-                           transpose(r);
-                           float* target = out + (word * kGroups + g) * kLanes;
-                           const int n = word_count<Words>(columns) - word;
-                           VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n)
-                               store(target + i * kGroups * kLanes, r[i]);
-                         }
-                       });
+      transpose(r);
+      float* target = out + (word * kGroups + g) * kLanes;
+      const int n = words - word;
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n)
+          store(target + i * kGroups * kLanes, r[i]);
+    }
+  });
 }
 
 // out[row][row_words]: rows as they are, zero beyond n_rows up to padded_rows and beyond the last
