@@ -174,8 +174,9 @@ struct Scores {
     }
   }
 
-  // Scores of keys [key, key + n), with `factor` still to be multiplied in; `most` is their
-  // maximum, times factor. False where a mask hides all of them; `scores` is then not written.
+  // Scores of keys [key, key + n), with `factor` still to be multiplied in; `most` (or nullptr)
+  // gets their maximum, times factor. False where a mask hides all of them; `scores` is then not
+  // written.
   template <int kGroups>
   VLMFAST_INLINE bool block(const Operand& keys, int words, int key, int n, float* scores,
                             float* factor, Vec* most) const {
@@ -185,7 +186,8 @@ struct Scores {
     // Not 0, which would turn a hidden key's -inf into NaN.
     *factor = Words::kElements == 1 ? 1.f : __builtin_fabsf(problem.scale) * kLog2E;
     if (*factor == 0.f) *factor = 1e-37f;
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+    Vec top[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
     // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
     // diagonal. Those after are none, or kRowStep at least: a product never reads fewer.
     const int64_t shift = (int64_t)first_query + task.causal_shift - key;
@@ -196,8 +198,8 @@ struct Scores {
                                                  kRowStep * kRowStep)
                          : n;
     if (open > 0)
-      multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, open, scores, most,
-                                    ahead);
+      multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, open, scores,
+                                    most == nullptr ? nullptr : top, ahead);
     if (open < n)
       multiply_rows<Words, kGroups>(query, keys.from(open).rows, keys.stride, words, n - open,
                                     scores + open * kWidth, nullptr, ahead);
@@ -209,7 +211,7 @@ struct Scores {
           // A hidden key's score is dropped, not added to -inf: it may be NaN.
           const Vec x = select_eq(m, hidden, hidden, fma(f, load(s), m));
           store(s, x);
-          if (!diagonal) most[g] = max(most[g], x);
+          if (!diagonal) top[g] = max(top[g], x);
         }
       *factor = 1.f;
     }
@@ -219,10 +221,11 @@ struct Scores {
           const Vec x =
               select_ge(lane_index((int32_t)shift + g * kLanes), j, load(s), broadcast(-kInfinity));
           store(s, x);
-          most[g] = max(most[g], x);
+          top[g] = max(top[g], x);
         }
     }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(*factor);
+    if (most != nullptr)
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g] * broadcast(*factor);
     return true;
   }
 };
@@ -279,7 +282,7 @@ struct Forward {
     const int tiles = Tiling(p.queries_most, p.causal, false).tiles;
     // A panel that only a tile or two will read need not stay in the cache, and a short one lets
     // the next be fetched meanwhile.
-    const int64_t panel = tiles <= 2 ? kForwardPanel / 4 : kForwardPanel;
+    const int64_t panel = tiles <= 2 ? kForwardPanel / 8 : kForwardPanel;
     keys_at_once = panel_keys(panel, words + value_columns / Words::kElements, p.keys_most);
     keeps_state = keys_at_once < p.keys_most;
     state_size = (value_columns + 2) * kMaxTile + 16;
@@ -521,7 +524,9 @@ struct Backward {
     value_vectors = (p.value_dim + kLanes - 1) / kLanes;
     const int64_t per_key = words + value_words + (kPairs ? columns / 2 : 0) +
                             (p.wants_key_value ? (vectors + value_vectors) * kLanes : 0);
-    keys_at_once = panel_keys(kBackwardPanel, per_key, p.keys_most);
+    const int tiles = Tiling(p.queries_most, p.causal, false).tiles * p.group;
+    const int64_t panel = tiles <= 2 ? kBackwardPanel / 8 : kBackwardPanel;
+    keys_at_once = panel_keys(panel, per_key, p.keys_most);
     grad_query_tile = (int64_t)columns * kMaxTile;
     Arena arena{scratch};
     const int64_t padded = round_up(keys_at_once, kRowStep);
@@ -584,21 +589,25 @@ struct Backward {
       VLMFAST_UNROLL for (int i = 1; i < kLanes; i++) total = total + sums[i];
       store(delta + g * kLanes, total);
     }
-    bool imprecise = false;
+    float logsumexp[kWidth];
     for (int i = 0; i < kWidth; i++) {
-      const float logsumexp = i < tile.count ? problem.logsumexp[row + i] : -kInfinity;
-      log_sum[i] = 0.f;
-      if (logsumexp == -kInfinity) {
-        // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
-        top[i] = kInfinity;
-        delta[i] = 0.f;
-        continue;
-      }
-      if (problem.grad_logsumexp != nullptr) delta[i] -= problem.grad_logsumexp[row + i];
-      top[i] = logsumexp * kLog2E;
-      log_sum[i] = __builtin_fmaf(logsumexp, kLog2E, -top[i]) + logsumexp * kLog2ELow;
-      imprecise |= __builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>;
+      logsumexp[i] = i < tile.count ? problem.logsumexp[row + i] : -kInfinity;
+      top[i] = logsumexp[i] * kLog2E;
+      log_sum[i] = __builtin_fmaf(logsumexp[i], kLog2E, -top[i]) + logsumexp[i] * kLog2ELow;
     }
+    if (problem.grad_logsumexp != nullptr)
+      for (int i = 0; i < tile.count; i++) delta[i] -= problem.grad_logsumexp[row + i];
+    Vec largest = zero();
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
+      const Vec x = load(logsumexp + g * kLanes), hidden = broadcast(-kInfinity);
+      store(delta + g * kLanes, select_eq(x, hidden, zero(), load(delta + g * kLanes)));
+      store(top + g * kLanes, select_eq(x, hidden, broadcast(kInfinity), load(top + g * kLanes)));
+      store(log_sum + g * kLanes, select_eq(x, hidden, zero(), load(log_sum + g * kLanes)));
+      const Vec seen = select_eq(x, hidden, zero(), x);
+      largest = max(max(seen, zero() - seen), largest);
+    }
+    const bool imprecise = horizontal_max(largest) > kImpreciseLogsumexp<T>;
     if (imprecise) row_statistics<kGroups>(tile, top, log_sum);
   }
 
@@ -794,7 +803,7 @@ struct Backward {
         float factor;
         Vec most[kGroups];
         if (!tile.template block<kGroups>(panel.keys.from(at), words, key, n, scores, &factor,
-                                          most))
+                                          whole ? most : nullptr))
           continue;
         multiply_rows<Words, kGroups>(grad_out, panel.values.from(at).rows, panel.values.stride,
                                       value_words, n, grad_scores, nullptr, panel.ahead);
@@ -904,45 +913,48 @@ struct Backward {
   // grad_values; else they start from zero.
   VLMFAST_INLINE bool overwrites() const { return !problem.causal && problem.mask.data == nullptr; }
 
-  // Requests what `next` reads and writes first, spread over the last panel of this task.
-  VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& next, int tiles,
-                                       int keys_left) const {
+  // Requests, while one tile of a panel runs, what is needed soon: the queries of the next tile,
+  // what this one writes, and a share of the keys and values of the next panel or task. More at a
+  // time would drive what this task works with out of the cache.
+  VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& task,
+                                       const FlashAttentionTask& next, const Panel& panel,
+                                       const Tiling& tiling, int tile) const {
     Prefetcher result;
     if (!problem.prefetch) return result;
-    const int n = minimum(next.k_end - next.k_begin, keys_at_once),
-              count = next.q_end - next.q_begin;
-    const int head = next.head * problem.group;
-    result.add(rows_of<T>(problem.key, next.batch, next.head, next.k_begin), n, problem.head_dim);
-    result.add(rows_of<T>(problem.value, next.batch, next.head, next.k_begin), n,
+    const int tiles = tiling.tiles * problem.group, n = panel.end - panel.begin;
+    const bool is_last = tile + 1 == tiles;
+    const auto add_queries = [&](const Strided& tensor, const FlashAttentionTask& of, int t,
+                                 int width) VLMFAST_INLINE_LAMBDA {
+      const int head = of.head * problem.group + t / tiling.tiles,
+                first = tiling.first_vector(t % tiling.tiles) * kLanes,
+                count = minimum(kMaxTile + 1, of.q_end - of.q_begin - first);
+      result.add(rows_of<T>(tensor, of.batch, head, of.q_begin + first), count, width);
+    };
+    const FlashAttentionTask& of = is_last && panel.is_last ? next : task;
+    const int coming = is_last ? 0 : tile + 1;
+    add_queries(problem.query, of, coming, problem.head_dim);
+    add_queries(problem.grad_out, of, coming, problem.value_dim);
+    add_queries(problem.out, of, coming, problem.value_dim);
+
+    const FlashAttentionTask& keys_of = panel.is_last ? next : task;
+    const int begin = panel.is_last ? next.k_begin : panel.end;
+    const int64_t keys_left = minimum(keys_of.k_end - begin, keys_at_once);
+    const int first = begin + (int)(keys_left * tile / tiles),
+              count = begin + (int)(keys_left * (tile + 1) / tiles) - first;
+    result.add(rows_of<T>(problem.key, keys_of.batch, keys_of.head, first), count,
+               problem.head_dim);
+    result.add(rows_of<T>(problem.value, keys_of.batch, keys_of.head, first), count,
                problem.value_dim);
-    result.add(rows_of<T>(problem.query, next.batch, head, next.q_begin), count, problem.head_dim);
-    result.add(rows_of<T>(problem.grad_out, next.batch, head, next.q_begin), count,
-               problem.value_dim);
-    result.add(rows_of<T>(problem.out, next.batch, head, next.q_begin), count, problem.value_dim);
-    if (problem.wants_key_value) {
-      result.add(rows_of<T>(problem.grad_key, next.batch, next.head, next.k_begin), n,
+
+    if (problem.wants_query && panel.is_last)
+      add_queries(problem.grad_query, task, tile, problem.head_dim);
+    if (problem.wants_key_value && is_last) {
+      result.add(rows_of<T>(problem.grad_key, task.batch, task.head, panel.begin), n,
                  problem.head_dim);
-      result.add(rows_of<T>(problem.grad_value, next.batch, next.head, next.k_begin), n,
+      result.add(rows_of<T>(problem.grad_value, task.batch, task.head, panel.begin), n,
                  problem.value_dim);
     }
-    if (problem.wants_query)
-      result.add(rows_of<T>(problem.grad_query, next.batch, head, next.q_begin), count,
-                 problem.head_dim);
-    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep * (words / kWordStep) *
-                       (problem.causal ? 1 : 2));
-    return result;
-  }
-
-  // Requests the keys and values of the panel that begins at key `begin`.
-  VLMFAST_INLINE Prefetcher panel_prefetcher(const FlashAttentionTask& task, int begin, int tiles,
-                                             int keys_left) const {
-    Prefetcher result;
-    if (!problem.prefetch) return result;
-    const int n = minimum(task.k_end - begin, keys_at_once);
-    result.add(rows_of<T>(problem.key, task.batch, task.head, begin), n, problem.head_dim);
-    result.add(rows_of<T>(problem.value, task.batch, task.head, begin), n, problem.value_dim);
-    result.spread_over((int64_t)tiles * problem.group * keys_left / kRowStep * (words / kWordStep) *
-                       (problem.causal ? 1 : 2));
+    result.spread_over((int64_t)n / kRowStep * (words / kWordStep) * (problem.causal ? 1 : 2));
     return result;
   }
 
@@ -955,8 +967,6 @@ struct Backward {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       const int padded = round_up(n, kRowStep);
       Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}, {}, {}, {}};
-      panel.ahead = panel.is_last ? prefetcher(next, tiling.tiles, n)
-                                  : panel_prefetcher(task, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
       panel.keys = panel.key_pairs = rows_as_words<Words>(key_rows, n, problem.head_dim, keys);
@@ -978,6 +988,7 @@ struct Backward {
                     head = task.head * problem.group + h;
           const int count = minimum(groups * kLanes, task.q_end - first_query);
           float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
+          panel.ahead = prefetcher(task, next, panel, tiling, h * tiling.tiles + t);
           switch (groups) {
             case 1:
               tile<1>(task, panel, head, first_query, count, h + t == 0, sum);
@@ -1001,19 +1012,11 @@ struct Backward {
           one_query(task, panel, task.head * problem.group + h, task.q_end - 1);
       }
       if (problem.wants_key_value) {
-        T* grad_key = problem.grad_key.at<T>(task.batch, task.head, begin);
-        T* grad_value = problem.grad_value.at<T>(task.batch, task.head, begin);
-        for (int j = 0; j < n; j++) {
-          for (int d = 0; d < problem.head_dim; d += kLanes)
-            store_first(
-                grad_key + j * problem.grad_key.stride[2] + d,
-                load(grad_keys + (int64_t)j * vectors * kLanes + d) * broadcast(problem.scale),
-                minimum(kLanes, problem.head_dim - d));
-          for (int d = 0; d < problem.value_dim; d += kLanes)
-            store_first(grad_value + j * problem.grad_value.stride[2] + d,
-                        load(grad_values + (int64_t)j * value_vectors * kLanes + d),
-                        minimum(kLanes, problem.value_dim - d));
-        }
+        store_rows(grad_keys, vectors * kLanes, problem.scale,
+                   rows_of<T>(problem.grad_key, task.batch, task.head, begin), n, problem.head_dim);
+        store_rows(grad_values, value_vectors * kLanes, 1.f,
+                   rows_of<T>(problem.grad_value, task.batch, task.head, begin), n,
+                   problem.value_dim);
       }
       begin = end;
     } while (begin < task.k_end);

@@ -103,9 +103,9 @@ struct ScatteredRows {
   VLMFAST_INLINE T* row(int i) const { return rows[i * kStep] + column; }
 };
 
-// Asks for the cache lines of some rows, a few at a time between other work: rows lie far apart in
-// a packed projection, where the hardware does not foresee them, and many requests at once would
-// stall.
+// Asks for the cache lines of some rows, one after the other between other work: rows lie far
+// apart in a packed projection, where the hardware does not foresee them, and many requests at once
+// would stall.
 class Prefetcher {
  public:
   template <class T>
@@ -114,21 +114,19 @@ class Prefetcher {
     if (rows.column_stride != 1 || n_rows <= 0 || bytes <= 0) return;
     ranges_[count_++] = {(const char*)rows.data, rows.row_stride * (int64_t)sizeof(T), bytes,
                          n_rows};
-    lines_ += n_rows * ((bytes + 63) / 64);
+    rows_ += n_rows;
   }
 
-  // Spreads the lines over `steps` calls of `step`.
-  VLMFAST_INLINE void spread_over(int64_t steps) {
-    per_step_ = (int)(lines_ / maximum((int)steps, 1)) + 1;
-  }
+  // Spreads the rows over `steps` calls of `step`.
+  VLMFAST_INLINE void spread_over(int64_t steps) { steps_ = maximum((int)steps, 1); }
 
   VLMFAST_INLINE void step() {
-    for (int i = 0; i < per_step_ && at_ < count_; i++) {
+    if (at_ == count_) return;
+    for (due_ += rows_; due_ >= steps_ && at_ < count_; due_ -= steps_) {
       Range& range = ranges_[at_];
-      __builtin_prefetch(range.row + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ < range.bytes) continue;
-      offset_ = 0;
+      const char* end = range.row + range.bytes;
+      for (const char* line = range.row - (uintptr_t)range.row % kLine; line < end; line += kLine)
+        __builtin_prefetch(line, 0, 2);
       range.row += range.stride;
       if (--range.rows == 0) at_++;
     }
@@ -140,10 +138,9 @@ class Prefetcher {
     int64_t stride, bytes;
     int rows;
   };
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 8, kLine = 64;
   Range ranges_[kMost];
-  int count_ = 0, at_ = 0, per_step_ = 0;
-  int64_t lines_ = 0, offset_ = 0;
+  int count_ = 0, at_ = 0, rows_ = 0, steps_ = 1, due_ = 0;
 };
 
 // kLanes words that begin at `p`, of which the first n elements exist; what lies beyond them is
@@ -166,18 +163,24 @@ VLMFAST_INLINE Vec gather_words(const T* p, int64_t stride, int n) {
   return load_words<Words>(buffer, n);
 }
 
-// Calls body(word, load) for the rows' words up to word_count, kLanes at a time; load(row) gives
-// those of one row.
+// Calls body(word, load) for the rows' first `words` words, kLanes at a time; load(row) gives those
+// of one row. Some words may come twice.
 template <class Words, class Source, class Body>
-VLMFAST_INLINE void for_each_word(const Source& rows, int columns, Body body) {
+VLMFAST_INLINE void for_each_word(const Source& rows, int columns, int words, Body body) {
   constexpr int kStep = kLanes * Words::kElements;
+  const int end = words * Words::kElements;
   int first = 0;
-  if (rows.column_stride == 1)
-    for (; first + kStep <= columns; first += kStep)
-      body(first / Words::kElements, [&](int j) VLMFAST_INLINE_LAMBDA {
-        return load_words<Words>(rows.row(j) + first, kStep);
-      });
-  for (; first < word_count<Words>(columns) * Words::kElements; first += kStep) {
+  if (rows.column_stride == 1) {
+    const auto whole = [&](int d) VLMFAST_INLINE_LAMBDA {
+      body(d / Words::kElements,
+           [&](int j) VLMFAST_INLINE_LAMBDA { return load_words<Words>(rows.row(j) + d, kStep); });
+    };
+    for (; first + kStep <= columns; first += kStep) whole(first);
+    if (first == end) return;
+    // A load under a mask would ask for the next line, too, which may be nobody's yet.
+    if (end == columns && first > 0) return whole(end - kStep);
+  }
+  for (; first < end; first += kStep) {
     const int n = maximum(0, minimum(kStep, columns - first));
     if (rows.column_stride == 1)
       body(first / Words::kElements,
@@ -196,7 +199,8 @@ template <class Words, int kGroups, class Source>
 VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, float scale,
                                       float* out) {
   const Vec factor = broadcast(scale);
-  for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
+  const int words = word_count<Words>(columns);
+  for_each_word<Words>(rows, columns, words, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
     for (int g = 0; g < kGroups; g++) {
       Vec r[kLanes];
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) {
@@ -211,7 +215,7 @@ VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, floa
 #endif
       transpose(r);
       float* target = out + (word * kGroups + g) * kLanes;
-      const int n = word_count<Words>(columns) - word;
+      const int n = words - word;
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n)
           store(target + i * kGroups * kLanes, r[i]);
     }
@@ -223,15 +227,16 @@ VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, floa
 template <class Words, class Source>
 VLMFAST_NOINLINE void pack_rows(Source rows, int n_rows, int padded_rows, int columns,
                                 int row_words, float* out) {
-  for_each_word<Words>(rows, columns, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
-    float* target = out + word;
-    if (word + kLanes <= row_words) {
-      for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * row_words, load_row(j));
-    } else {
-      for (int j = 0; j < n_rows; j++)
-        store_first(target + (int64_t)j * row_words, load_row(j), row_words - word);
-    }
-  });
+  for_each_word<Words>(
+      rows, columns, row_words, [&](int word, auto load_row) VLMFAST_INLINE_LAMBDA {
+        float* target = out + word;
+        if (word + kLanes <= row_words) {
+          for (int j = 0; j < n_rows; j++) store(target + (int64_t)j * row_words, load_row(j));
+        } else {
+          for (int j = 0; j < n_rows; j++)
+            store_first(target + (int64_t)j * row_words, load_row(j), row_words - word);
+        }
+      });
   const int64_t end = (int64_t)padded_rows * row_words;
   for (int64_t i = (int64_t)n_rows * row_words; i < end; i++) out[i] = 0.f;
 }
@@ -286,6 +291,26 @@ VLMFAST_NOINLINE void store_transposed(const float* source, const Vec* factor, T
         VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < rows)
             store_first(out.row(g * kLanes + i) + d, r[i], n);
       }
+    }
+  }
+}
+
+// out rows [0, n_rows) = factor * rows of source, which lie `stride` apart.
+template <class T>
+VLMFAST_NOINLINE void store_rows(const float* source, int64_t stride, float factor, Rows<T> out,
+                                 int n_rows, int columns) {
+  const Vec f = broadcast(factor);
+  for (int j = 0; j < n_rows; j++) {
+    const float* from = source + j * stride;
+    T* to = out.row(j);
+    int d = 0;
+    for (; d + kLanes <= columns; d += kLanes) store_first(to + d, f * load(from + d), kLanes);
+    if (d == columns) continue;
+    if (d > 0) {  // the last vector ends with the row
+      d = columns - kLanes;
+      store_first(to + d, f * load(from + d), kLanes);
+    } else {
+      store_first(to, f * load(from), columns);
     }
   }
 }
