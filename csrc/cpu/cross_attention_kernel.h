@@ -1,12 +1,12 @@
 // Cross-attention of text tokens to images: all tokens that see an image run against its latents,
 // which are packed once.
 //
-// Lanes are queries in the scores and features in the sums: softmax is vertical arithmetic, latents
-// stay rows, and of a tile only its queries are transposed. A tile is
-// a list of tokens. It never holds one that does not see the image: so what an image holds cannot
-// reach others, and nothing is computed that a mask would hide. Where a token may see several
-// images, its partial results are joined by their maxima and sums (Dao et al., "FlashAttention-2",
-// 2023). Exponents are in units of log2, so that exp2 needs no further factor.
+// Lanes are queries in the scores and features in the sums: softmax is vertical arithmetic, and
+// only queries are transposed, while latents and results stay rows. A tile is a list of tokens. It
+// never holds one that does not see the image: so what an image holds cannot reach others, and
+// nothing is computed that a mask would hide. Where a token may see several images, its partial
+// results are joined by their maxima and sums (Dao et al., "FlashAttention-2", 2023). Exponents are
+// in units of log2, so that exp2 needs no further factor.
 #include "cpu/cross_attention.h"
 #include "cpu/tile.h"
 
@@ -14,7 +14,7 @@ namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
 constexpr int kBlock = 128;  // latents whose scores are held at once
-constexpr int kTileGroups = 2;
+constexpr int kTileGroups = kRegisters == 32 ? 4 : 2;
 constexpr int kTile = kTileGroups * kLanes;  // queries whose scores are held at once
 constexpr int kScores = kTile * kBlock;
 // Latents that a product takes at a time: with fewer the latency of a multiply-add would show.
@@ -25,6 +25,9 @@ static_assert(kBlock % kPadding == 0 && kPadding % kRowStep == 0);
 constexpr int kTilesAhead = 2;  // how early the rows of a tile are fetched
 // Up to so many queries of an image run one by one: packing it would take longer.
 constexpr int kFewRows = kLanes / 4;
+// Up to so many queries of an image do not average rounding away. In backward their softmax is
+// computed afresh, and scores are summed up kPartWords words at a time.
+constexpr int kImpreciseRows = 8, kPartWords = 16;
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
 // rounding of the inputs.
 template <class T>
@@ -134,6 +137,14 @@ VLMFAST_INLINE Vec load_columns(const Rows<T>& rows, int row, int d, int n) {
                                  : gather_words<Fp32Words>(p, rows.column_stride, n);
 }
 
+// Rows of words.
+struct Operand {
+  const float* rows;
+  int64_t stride;
+
+  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
+};
+
 template <class T>
 VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
   return {rows.row(first), rows.row_stride, rows.column_stride};
@@ -200,11 +211,11 @@ VLMFAST_INLINE int64_t product_steps(Tokens tokens, int n, int words) {
 
 // scores[latent][kGroups * kLanes] of n packed latents; `most` becomes their maxima times factor.
 template <class Words, int kGroups, class Ahead>
-VLMFAST_INLINE void score(const float* query, const float* keys, int words, int n, float factor,
+VLMFAST_INLINE void score(const float* query, const Operand& keys, int words, int n, float factor,
                           float* scores, Vec* most, Ahead& ahead) {
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-  multiply_rows<Words, kGroups, kProductRows<kGroups>>(query, keys, words, words, n, scores, most,
-                                                       ahead);
+  multiply_rows<Words, kGroups, kProductRows<kGroups>>(query, keys.rows, keys.stride, words, n,
+                                                       scores, most, ahead);
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(factor);
 }
 
@@ -368,8 +379,8 @@ struct Forward {
   // The queries of a tile against n packed latents: `out` becomes the weighted sums, still to be
   // divided.
   template <int kGroups>
-  VLMFAST_NOINLINE void attend(const TokenRows<T>& queries, int count, int n, Fetcher<T>& ahead,
-                               Softmax* softmax) const {
+  VLMFAST_NOINLINE void attend(const TokenRows<T>& queries, int count, const Operand& image_keys,
+                               int n, Fetcher<T>& ahead, Softmax* softmax) const {
     constexpr int kWidth = kGroups * kLanes, kStep = Words::kElements;
     pack_transposed<Words, kGroups>(queries, count, problem.head_dim, sign, query);
     softmax->clear();
@@ -377,8 +388,7 @@ struct Forward {
       const int m = minimum(kBlock, n - first);
       Vec most[kGroups], subtracted[kGroups];
       float rescale[kTile];
-      score<Words, kGroups>(query, keys + (int64_t)first * words, words, m, factor, scores, most,
-                            ahead);
+      score<Words, kGroups>(query, image_keys.from(first), words, m, factor, scores, most, ahead);
       softmax->raise<kGroups>(most, subtracted, rescale);
       softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
       if (first > 0)
@@ -453,13 +463,19 @@ struct Forward {
   // Results of a tile from its weighted sums. Rows that see nothing have a sum of 0 and give 0.
   VLMFAST_INLINE void store_tile(const Softmax& softmax, int batch, int head, Tokens tile,
                                  const float* sums) const {
-    float logs[kTile];
+    float logs[kTile], logsumexps[kTile], factors[kTile];
     log2_of_sums(softmax.sum, logs);
+    for (int i = 0; i < kTile; i++) {
+      logsumexps[i] = natural_logsumexp(softmax.top[i], logs[i]);
+      factors[i] = softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i];
+    }
     float* target = logsumexp(batch, head);
+    const Rows<T> rows = rows_of<T>(problem.out, batch, head);
     for (int i = 0; i < tile.count; i++) {
-      target[tile.index[i]] = natural_logsumexp(softmax.top[i], logs[i]);
-      store_row(batch, head, tile.index[i], sums + (int64_t)i * value_stride,
-                softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i]);
+      const int token = tile.index[i];
+      target[token] = logsumexps[i];
+      store_scaled(rows.row(token), sums + (int64_t)i * value_stride, problem.value_dim,
+                   broadcast(factors[i]));
     }
   }
 
@@ -485,12 +501,18 @@ struct Forward {
     return (int64_t)tokens.count * problem.group <= kFewRows;
   }
 
-  VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
-    const int padded = round_up(n, kPadding);
-    pack_rows<Words>(latents_of<T>(problem.key, task.batch, task.head, image), n, padded,
-                     problem.head_dim, words, keys);
-    pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n, padded,
-                          problem.value_dim, value_stride, values);
+  // The keys of an image as words: packed, or where they lie if one tile alone reads them.
+  VLMFAST_INLINE Operand packed_keys(const CrossAttentionTask& task, int image, Tokens tokens,
+                                     int n) const {
+    const Rows<T> rows = latents_of<T>(problem.key, task.batch, task.head, image);
+    constexpr int kElements = Words::kElements;
+    if constexpr (kElements * sizeof(T) == sizeof(float))
+      if (rows.column_stride == 1 && rows.row_stride % kElements == 0 &&
+          problem.head_dim % kRowStep == 0 && n >= kPadding && problem.group == 1 &&
+          tokens.count <= kTile)
+        return {(const float*)rows.data, rows.row_stride / kElements};
+    pack_rows<Words>(rows, n, round_up(n, kPadding), problem.head_dim, words, keys);
+    return {keys, words};
   }
 
   // All query heads' tokens against n latents of an image; take(head, tile, softmax) takes
@@ -500,7 +522,12 @@ struct Forward {
                                    Prefetcher& ahead, Take take) const {
     Softmax softmax;
     const bool few = is_few(tokens);
-    if (!few) pack(task, image, n);
+    Operand image_keys{};
+    if (!few) {
+      image_keys = packed_keys(task, image, tokens, n);
+      pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
+                            round_up(n, kPadding), problem.value_dim, value_stride, values);
+    }
     for (int h = 0; h < problem.group; h++) {
       const int head = task.head * problem.group + h;
       if (few) {
@@ -520,8 +547,8 @@ struct Forward {
           if (!problem.several)
             fetcher.add(rows_of<T>(problem.out, task.batch, head), problem.value_dim);
           with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-            attend<decltype(groups)::value>(TokenRows<T>(queries, tile), tile.count, n, fetcher,
-                                            &softmax);
+            attend<decltype(groups)::value>(TokenRows<T>(queries, tile), tile.count, image_keys, n,
+                                            fetcher, &softmax);
           });
           take(head, tile, softmax);
         });
@@ -708,19 +735,40 @@ struct Backward {
     return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
   }
 
+  // Scores of `count` packed queries, from n packed latents on; grad_scores may hold parts of them.
+  template <int kGroups, class Ahead>
+  VLMFAST_INLINE void scores_of(int count, const Operand& latents, int n, Vec* most,
+                                Ahead& ahead) const {
+    constexpr int kWidth = kGroups * kLanes;
+    if ((kGroups - 1) * kLanes >= kImpreciseRows || count > kImpreciseRows)
+      return score<Words, kGroups>(query, latents, words, n, factor, scores, most, ahead);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+    for (int w = 0; w < words; w += kPartWords) {
+      const bool is_last = w + kPartWords >= words;
+      multiply_rows<Words, kGroups, kProductRows<kGroups>>(
+          query + w * kWidth, latents.rows + w, latents.stride, minimum(kPartWords, words - w), n,
+          w == 0 ? scores : grad_scores, nullptr, ahead);
+      for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          const int at = j * kWidth + g * kLanes;
+          if (w > 0) store(scores + at, load(scores + at) + load(grad_scores + at));
+          if (is_last) most[g] = max(most[g], load(scores + at) * broadcast(factor));
+        }
+    }
+  }
+
   // The softmax of some queries over n packed latents, without its weights.
   template <int kGroups>
   VLMFAST_NOINLINE void statistics(const TokenRows<T>& queries, int count, int n,
                                    Softmax* softmax) const {
     Prefetcher none;
+    const Operand packed{keys, words};
     pack_transposed<Words, kGroups>(queries, count, problem.head_dim, sign, query);
     softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
       Vec most[kGroups], subtracted[kGroups];
       float rescale[kTile];
-      score<Words, kGroups>(query, keys + (int64_t)first * words, words, m, factor, scores, most,
-                            none);
+      scores_of<kGroups>(count, packed.from(first), m, most, none);
       softmax->raise<kGroups>(most, subtracted, rescale);
       softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
     }
@@ -757,8 +805,7 @@ struct Backward {
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
     // Lanes without a query get weights of exp2(-inf) = 0.
     for (int i = tile.count; i < kTile; i++) delta[i] = share[i] = 0.f, top[i] = kInfinity;
-    // A few rows do not average the rounding of their logsumexp away.
-    bool precise = problem.several || tile.count > kFewRows;
+    bool precise = problem.several || tile.count > kImpreciseRows;
     for (int i = 0; i < tile.count; i++) {
       const int token = tile.index[i];
       const float logsumexp = problem.logsumexp[row + token];
@@ -877,11 +924,11 @@ struct Backward {
                             grad_out_rows);
     }
     const int depth = (tile.count + kStep - 1) / kStep;
+    const Operand packed{keys, words};
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
       Vec most[kGroups];
-      score<Words, kGroups>(query, keys + (int64_t)first * words, words, m, factor, scores, most,
-                            ahead);
+      scores_of<kGroups>(tile.count, packed.from(first), m, most, ahead);
       multiply_rows<Words, kGroups, kProductRows<kGroups>>(
           grad_out, values + (int64_t)first * value_words, value_words, value_words, m, grad_scores,
           nullptr, ahead);
@@ -1051,7 +1098,7 @@ struct Backward {
     const float* logsumexp =
         problem.logsumexp +
         ((int64_t)task.batch * problem.heads + task.head * problem.group) * problem.tokens;
-    bool precise = problem.tokens > kFewRows;
+    bool precise = problem.tokens > kImpreciseRows;
     for (int64_t i = 0; i < held; i++) precise &= split(logsumexp[i], rows.tops + i, rows.sums + i);
     if (precise) return;
     rows.clear(held);
