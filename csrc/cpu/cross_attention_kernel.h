@@ -17,11 +17,6 @@ constexpr int kBlock = 128;  // latents whose scores are held at once
 constexpr int kTileGroups = kRegisters == 32 ? 4 : 2;
 constexpr int kTile = kTileGroups * kLanes;  // queries whose scores are held at once
 constexpr int kScores = kTile * kBlock;
-// Latents that a product takes at a time: with fewer the latency of a multiply-add would show.
-template <int kGroups>
-constexpr int kProductRows = kRegisters == 32 ? 16 / kGroups : kTileRows<kGroups>;
-constexpr int kPadding = kProductRows<1>;  // latents are packed in multiples of this
-static_assert(kBlock % kPadding == 0 && kPadding % kRowStep == 0);
 constexpr int kTilesAhead = 2;  // how early the rows of a tile are fetched
 // Up to so many queries of an image run one by one: packing it would take longer.
 constexpr int kFewRows = kLanes / 4;
@@ -202,7 +197,7 @@ VLMFAST_INLINE int64_t product_steps(Tokens tokens, int n, int words) {
   int64_t rounds = 0;
   for_each_tile(tokens, [&](Tokens tile, Tokens) VLMFAST_INLINE_LAMBDA {
     with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-      constexpr int kRows = kProductRows<decltype(groups)::value>;
+      constexpr int kRows = kTileRows<decltype(groups)::value>;
       rounds += (n + kRows - 1) / kRows;
     });
   });
@@ -214,8 +209,7 @@ template <class Words, int kGroups, class Ahead>
 VLMFAST_INLINE void score(const float* query, const Operand& keys, int words, int n, float factor,
                           float* scores, Vec* most, Ahead& ahead) {
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-  multiply_rows<Words, kGroups, kProductRows<kGroups>>(query, keys.rows, keys.stride, words, n,
-                                                       scores, most, ahead);
+  multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, n, scores, most, ahead);
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(factor);
 }
 
@@ -363,7 +357,7 @@ struct Forward {
     factor = __builtin_fabsf(p.scale) * kLog2E;
     sign = p.scale < 0 ? -1.f : 1.f;
     Arena arena{scratch};
-    const int64_t padded = round_up(p.latents, kPadding);
+    const int64_t padded = round_up(p.latents, kRowStep);
     keys = arena.take(padded * words);
     values = arena.take(padded / Words::kElements * value_stride);
     query = arena.take((int64_t)kTile * round_up(maximum(words, p.head_dim), kLanes));
@@ -508,10 +502,10 @@ struct Forward {
     constexpr int kElements = Words::kElements;
     if constexpr (kElements * sizeof(T) == sizeof(float))
       if (rows.column_stride == 1 && rows.row_stride % kElements == 0 &&
-          problem.head_dim % kRowStep == 0 && n >= kPadding && problem.group == 1 &&
+          problem.head_dim % kRowStep == 0 && n >= kRowStep && problem.group == 1 &&
           tokens.count <= kTile)
         return {(const float*)rows.data, rows.row_stride / kElements};
-    pack_rows<Words>(rows, n, round_up(n, kPadding), problem.head_dim, words, keys);
+    pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, keys);
     return {keys, words};
   }
 
@@ -526,7 +520,7 @@ struct Forward {
     if (!few) {
       image_keys = packed_keys(task, image, tokens, n);
       pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
-                            round_up(n, kPadding), problem.value_dim, value_stride, values);
+                            round_up(n, kRowStep), problem.value_dim, value_stride, values);
     }
     for (int h = 0; h < problem.group; h++) {
       const int head = task.head * problem.group + h;
@@ -701,7 +695,7 @@ struct Backward {
     factor = __builtin_fabsf(p.scale) * kLog2E;
     sign = p.scale < 0 ? -1.f : 1.f;
     Arena arena{scratch};
-    const int64_t padded = round_up(p.latents, kPadding);
+    const int64_t padded = round_up(p.latents, kRowStep);
     keys = arena.take(padded * words);
     values = arena.take(padded * value_words);
     // Rows of floats serve both products, if they are padded alike.
@@ -745,9 +739,9 @@ struct Backward {
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
     for (int w = 0; w < words; w += kPartWords) {
       const bool is_last = w + kPartWords >= words;
-      multiply_rows<Words, kGroups, kProductRows<kGroups>>(
-          query + w * kWidth, latents.rows + w, latents.stride, minimum(kPartWords, words - w), n,
-          w == 0 ? scores : grad_scores, nullptr, ahead);
+      multiply_rows<Words, kGroups>(query + w * kWidth, latents.rows + w, latents.stride,
+                                    minimum(kPartWords, words - w), n,
+                                    w == 0 ? scores : grad_scores, nullptr, ahead);
       for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
           const int at = j * kWidth + g * kLanes;
           if (w > 0) store(scores + at, load(scores + at) + load(grad_scores + at));
@@ -929,9 +923,8 @@ struct Backward {
       const int m = minimum(kBlock, n - first);
       Vec most[kGroups];
       scores_of<kGroups>(tile.count, packed.from(first), m, most, ahead);
-      multiply_rows<Words, kGroups, kProductRows<kGroups>>(
-          grad_out, values + (int64_t)first * value_words, value_words, value_words, m, grad_scores,
-          nullptr, ahead);
+      multiply_rows<Words, kGroups>(grad_out, values + (int64_t)first * value_words, value_words,
+                                    value_words, m, grad_scores, nullptr, ahead);
       if (whole)
         gradients_of_whole_rows<kGroups>(tile, first_row(task, head), m, most);
       else
@@ -991,7 +984,7 @@ struct Backward {
   VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
     const Rows<T> key = latents_of<T>(problem.key, task.batch, task.head, image);
     const Rows<T> value = latents_of<T>(problem.value, task.batch, task.head, image);
-    const int padded = round_up(n, kPadding);
+    const int padded = round_up(n, kRowStep);
     pack_rows<Words>(key, n, padded, problem.head_dim, words, keys);
     pack_rows<Words>(value, n, padded, problem.value_dim, value_words, values);
     if (problem.wants_query && key_rows != keys)
