@@ -15,10 +15,9 @@ import vlmfast
 from bench import compare
 from bench.cases import CASES, SELECTION, SWEEPS
 from bench.contest import Contest, contests, run
-from bench.html import page
-from bench.measure import Ceilings, measure_ceilings, settle_allocator
+from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
-from bench.peers import OURS
+from bench.peers import OURS, is_installed
 from bench.report import Row, append_csv, check_csv, machine_file, markdown, write_json
 from vlmfast.backends import BACKENDS
 
@@ -28,6 +27,8 @@ SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
 # What a contest takes in all: some seconds, and in the least time of one call float64, eight
 # smaller runs of it, and at least seven calls of each contestant, none at the machine's limit.
 FIXED, COST = 2.0, 90
+# And at least so many calls at the rate of torch's own products.
+UNHURRIED_CALLS = 30
 # Of the time there is, if there are sweeps: for what comes before them.
 SHARE = 0.7
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
@@ -54,9 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_csv(options.append)
         except ValueError as error:
             parser.error(f"argument --append: {error}")
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"argument --out: {error}")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU", file=sys.stderr)
         return 2
+    draws = bool(options.out) and is_installed("matplotlib")
+    if options.out and not draws:
+        print("matplotlib is not installed: there will be no report.html", file=sys.stderr)
     start = time.monotonic()
     if not settle_allocator():
         print("this C library's allocator cannot be settled: expect noise", file=sys.stderr)
@@ -68,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     race = _Race(options, ceilings)
     try:
         forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
-        with forced, MemoryMeter(options.device) if options.memory else nullcontext() as meter:
+        meter_of = MemoryMeter(options.device, options.backend) if options.memory else nullcontext()
+        with forced, meter_of as meter:
             seconds = math.inf if options.minutes is None else 60 * options.minutes
             rows = race(chosen, start + seconds * (SHARE if swept else 1), meter)
             sweep_rows = race(swept, start + seconds, meter)
@@ -83,11 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             family: (SWEEPS[family], [row for row in sweep_rows if row.family == family])
             for family in dict.fromkeys(contest.family for contest in swept)
         }
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "results.json", race.rows, ceilings)
         (options.out / "report.md").write_text(text + "\n")
-        (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
-        print(f"report: {options.out / 'report.html'}", file=sys.stderr)
+        if draws:
+            from bench.html import page
+
+            (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
+        print(f"report: {options.out / ('report.html' if draws else 'report.md')}", file=sys.stderr)
     if options.append:
         append_csv(options.append, race.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
@@ -120,30 +132,38 @@ def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
 
 
 class _Race:
-    """Runs contests until the time is up; `left_out` names those that there was none for."""
+    """Runs contests until the time is up; `left_out` names the others, and why they did not run."""
 
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
         self.options = options
         self.ceilings = ceilings
+        self.rates = {}
+        if options.minutes is not None and options.device == "cpu":
+            self.rates = {dtype: unhurried_rate(dtype) for dtype in ceilings.flops}
         self.rows: list[Row] = []
-        self.left_out: list[str] = []
+        self.left_out: dict[str, str] = {}
 
     def __call__(
         self, chosen: Sequence[Contest], end: float, meter: MemoryMeter | None
     ) -> list[Row]:
         rows = []
         for number, contest in enumerate(chosen, start=1):
+            if contest.missing:
+                self.left_out[f"{contest.family} {contest}"] = f"not installed: {contest.missing},"
+                continue
             if time.monotonic() + self._expected_seconds(contest) > end:
-                self.left_out.append(f"{contest.family} {contest}")
+                self.left_out[f"{contest.family} {contest}"] = "no time was left"
                 continue
             print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
             row = run(contest, self.options.seconds, compiles=self.options.compile)
             if meter is not None:
-                row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
+                try:
+                    row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
+                except RuntimeError as error:
+                    row.refusals["peak memory"] = str(error)
             rows.append(row)
             self.rows.append(row)
             if self.options.out:  # what there is so far
-                self.options.out.mkdir(parents=True, exist_ok=True)
                 write_json(self.options.out / "results.json", self.rows, self.ceilings)
         return rows
 
@@ -152,9 +172,9 @@ class _Race:
             return 0.0
         dtype = getattr(torch, contest.dtype)
         work = contest.page.work(contest.case, dtype, contest.mode)
-        return (
-            FIXED + self.options.seconds + COST * self.ceilings.least_seconds(work, contest.dtype)
-        )
+        calls = COST * self.ceilings.least_seconds(work, contest.dtype)
+        unhurried = UNHURRIED_CALLS * work.flops / self.rates.get(contest.dtype, math.inf)
+        return FIXED + self.options.seconds + max(calls, unhurried)
 
 
 def _parser() -> argparse.ArgumentParser:

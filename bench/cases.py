@@ -5,6 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 INFERENCE_DTYPES = ("float32", "bfloat16")
+DEMO_LIBRARIES = (
+    "flamingo_pytorch",
+    "matplotlib",
+    "open_clip",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 
 
 class Case(Protocol):
@@ -213,6 +221,13 @@ class ModuleCase:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     yardstick_batch: int = 1
     dtypes: tuple[str, ...] = INFERENCE_DTYPES
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The packages that the module is from."""
+        if self.module == "Flamingo":  # as the demo builds it, which needs all of them
+            return DEMO_LIBRARIES
+        return (self.module.replace(".", " ").split()[0],)
 
     @property
     def shape(self) -> str:

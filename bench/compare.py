@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Change:
     """One contest of two runs.
 
     Attributes:
-        contest: family, case, dtype and mode.
+        contest: family, case, dtype, mode and device.
         yardstick: the contestant whose times stand for the machine's; None: the clock does.
         before: milliseconds of our call, then.
         after: milliseconds, now.
@@ -29,7 +30,7 @@ class Change:
         uncertainty: how far from 1 the ratio may be by chance.
     """
 
-    contest: tuple[str, str, str, str]
+    contest: tuple[str, str, str, str, str]
     yardstick: str | None
     before: float
     after: float
@@ -60,6 +61,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     call, so that a machine that is slower today slows it as well.
     """
     earlier = {_contest(row): row for row in before["rows"]}
+    usual = [_usual_noise(document["rows"]) for document in (before, after)]
     found = []
     for row in after["rows"]:
         old = earlier.get(_contest(row))
@@ -73,6 +75,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
             x["timings"][OURS]["median"] / (x["timings"][yardstick]["median"] if yardstick else 1.0)
             for x in (old, row)
         )
+        noise = sum(max(x["noise"] or 0.0, u) for x, u in zip((old, row), usual, strict=True))
         found.append(
             Change(
                 _contest(row),
@@ -80,17 +83,22 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
                 old["timings"][OURS]["median"] * 1e3,
                 row["timings"][OURS]["median"] * 1e3,
                 now / then,
-                DEVIATIONS * math.sqrt(variance) + (old["noise"] or 0.0) + (row["noise"] or 0.0),
+                DEVIATIONS * math.sqrt(variance) + noise,
             )
         )
     return found
+
+
+def _usual_noise(rows: Sequence[Mapping[str, Any]]) -> float:
+    """That of a run's middle contest: in a single race a call may equal itself by luck."""
+    return statistics.median([row["noise"] or 0.0 for row in rows] or [0.0])
 
 
 def losses(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Contests that our call had a time for before, and that both runs held, but has none now."""
     later = {_contest(row): row for row in after["rows"]}
     return [
-        " ".join(_contest(row))
+        " ".join(_contest(row)[:-1])
         for row in before["rows"]
         if OURS in row["timings"]
         and _contest(row) in later
@@ -98,26 +106,29 @@ def losses(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return row["family"], row["case"], row["dtype"], row["mode"]
+def _contest(row: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    return row["family"], row["case"], row["dtype"], row["mode"], row["device"]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Machine and rows of a results.json, or of the latest runs that a CSV of results keeps."""
     if path.suffix != ".csv":
         document = json.loads(path.read_text())
+        for row in document["rows"]:
+            _contest(row), row["timings"], row["noise"]  # KeyError where they are missing
         return {"machine": document["machine"], "rows": document["rows"]}
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     facts: dict[str, str] = {}
+    of_machine = list(machine())
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            contest = {name: line[name] for name in ("family", "case", "dtype", "mode")}
+            contest = {name: line[name] for name in ("family", "case", "dtype", "mode", "device")}
             if line["contestant"] == OURS:  # the first of every race
                 noise = float(line["noise"] or 0.0)
                 rows[tuple(contest.values())] = {**contest, "timings": {}, "noise": noise}
             timing = {name: float(line[name]) for name in ("median", "p20", "p80", "samples")}
             rows[tuple(contest.values())]["timings"][line["contestant"]] = timing
-            facts = {name: line[name] for name in machine()}
+            facts = {name: line[name] for name in of_machine}
     return {"machine": facts, "rows": list(rows.values())}
 
 
@@ -133,26 +144,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in (options.before, options.after):
         try:
             documents.append(_read(path))
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{path}: {error!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{path}: not the results of a run: {error!r}")
     before, after = documents
     for name in sorted(before["machine"].keys() | after["machine"].keys()):
         then, now = (str(x["machine"].get(name) or "none") for x in documents)
         if then != now:
             print(f"{name}: {then} before, {now} after")
-    found = changes(before, after)
-    if not found:
+    found, lost = changes(before, after), losses(before, after)
+    if not found and not lost:
         parser.error("the two runs have no contest in common")
     print("| case | dtype | mode | before ms | after ms | against | time ratio | chance | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for change in sorted(found, key=lambda change: change.ratio, reverse=True):
-        _, case, dtype, mode = change.contest
+        _, case, dtype, mode, _ = change.contest
         print(
             f"| {case} | {dtype} | {mode} | {change.before:.3g} | {change.after:.3g} "
             f"| {change.yardstick or 'the clock'} | {change.ratio:.3f} "
             f"| ± {change.uncertainty:.1%} | {change.verdict} |"
         )
-    lost = losses(before, after)
+    later = {_contest(row) for row in after["rows"]}
+    gone = sum(_contest(row) not in later for row in before["rows"])
+    if gone:
+        print(f"- {gone} contests of the first run are not in the second")
     for contest in lost:
         print(f"- {contest}: no right result any more")
     slower = [change for change in found if change.verdict == "SLOWER"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import CASES, Case
+from bench.cases import CASES, Case, ModuleCase
 from bench.measure import (
     Call,
     Rotation,
@@ -18,9 +18,10 @@ from bench.measure import (
     cuda_seconds,
     input_sets,
     judge,
+    launch_seconds,
     race,
 )
-from bench.peers import CONTESTANTS, OURS, Contestant
+from bench.peers import CONTESTANTS, OURS, Contestant, is_installed
 from bench.report import Row
 
 
@@ -42,6 +43,12 @@ class Contest(NamedTuple):
         """The module of the family: inputs, calls and formulas."""
         page = "modules" if self.family in ("layers", "models") else self.family
         return importlib.import_module(f"bench.{page}")
+
+    @property
+    def missing(self) -> str | None:
+        """The libraries that the layer or model is from and that are not installed."""
+        libraries = self.case.libraries if isinstance(self.case, ModuleCase) else ()
+        return ", ".join(name for name in libraries if not is_installed(name)) or None
 
     def __str__(self) -> str:
         return f"{self.case.name} {self.dtype} {self.mode}"
@@ -132,10 +139,10 @@ def checked_calls(
             function = contestant.prepare(case)
             call = page.make_call(function, inputs[0], mode)
             verdict = judge(call(), truths, yardsticks)
-        except RuntimeError as error:
+        except Exception as error:  # a library of others may raise anything
             if name == OURS:
                 raise
-            row.refusals[name] = str(error).strip().partition("\n")[0]
+            row.refusals[name] = str(error).strip().partition("\n")[0] or repr(error)
             continue
         row.verdicts[name] = verdict
         if verdict.passed:
@@ -164,7 +171,7 @@ def run(
         return row
     clock = None
     if contest.device == "cuda":
-        launches = race(calls, seconds / 4)
+        launches = race(calls, seconds / 4, launch_seconds)
         row.launch = {name: timing.median for name, timing in launches.items()}
         clock = cuda_seconds
         try:

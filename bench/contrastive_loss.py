@@ -150,8 +150,8 @@ def _multiplied_out(
 def yardsticks(case: LossCase, dtype: torch.dtype, mode: str) -> list[float]:
     """The errors of the dense formula, one for each result of a call: the worst over eight seeds.
 
-    With some of the pairs, since float64 takes its time: a sum of N terms rounds in proportion to
-    the root of N.
+    With some of the pairs, since float64 takes its time. A scalar, loss or gradient of the scale,
+    is a sum that rounds in proportion to the root of N; gradients of features err no more with N.
     """
     few = LossCase(case.name, case.source, min(case.pairs, YARDSTICK_PAIRS), case.dim, case.loss)
     dense = dense_loss(few)
@@ -160,7 +160,8 @@ def yardsticks(case: LossCase, dtype: torch.dtype, mode: str) -> list[float]:
         (make_call(dense, inputs, mode)(), reference(few, inputs, mode)) for inputs in seeds
     )
     growth = (case.pairs / few.pairs) ** 0.5
-    return [growth * error for error in errors]
+    grown = {"fwd": (growth,), "bwd": (1, 1, growth), "fwd+bwd": (growth, 1, 1, growth)}[mode]
+    return [factor * error for factor, error in zip(grown, errors, strict=True)]
 
 
 def work(case: LossCase, dtype: torch.dtype, mode: str) -> Work:

@@ -10,14 +10,21 @@
 # kernels/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest, ninja;
 # downloads nothing. --dry-run prints the commands.
 set -uo pipefail
+here=$PWD  # what a relative path is relative to
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=out/gpu python=python3 minutes=10 dry_run=0
 steps=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --out) out=${2:?--out: a folder}; shift ;;
-    --python) python=${2:?--python: an interpreter}; shift ;;
+    --out)
+      : "${2:?--out: a folder}"
+      case "$2" in /*) out=$2 ;; *) out=$here/$2 ;; esac
+      shift ;;
+    --python)
+      : "${2:?--python: an interpreter}"
+      case "$2" in /*) python=$2 ;; */*) python=$here/$2 ;; *) python=$2 ;; esac
+      shift ;;
     --minutes) minutes=${2:?--minutes: a number}; shift ;;
     --dry-run) dry_run=1 ;;
     build | tests | sanitizer | search | race | compiled | ncu) steps+=("$1") ;;
@@ -26,16 +33,17 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ ${#steps[@]} -gt 0 ] || steps=(build tests sanitizer search race compiled ncu)
-case "$minutes" in '' | *[!0-9]*) echo "--minutes: expected a number, got '$minutes'" >&2; exit 2 ;; esac
+case "$minutes" in '' | 0* | *[!0-9]*) echo "--minutes: expected a whole number above 0, got '$minutes'" >&2; exit 2 ;; esac
 
 # Shares of the time, in percent.
 declare -A share=([build]=12 [tests]=26 [sanitizer]=8 [search]=18 [race]=20 [compiled]=8 [ncu]=8)
 # Nine tenths of a step's, in minutes.
 minutes_of() { printf '%d.%03d' $((minutes * ${share[$1]} * 9 / 1000)) $((minutes * ${share[$1]} * 9 % 1000)); }
+case "$out$python" in *[[:space:]]*) echo "--out, --python: no spaces, please" >&2; exit 2 ;; esac
 declare -A command
 command[build]="$python setup.py build_ext --inplace"
 command[tests]="$python -m pytest -q tests/test_kernels_*_cuda.py"
-command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k every_case"
+command[sanitizer]="compute-sanitizer --error-exitcode 9 $python -m pytest -q tests/test_kernels_*_cuda.py -k every"
 command[search]="env VLMFAST_AUTOTUNE=1 $python -m bench.search $out/searched.py"
 # A race ends by itself before its time does, and then writes its report.
 bench="$python -m bench --device cuda --dtype bfloat16 --mode both --selection --seconds 1 --ceiling-size 8192"

@@ -18,6 +18,7 @@ from bench.report import Row, by_family, details, facts, notes, summary
 
 matplotlib.rcParams["svg.hashsalt"] = "vlmfast"  # so that equal plots are equal files
 
+_NOTHING: Mapping[str, str] = {}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
   color: #222 }
@@ -36,7 +37,7 @@ def page(
     rows: Sequence[Row],
     sweeps: Mapping[str, tuple[Sweep, Sequence[Row]]],
     ceilings: Ceilings,
-    left_out: Sequence[str] = (),
+    left_out: Mapping[str, str] = _NOTHING,
 ) -> str:
     """The whole report.
 
@@ -44,7 +45,7 @@ def page(
         rows: of the contests.
         sweeps: by family, what was varied and the rows of its cases.
         ceilings: of this machine.
-        left_out: contests that there was no time for.
+        left_out: contests that were not run, and why.
     """
     told, _, meaning = facts()
     parts = ["<h1>vlmfast against its peers</h1>", _verdict(rows)]
@@ -83,13 +84,13 @@ def _verdict(rows: Sequence[Row]) -> str:
     """The whole in one sentence."""
     ratios = sorted(ratio for row in rows if (ratio := row.ratio(row.best_peer or "")))
     wrong = sum(OURS not in row.timings for row in rows)
-    if not ratios:
-        return "<p>Nothing was raced.</p>"
     faster = sum(ratio > 1 for ratio in ratios)
-    text = (
-        f"Faster than the best peer in {faster} of {len(ratios)} contests; {ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f} times as fast, {statistics.median(ratios):.2f} in the middle."
-    )
+    text = "Nothing was raced."
+    if ratios:
+        text = (
+            f"Faster than the best peer in {faster} of {len(ratios)} contests; {ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f} times as fast, {statistics.median(ratios):.2f} in the middle."
+        )
     return (
         f"<p>{text}{f' {wrong} results of ours were WRONG and have no time.' if wrong else ''}</p>"
     )

@@ -22,6 +22,7 @@ Clock = Callable[[Call, int], float]  # (call, repeats) -> seconds a call
 SHORTEST_SAMPLE = 1e-3
 FEWEST_ROUNDS = 5
 MOST_SETS = 256  # of inputs
+MOST_LAUNCHED = 10  # calls in a row: of a hundred kernels each, they still fit in a GPU's queue
 
 
 def settle_allocator() -> bool:
@@ -73,7 +74,8 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget
+        # Where torch itself overflows the budget is no bound, but NaN is still no result.
+        return math.isfinite(self.error) and self.error <= self.budget
 
 
 class Truth(NamedTuple):
@@ -110,7 +112,7 @@ def race(
     Args:
         calls: by name.
         seconds: for all of them together.
-        clock: `wall_seconds`, which None stands for, or `cuda_seconds`.
+        clock: `wall_seconds`, which None stands for, `cuda_seconds` or `launch_seconds`.
     """
     seconds_of = wall_seconds if clock is None else clock
     repeats = {}
@@ -150,8 +152,17 @@ def clock_rate(device: str = "cpu") -> float | None:
     return max(rates, default=None)
 
 
+def launch_seconds(call: Call, repeats: int) -> float:
+    """Seconds of the CPU that it takes to launch a call on a GPU.
+
+    With an empty queue to begin with: a launch waits where a thousand others wait before it.
+    """
+    torch.cuda.synchronize()
+    return wall_seconds(call, min(repeats, MOST_LAUNCHED))
+
+
 def wall_seconds(call: Call, repeats: int) -> float:
-    """Seconds a call: on the CPU what it takes, on a GPU what it takes to launch it."""
+    """Seconds a call on the CPU."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -292,8 +303,21 @@ def measure_ceilings(
     )
 
 
+def unhurried_rate(dtype: str, size: int = 256) -> float:
+    """Floating-point operations a second that torch.matmul does on a CPU, fast or not.
+
+    Far below the ceiling where torch has no fast routine: bfloat16 without AVX-512 takes one
+    scalar at a time.
+    """
+    left, right = torch.randn(2, size, size).to(getattr(torch, dtype)).unbind()
+    seconds = min(wall_seconds(lambda: (left @ right,), 1) for _ in range(3))
+    return 2 * size**3 / seconds
+
+
 def _has_fast_products(dtype: str) -> bool:
     """Whether torch multiplies matrices of this type by other means than one scalar at a time."""
+    if not torch.backends.mkldnn.is_available():
+        return dtype == "float32"
     if dtype == "bfloat16":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == "float16":
@@ -303,7 +327,7 @@ def _has_fast_products(dtype: str) -> bool:
 
 def _matrix_products(size: int, dtype: str, device: str) -> dict[str, Call]:
     left, right = torch.randn(2, size, size, device=device).to(getattr(torch, dtype)).unbind()
-    if device != "cpu":
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
         return {"torch.matmul": lambda: (left @ right,)}
     # torch.matmul is not the fastest everywhere: on AMD its library keeps to AVX2.
     packed = torch.ops.mkldnn._reorder_linear_weight(right.t().contiguous(), size)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,34 +28,46 @@ class MemoryMeter:
     """What the call of each contestant of a contest adds at its peak.
 
     On a GPU by the allocator's statistics, on Linux by the resident set of a fresh process. Empty
-    where the system tells neither.
+    where the system tells neither. `backend` is forced there, too.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, backend: str | None = None):
+        self.backend = backend
         self.can_measure = device == "cuda" or Path("/proc/self/clear_refs").exists()
 
     def __enter__(self) -> "MemoryMeter":
         if self.can_measure:
             command = [sys.executable, "-m", "bench.memory"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._child = subprocess.Popen(command, cwd=_ROOT, **pipes)
+            forced = {} if self.backend is None else {"VLMFAST_BACKEND": self.backend}
+            environment = {**os.environ, **forced}
+            self._child = subprocess.Popen(command, cwd=_ROOT, env=environment, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.can_measure:
-            self._child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already
+                self._child.stdin.close()
             self._child.wait()
             self._child.stdout.close()
 
     def peak_bytes(self, contest: Contest, names: Sequence[str]) -> dict[str, int]:
-        """By contestant, for those named."""
+        """By contestant, for those named.
+
+        Raises RuntimeError if the process that measures ended, for want of memory perhaps; another
+        one stands ready for the next contest.
+        """
         if not self.can_measure:
             return {}
         asked = [contest.family, contest.case.name, contest.dtype, contest.mode, contest.device]
-        print(json.dumps([*asked, list(names)]), file=self._child.stdin, flush=True)
-        answer = self._child.stdout.readline()
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([*asked, list(names)]), file=self._child.stdin, flush=True)
+            answer = self._child.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process that measures memory ended in {contest}")
+            self.__exit__()
+            self.__enter__()
+            raise RuntimeError("the process that measures it ended")
         return json.loads(answer)
 
 
@@ -100,8 +113,11 @@ def _measure(contest: Contest, names: Sequence[str]) -> dict[str, int]:
 
 def main() -> None:
     """Answers contest by contest until the input ends."""
-    # Libraries map their code and their threads' stacks when they first compute.
-    torch.nn.functional.scaled_dot_product_attention(*torch.rand(3, 1, 1, 64, 64)).exp()
+    # Libraries map their code and their threads' stacks when they first compute, and the first
+    # gradient has torch import sympy: 35 MB that would be those of the first contestant.
+    sources = torch.rand(3, 1, 1, 64, 64, requires_grad=True).unbind()
+    out = torch.nn.functional.scaled_dot_product_attention(*sources).exp()
+    torch.autograd.grad(out, sources, torch.ones_like(out))
     for line in sys.stdin:
         *contest, names = json.loads(line)
         print(json.dumps(_measure(_find(*contest), names)), flush=True)

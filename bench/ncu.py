@@ -25,12 +25,24 @@ def command(family: str, report: Path) -> list[str]:
     return [*ncu_command(str(report)), sys.executable, "-m", "bench.ncu", RUN, family]
 
 
+def measured(family: str) -> Contest | None:
+    """The first selected case of a family, where what it needs is installed."""
+    found = (
+        Contest(family, case, "bfloat16", "fwd+bwd", "cuda")
+        for case in CASES[family]
+        if case.name in SELECTION[family]
+    )
+    return next((contest for contest in found if not contest.missing), None)
+
+
 def _run(family: str) -> None:
     """One call, of which ncu sees the second time: by then everything is compiled."""
-    case = next(case for case in CASES[family] if case.name in SELECTION[family])
-    contest = Contest(family, case, "bfloat16", "fwd+bwd", "cuda")
-    inputs = contest.page.make_inputs(case, torch.bfloat16, contest.mode, device="cuda")
-    call = contest.page.make_call(CONTESTANTS[family][0].prepare(case), inputs, contest.mode)
+    contest = measured(family)
+    if contest is None:
+        raise ValueError(f"family: what the cases of {family} need is not installed")
+    ours = CONTESTANTS[contest.family][0].prepare(contest.case)
+    inputs = contest.page.make_inputs(contest.case, torch.bfloat16, contest.mode, device="cuda")
+    call = contest.page.make_call(ours, inputs, contest.mode)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -53,9 +65,12 @@ def tables(reports: Sequence[Path]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where ncu is missing or fails; what it measured before is kept."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[0] == RUN:
+    if len(arguments) == 2 and arguments[0] == RUN:
         _run(arguments[1])
         return 0
+    if len(arguments) != 1:
+        print("usage: python -m bench.ncu FOLDER", file=sys.stderr)
+        return 2
     if shutil.which("ncu") is None:
         print("ncu is not installed", file=sys.stderr)
         return 1
@@ -63,12 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     reports, failures = [], 0
     for family in CASES:
+        if measured(family) is None:
+            print(f"{family}: what its cases need is not installed", file=sys.stderr)
+            continue
         report = folder / f"ncu-{family}.csv"
-        failed = subprocess.run(command(family, report), check=False).returncode != 0
-        failures += failed
-        if not failed:
-            reports.append(report)
-            (folder / "ncu.md").write_text(tables(reports))
+        try:
+            subprocess.run(command(family, report), check=True)
+            tables([report])
+        except (subprocess.CalledProcessError, OSError, ValueError) as error:
+            # Where counters are forbidden ncu may end well and have measured nothing.
+            print(f"{family}: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        reports.append(report)
+        (folder / "ncu.md").write_text(tables(reports))
     return int(failures > 0)
 
 

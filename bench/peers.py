@@ -63,7 +63,7 @@ def _needs(package: str, *further: Refusal) -> Refusal:
     """Refuses where a package is missing, and then where one of `further` does."""
 
     def refusal(case: Any, dtype: torch.dtype) -> str | None:
-        if not _is_installed(package):
+        if not is_installed(package):
             return "not installed"
         return next(filter(None, (why(case, dtype) for why in further)), None)
 
@@ -71,7 +71,7 @@ def _needs(package: str, *further: Refusal) -> Refusal:
 
 
 @functools.cache
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package around it
@@ -590,3 +590,15 @@ CONTESTANTS: dict[str, Sequence[Contestant]] = {
     "models": _MODULES,
 }
 """By family; the first one is ours."""
+
+_PATCHED = (
+    "forward is that of vlmfast.patch(module, inference=True), which packs Linear weights, too"
+)
+REMARKS = {
+    "window_attention": "every contestant begins at the projected qkv, whose 3C channels the "
+    "libraries' steps then shift and cut; the libraries themselves do that before they project, on "
+    "C channels: for a whole layer see layers",
+    "layers": _PATCHED,
+    "models": _PATCHED,
+}
+"""By family: what a reader of its table should know."""

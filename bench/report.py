@@ -3,13 +3,12 @@
 import csv
 import datetime
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 import vlmfast
 from bench.measure import Ceilings, Timing, Verdict, Work
-from bench.peers import OURS
+from bench.peers import OURS, REMARKS
 from vlmfast.ops.common import EXTENSION_ERROR
 
 # Whose versions are told beside torch's: Triton, and where peers come from.
@@ -88,6 +87,7 @@ def by_family(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 Table = tuple[list[str], list[list[str]]]  # header and body
+_NOTHING: Mapping[str, str] = {}
 
 
 def summary(rows: Sequence[Row], ceilings: Ceilings) -> Table:
@@ -137,23 +137,28 @@ def _spread(timing: Timing | None) -> str:
     return f"{_ms(timing.median)} ({_ms(timing.p20)} to {_ms(timing.p80)})"
 
 
-def notes(rows: Sequence[Row], ceilings: Ceilings, left_out: Sequence[str] = ()) -> list[str]:
-    """What the tables rest on: who is missing and why, and the machine's ceilings."""
+def notes(
+    rows: Sequence[Row], ceilings: Ceilings, left_out: Mapping[str, str] = _NOTHING
+) -> list[str]:
+    """What the tables rest on: who or what is missing and why, and the machine's ceilings."""
     missing: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for name, reason in row.refusals.items():
             where = missing.setdefault((row.family, name, reason), [])
             where.append(f"{row.case} {row.dtype} {row.mode}")
     raced = {family: len(members) for family, members in by_family(rows).items()}
-    lines = []
+    lines = [f"{family}: {REMARKS[family]}" for family in raced if family in REMARKS]
     for (family, name, reason), contests in missing.items():
         everywhere = len(contests) == raced[family] > 1
         lines.append(
             f"{f'all of {family}' if everywhere else ', '.join(contests)}, {name}: {reason}"
         )
-    for family, contests in itertools.groupby(sorted(left_out), lambda text: text.split()[0]):
-        names = ", ".join(text.removeprefix(f"{family} ") for text in contests)
-        lines.append(f"no time was left for {family}: {names}")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for contest, reason in sorted(left_out.items()):
+        family, _, name = contest.partition(" ")
+        reasons.setdefault((family, reason), []).append(name)
+    for (family, reason), names in reasons.items():
+        lines.append(f"{reason} for {family}: {', '.join(names)}")
     for dtype, rate in ceilings.flops.items():
         source = ceilings.flops_source[dtype]
         lines.append(f"ceiling matrix, {dtype}: {rate / 1e9:.0f} GFLOP/s ({source})")
@@ -166,7 +171,7 @@ def markdown(
     rows: Sequence[Row],
     ceilings: Ceilings,
     swept: Sequence[Row] = (),
-    left_out: Sequence[str] = (),
+    left_out: Mapping[str, str] = _NOTHING,
 ) -> str:
     """A table for each family, the sweeps, and below them what they rest on."""
     lines = [*facts(), ""]
@@ -317,8 +322,12 @@ def _commit() -> str | None:
 
 def _processor() -> str:
     """As Linux names it; family and model as well, since some names are those of many."""
-    told = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    told: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    for line in lines:
         name, _, value = line.partition(":")
         told.setdefault(name.strip(), value.strip())
     if "model name" not in told:

@@ -40,24 +40,30 @@ def contests(device: str) -> list[Contest]:
         for case in cases
         if case.name in SELECTION[family]
         for dtype in ("bfloat16", "float32")
+        if not Contest(family, case, dtype, "fwd+bwd", device).missing
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where there is nothing to search with."""
-    (target,) = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        print("usage: VLMFAST_AUTOTUNE=1 python -m bench.search FILE", file=sys.stderr)
+        return 2
+    target = Path(arguments[0])
     if not torch.cuda.is_available() or os.environ.get("VLMFAST_AUTOTUNE") != "1":
         print("the search wants a GPU and VLMFAST_AUTOTUNE=1", file=sys.stderr)
         return 1
     from vlmfast.kernels import configs
 
+    target.parent.mkdir(parents=True, exist_ok=True)
     for contest in contests("cuda"):
         print(contest, flush=True)
         dtype = getattr(torch, contest.dtype)
         inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device="cuda")
         ours = CONTESTANTS[contest.family][0].prepare(contest.case)
         contest.page.make_call(ours, inputs, contest.mode)()
-        Path(target).write_text(formatted(configs.searched))
+        target.write_text(formatted(configs.searched))
     return 0
 
 

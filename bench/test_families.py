@@ -32,6 +32,8 @@ def test_speed(
     contestant: Contestant,
     pytestconfig: pytest.Config,
 ) -> None:
+    if contest.missing:
+        pytest.skip(f"not installed: {contest.missing}")
     row, calls = checked_calls(contest, (contestant,), pytestconfig.getoption("--compile"))
     if contestant.name not in calls:
         if contestant.name in row.verdicts:

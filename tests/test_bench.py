@@ -71,9 +71,11 @@ from bench.report import (
     machine,
     machine_file,
     markdown,
+    notes,
     write_json,
 )
 from vlmfast import verify
+from vlmfast.verify.common import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
@@ -313,7 +315,7 @@ def why_not(family: str, name: str, case: Case, dtype: torch.dtype) -> str | Non
 def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.bfloat16, torch.float32
     losses, siglip = TINY["contrastive_loss"], replace(TINY["contrastive_loss"], loss="siglip")
-    monkeypatch.setattr(peers, "_is_installed", lambda name: False)
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
     for peers_of, name in (
         ("flash_attention", "flash-attn"),
         ("flash_attention", "torch varlen"),
@@ -323,7 +325,7 @@ def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("contrastive_loss", "open_clip"),
     ):
         assert why_not(peers_of, name, TINY[peers_of], half) == "not installed"
-    monkeypatch.setattr(peers, "_is_installed", lambda name: True)
+    monkeypatch.setattr(peers, "is_installed", lambda name: True)
     for name in ("flash-attn", "torch varlen"):
         assert why_not("flash_attention", name, CAUSAL, half) is None
         assert "float32" in why_not("flash_attention", name, CAUSAL, single)
@@ -359,6 +361,17 @@ SMALL_LAYERS = [replace(case, batch=case.yardstick_batch) for case in LAYERS]
 def test_layers_are_right_after_patching(case: ModuleCase, mode: str) -> None:
     row, calls = checked_calls(Contest("layers", case, "float32", mode))
     assert calls.keys() == {OURS, "original"}, row.refusals
+
+
+def test_original_is_never_further_off_than_its_yardstick() -> None:
+    options = {"dim": 64, "heads": 2, "tokens": 65}
+    case, dtype = replace(LAYERS[0], batch=16, options=options), torch.bfloat16
+    inputs = modules.make_inputs(case, dtype, "fwd+bwd")
+    results = modules.make_call(lambda module, mode: module, inputs, "fwd+bwd")()
+    truths = modules.reference(case, inputs, "fwd+bwd")
+    yardsticks = modules.yardsticks(case, dtype, "fwd+bwd")
+    for result, truth, yardstick in zip(results, truths, yardsticks, strict=True):
+        assert relative_error(result, *truth) <= yardstick
 
 
 def test_a_module_that_nothing_is_replaced_in_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +445,39 @@ def test_eager_refuses_what_would_not_fit_in_memory() -> None:
     endless = replace(SELF, query_length=2**24, key_length=2**24)
     assert "score matrices" in EAGER.refusal(endless, torch.float32)
     assert EAGER.refusal(SELF, torch.float32) is None
+
+
+def test_launches_begin_with_an_empty_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert measure.launch_seconds(lambda: log.append("launch") or (), 10**6) > 0
+    assert log == ["wait", *["launch"] * measure.MOST_LAUNCHED]
+
+
+def test_a_type_without_fast_products_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "unhurried_rate", lambda dtype: 1e9)
+    contest = next(contests("flash_attention", ["bfloat16"], ("fwd",), "vit-b16"))
+    fast = replace(CEILINGS, flops={"bfloat16": 1e12}, bandwidth=1e12, exps=1e12)
+    race = command_line._Race(parsed("--minutes", "1", "--seconds", "0"), fast)
+    work = family.work(contest.case, torch.bfloat16, "fwd")
+    expected = command_line.FIXED + command_line.UNHURRIED_CALLS * work.flops / 1e9
+    assert race._expected_seconds(contest) == pytest.approx(expected)
+    assert measure.unhurried_rate("float32", 64) > 0
+
+
+def test_no_result_is_right_that_is_nan() -> None:
+    truth = Truth(torch.ones(3, dtype=torch.float64))
+    assert not judge([torch.full((3,), float("nan"))], [truth], [float("inf")]).passed
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "fwd+bwd"])
+def test_only_the_yardsticks_of_sums_grow_with_the_batch(mode: str, monkeypatch) -> None:
+    case = LossCase("tiny", "a test", 64, 16)
+    monkeypatch.setattr(losses_family, "YARDSTICK_PAIRS", 16)
+    few = losses_family.yardsticks(replace(case, pairs=16), torch.float32, mode)
+    many = losses_family.yardsticks(case, torch.float32, mode)
+    grown = {"fwd": [2], "bwd": [1, 1, 2], "fwd+bwd": [2, 1, 1, 2]}[mode]
+    assert many == [factor * error for factor, error in zip(grown, few, strict=True)]
 
 
 def test_race_interleaves() -> None:
@@ -557,6 +603,34 @@ def test_peak_memory_is_that_of_the_scores() -> None:
     assert found[OURS] < scores / 8
 
 
+def test_peak_memory_is_that_of_the_forced_backend() -> None:
+    """The reference holds matrices of scores, the kernel none."""
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-l14-336")
+    scores = case.heads * case.query_length * case.key_length * 4
+    with MemoryMeter("cpu", "reference") as meter:
+        contest = Contest("flash_attention", case, "float32", "fwd")
+        assert meter.peak_bytes(contest, [OURS])[OURS] > scores
+
+
+def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
+    """What torch imports for it is nobody's."""
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    contest = Contest("flash_attention", case, "float32", "fwd+bwd")
+    with MemoryMeter("cpu") as meter:
+        first, second = (meter.peak_bytes(contest, ["torch SDPA"]) for _ in range(2))
+    assert first["torch SDPA"] < second["torch SDPA"] + 10e6
+
+
+def test_a_process_that_measures_memory_and_ends_costs_one_contest() -> None:
+    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    contest = Contest("flash_attention", case, "float32", "fwd")
+    with MemoryMeter("cpu") as meter:
+        meter._child.kill()
+        with pytest.raises(RuntimeError, match="ended"):
+            meter.peak_bytes(contest, [OURS])
+        assert meter.peak_bytes(contest, [OURS])[OURS] > 0
+
+
 def test_the_page_draws_sweeps_and_says_who_wins() -> None:
     sweep = SWEEPS["flash_attention"]
     rows = []
@@ -571,12 +645,20 @@ def test_the_page_draws_sweeps_and_says_who_wins() -> None:
         row.noise, row.launch = 0.01, {OURS: 5e-6}
         row.refusals = {"flash-attn": "not installed"}
         rows.append(row)
-    text = page(rows, {"flash_attention": (sweep, rows)}, CEILINGS, ["models vit fwd"])
+    text = page(
+        rows, {"flash_attention": (sweep, rows)}, CEILINGS, {"models vit fwd": "no time was left"}
+    )
     assert text.count("<svg") == 3
     assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
     assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
     assert "all of flash_attention, flash-attn: not installed" in text
     assert "no time was left for models: vit fwd" in text
+
+
+def test_the_report_says_what_else_a_family_gains_from() -> None:
+    sizes = ("", "", "", "float32", "fwd", "cpu", "cpu", WORK)
+    told = notes([Row("layers", *sizes), Row("flash_attention", *sizes)], CEILINGS)
+    assert [x for x in told if "inference=True" in x] == [f"layers: {peers.REMARKS['layers']}"]
 
 
 def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
@@ -595,7 +677,7 @@ def row_of(name: str, ours: float, peer: float, spread: float) -> dict:
 
     timings = {OURS: timing(ours), "torch SDPA": timing(peer)}
     keys = {"family": "flash_attention", "case": name, "dtype": "float32", "mode": "fwd"}
-    return {**keys, "timings": timings, "noise": 0.005}
+    return {**keys, "device": "cpu", "timings": timings, "noise": 0.005}
 
 
 @pytest.mark.parametrize(
@@ -649,6 +731,46 @@ def test_compare_finds_a_planted_slow_down() -> None:
     assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
 
 
+def test_compare_knows_that_a_race_may_be_quiet_by_luck() -> None:
+    """All of a run was noisy, and one contest happened to equal itself."""
+    first, second = recorded(1e-3, 2e-3), recorded(1.1e-3, 2e-3)
+    assert changes(first, second)[1].verdict == "SLOWER"
+    for document in (first, second):
+        steady, changing = document["rows"]
+        document["rows"] = [{**steady, "case": f"{n}", "noise": 0.06} for n in range(3)]
+        document["rows"].append(changing)
+    assert changes(first, second)[-1].verdict == ""
+
+
+def test_compare_holds_a_device_against_itself() -> None:
+    first, second = recorded(1e-3, 2e-3), recorded(1e-3, 2e-3)
+    for row in second["rows"]:
+        row["device"] = "cuda"
+    assert not changes(first, second)
+
+
+def test_compare_names_what_went_wrong_and_counts_what_is_gone(tmp_path: Path, capsys) -> None:
+    first, second = recorded(1e-3, 2e-3), recorded(1e-3, 2e-3)
+    second["rows"] = [{**second["rows"][0], "timings": {}, "noise": None}]
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, document in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps(document))
+    assert command_line.main(["compare", *map(str, paths)]) == 1
+    text = capsys.readouterr().out
+    assert "flash_attention steady float32 fwd: no right result any more" in text
+    assert "1 contests of the first run are not in the second" in text
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"machine": {}, "rows": [{}]}', "{"])
+def test_compare_refuses_what_is_no_result(tmp_path: Path, capsys, text: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["compare", str(path), str(path)])
+    assert stop.value.code == 2
+    assert "results.json: not the results of a run" in capsys.readouterr().err
+
+
 def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -> None:
     kept, now = tmp_path / "machine.csv", tmp_path / "results.json"
     for milliseconds in (9.0, 1.0):  # the latter is what counts
@@ -686,6 +808,38 @@ def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             command_line.main(["compare", *map(str, arguments)])
         assert stop.value.code == 2
+
+
+def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+    """And so it is where nothing can draw."""
+    installed = peers.is_installed
+    gone = {"timm", "open_clip", "flamingo_pytorch", "torchvision", "matplotlib"}
+    for module in (command_line, contest_module, modules):
+        monkeypatch.setattr(module, "is_installed", lambda x: x not in gone and installed(x))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.delitem(sys.modules, "bench.html")
+    modules._module.cache_clear()
+    out = tmp_path / "new"
+    arguments = ["layers", "models", "--dtype", "float32", "--selection", "--minutes", "0"]
+    arguments += ["--seconds", "0", "--ceiling-size", "64", "--out", str(out)]
+    assert command_line.main(arguments) == 0
+    text = (out / "report.md").read_text()
+    for line in (
+        "not installed: open_clip, for layers: clip-loss-layer float32 fwd",
+        "not installed: timm, for models: vit-b16-model float32 fwd",
+        "no time was left for layers: vit-b16-layer float32 fwd",
+    ):
+        assert f"- {line}\n" in text
+    assert not (out / "report.html").exists() and "bench.html" not in sys.modules
+    assert all(not contest.missing for contest in search.contests("cuda"))
+    assert ncu.measured("layers").case.name == "vit-b16-layer"
+    assert ncu.measured("models") is None
+
+
+def test_every_module_says_which_library_it_is_from() -> None:
+    for case in (*LAYERS, *MODELS):
+        assert all(importlib.util.find_spec(name) for name in case.libraries)
+    assert set(LAYERS[0].libraries) == {"torch"}
 
 
 def test_command_line_fails_on_a_wrong_kernel(
@@ -766,7 +920,7 @@ def test_gpu_script_runs_the_steps_it_is_told_and_keeps_going(tmp_path: Path) ->
 
 
 def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    for arguments in (["--minutes", "ten"], ["everything"]):
+    for arguments in (["--minutes", "ten"], ["--minutes", "0"], ["everything"]):
         result = gpu_script("--out", str(tmp_path / "none"), *arguments)
         assert result.returncode == 2
         assert not (tmp_path / "none").exists()
@@ -800,6 +954,23 @@ def test_ncu_reports_become_tables(tmp_path: Path) -> None:
     assert "| flash_attention_fwd | 9 |" in text
     command = ncu.command("flash_attention", report)
     assert command[0] == "ncu" and str(report) in command
+
+
+def test_ncu_that_measures_nothing_does_not_end_the_rest(tmp_path, monkeypatch, capsys) -> None:
+    """Where the driver forbids counters."""
+    fake = tmp_path / "ncu"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'while [ "$1" != --log-file ]; do shift; done\n'
+        'case "$2" in *flash*) echo "==WARNING== No kernels were profiled." >"$2"; exit 0;; esac\n'
+        'printf "\\"Kernel Name\\"\\n\\"\\"\\n\\"a_kernel\\"\\n" >"$2"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ncu.main([str(tmp_path / "out")]) == 1
+    assert "flash_attention: lines: expected" in capsys.readouterr().err
+    text = (tmp_path / "out" / "ncu.md").read_text()
+    assert "## window_attention" in text and "## flash_attention" not in text
 
 
 @pytest.mark.parametrize("module", [search, ncu])

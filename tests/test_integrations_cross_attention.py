@@ -31,6 +31,8 @@ from transformers.models.idefics2.modeling_idefics2 import (  # noqa: E402
 )
 from transformers.models.mllama import modeling_mllama  # noqa: E402
 
+from vlmfast.integrations.transformers import IMAGE_MASK  # noqa: E402
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -202,6 +204,25 @@ def test_idefics_dropout_and_weights_stay_with_the_original(monkeypatch, dropout
     for mine, original in zip(result.attentions, expected.attentions, strict=True):
         torch.testing.assert_close(mine, original)
     torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
+
+
+@torch.no_grad()
+def test_idefics_layer_fills_a_cache_as_before():
+    model = make_idefics().eval()
+    patched = copy.deepcopy(model)
+    vlmfast.patch(patched)
+    media = words_and_images(0)["image_encoder_embeddings"].flatten(1, 2)
+    words = torch.randn(BATCH, TOKENS, SIZES["hidden_size"])
+
+    def twice(model, **arguments):
+        attention, cache = model.gated_cross_attn_layers[0].cross_attn, DynamicCache()
+        for seen in (media.shape[1], 2 * media.shape[1]):
+            mask = torch.zeros(BATCH, 1, TOKENS, seen)
+            out, _ = attention(words, media, mask, past_key_values=cache, **arguments)
+        return out, cache.layers[attention.layer_idx].keys
+
+    results = twice(patched, **{IMAGE_MASK: image_mask()}), twice(model)
+    torch.testing.assert_close(*results)
 
 
 def test_idefics_decoding():

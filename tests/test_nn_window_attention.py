@@ -302,6 +302,17 @@ def test_network_runs_once_without_gradients(runs, layer, x, context, training):
     assert len(runs) == 1
 
 
+@torch.no_grad()
+def test_network_with_dropout_runs_each_time_in_training(runs, layer, x):
+    layer.cpb_mlp.insert(2, nn.Dropout(0.5))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    assert len(runs) == 2
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    assert len(runs) == 3
+
+
 def test_network_runs_once_where_it_is_frozen(runs, layer, x):
     for parameter in layer.cpb_mlp.parameters():
         parameter.requires_grad_(False)

@@ -155,3 +155,21 @@ def test_ncu_table(tmp_path, capsys):
     assert len(lines) == 4
     with pytest.raises(ValueError, match="expected what ncu"):
         profile.read_ncu(["nothing"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--ncu-report", "none.csv"], "No such file"),
+        (["--ncu-report", "empty.csv"], "expected what ncu"),
+        (["resampler", "--steps", "0"], "at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command.main(["profile", *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert arguments[-2] in error and text in error

@@ -320,8 +320,7 @@ class _MergeColumns(torch.autograd.Function):
 
 def _relative_to(maxima: Tensor, merged_maxima: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of a block's sums, which count from its own maxima, from that of merged sums."""
-    empty = maxima == -torch.inf
-    return (gradient * torch.exp(maxima - merged_maxima)).masked_fill(empty, 0.0)
+    return gradient * torch.exp(maxima - merged_maxima)
 
 
 class _Mean(torch.autograd.Function):

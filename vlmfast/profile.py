@@ -80,8 +80,14 @@ class Findings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profiles, prints tables, writes traces; returns 0."""
     options = _parser().parse_args(arguments)
+    if options.steps < 1:
+        _parser().error(f"argument --steps: expected at least 1, got {options.steps}")
     if options.ncu_report:
-        print(_table(*read_ncu(options.ncu_report.read_text().splitlines())))
+        try:
+            table = read_ncu(options.ncu_report.read_text().splitlines())
+        except (OSError, ValueError) as error:
+            _parser().error(f"argument --ncu-report: {options.ncu_report}: {error}")
+        print(_table(*table))
         return 0
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
@@ -195,6 +201,8 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
         for case in members:
             if case.name == options.target:
                 found = contest.Contest(family, case, options.dtype, options.mode, device)
+                if found.missing:
+                    raise SystemExit(f"{case.name}: not installed: {found.missing}")
                 row, calls = contest.checked_calls(found)
                 if contest.OURS not in calls:
                     raise SystemExit(f"{found}: our result is {row.refusals[contest.OURS]}")

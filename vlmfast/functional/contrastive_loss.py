@@ -232,6 +232,10 @@ def itc_loss(
     where text_to_image exchanges the roles of image and text. No gradient flows into targets,
     momentum features and queues.
 
+    Memory beyond the features and their gradients is O((N + Q) * D). With alpha > 0, what the
+    targets expect is attention over all keys, whose GPU kernels take D up to 256: beyond, these
+    logits are held, O(N * (N + Q)).
+
     Args:
         image_features: (N, D), normalised; or (N, queries, D), of whose similarities with a text
             the largest counts, as in BLIP-2. float32, bfloat16, float16 or float64; any strides.
