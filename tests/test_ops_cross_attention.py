@@ -174,7 +174,10 @@ ISA_CASES = [
     image_case("several images, dense rows, lengths", (1, 2, 50, 64), (1, 3, 64),
                phi=random_bits(1, 50, 3), lengths=(64, 9, 20), empty_rows="dense"),
     image_case("long images, large logits", (1, 2, 40, 17), (1, 1, 150), scale=5.0),
-    image_case("one token", (1, 2, 1, 33), (2, 2, 50), differentiable=("query",)),
+    image_case("one token", (1, 2, 1, 33), (2, 2, 50)),
+    image_case("one token, all previous", (2, 4, 1, 64), (4, 5, 64), mode="all_previous"),
+    image_case("one latent", (2, 4, 40, 64), (4, 5, 1)),
+    image_case("few tokens, long images", (1, 2, 5, 64), (1, 2, 200)),
 ]  # fmt: skip
 
 

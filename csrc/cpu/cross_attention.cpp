@@ -223,19 +223,25 @@ void set_most(const std::vector<CrossAttentionTask>& tasks, CrossAttentionProble
     problem->queries_most = std::max(problem->queries_most, task.end - task.begin);
 }
 
-// Which batch elements have rows of a kind.
-std::vector<bool> batches_with(const CrossAttentionProblem& problem, int64_t batch,
-                               bool (*is_kind)(int32_t)) {
-  std::vector<bool> result(batch);
-  for (int64_t b = 0; b < batch; b++) {
-    const int32_t* first = problem.image_index + b * problem.tokens;
-    result[b] = std::any_of(first, first + problem.tokens, is_kind);
+// The batch elements that have rows of a kind.
+template <class IsKind>
+std::vector<int> batches_with(const CrossAttentionProblem& problem, int64_t batch, IsKind is_kind) {
+  std::vector<int> result;
+  for (int b = 0; b < batch; b++) {
+    const int32_t* first = problem.image_index + static_cast<int64_t>(b) * problem.tokens;
+    if (std::any_of(first, first + problem.tokens, is_kind)) result.push_back(b);
   }
   return result;
 }
 
-bool is_uniform(int32_t kind) { return kind == kUniformRow; }
-bool is_unseeing(int32_t kind) { return kind == kUniformRow || kind == kZeroRow; }
+std::vector<int> batches_with_uniform_rows(const CrossAttentionProblem& problem, int64_t batch) {
+  return batches_with(problem, batch, [](int32_t kind) { return kind == kUniformRow; });
+}
+
+// Of tokens that see one image at most.
+std::vector<int> batches_with_unseeing_rows(const CrossAttentionProblem& problem, int64_t batch) {
+  return batches_with(problem, batch, [](int32_t kind) { return kind <= 0; });
+}
 
 std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& key,
                                            const Tensor& value, const Tensor& image_index,
@@ -261,12 +267,13 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
                 [&](int64_t i, int64_t next, float* scratch) {
                   run.forward(problem, tasks[i], tasks[next], scratch);
                 });
-  const auto has_rows = batches_with(problem, batch, problem.several ? is_uniform : is_unseeing);
-  for_each_task(batch * key_heads, scratch_size, [&](int64_t i, int64_t, float* scratch) {
-    if (has_rows[i / key_heads])
-      run.fill_rows(problem, static_cast<int>(i / key_heads), static_cast<int>(i % key_heads),
-                    scratch);
-  });
+  const auto batches = problem.several ? batches_with_uniform_rows(problem, batch)
+                                       : batches_with_unseeing_rows(problem, batch);
+  for_each_task(static_cast<int64_t>(batches.size()) * key_heads, scratch_size,
+                [&](int64_t i, int64_t, float* scratch) {
+                  run.fill_rows(problem, batches[i / key_heads], static_cast<int>(i % key_heads),
+                                scratch);
+                });
   return {out, logsumexp};
 }
 
@@ -344,9 +351,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
     });
   };
   MaybeTensor uniform_gradient;
-  const auto has_uniform = batches_with(problem, batch, is_uniform);
-  if (key_value_grad &&
-      std::find(has_uniform.begin(), has_uniform.end(), true) != has_uniform.end()) {
+  if (key_value_grad && !batches_with_uniform_rows(problem, batch).empty()) {
     uniform_gradient =
         torch::stable::new_empty(query, {batch, key_heads, value.size(4)}, ScalarType::Float);
     problem.uniform_gradient = static_cast<float*>(uniform_gradient->mutable_data_ptr());
@@ -375,7 +380,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
         run.sum_splits(problem, static_cast<int>(splits), static_cast<int>(i / heads),
                        static_cast<int>(i % heads), token);
     });
-  } else if (query_grad) {
+  } else if (query_grad && (image_lengths || problem.latents == 0 ||
+                            !batches_with_unseeing_rows(problem, batch).empty())) {
     for_each_head([&](int b, int head) { run.clear_grad_rows(problem, b, head); });
   }
   return {grad_query, grad_key, grad_value};

@@ -1,28 +1,28 @@
 // Cross-attention of text tokens to images: all tokens that see an image run against its latents,
 // which are packed once.
 //
-// Lanes are latents in the scores and features in the sums, so that only the keys are transposed,
-// once for an image, and queries and results stay rows: text is long, an image is short. A tile is
-// a list of tokens. It never holds one that does not see the image: so what an image holds cannot
-// reach others, and nothing is computed that a mask would hide. Where a token may see several
-// images, its partial results are joined by their maxima and sums (Dao et al., "FlashAttention-2",
-// 2023). Exponents are in units of log2, so that exp2 needs no further factor.
+// Lanes are queries in the scores and features in the sums: softmax is vertical arithmetic, and
+// only queries are transposed, while latents and results stay rows. A tile is a list of tokens. It
+// never holds one that does not see the image: so what an image holds cannot reach others, and
+// nothing is computed that a mask would hide. Where a token may see several images, its partial
+// results are joined by their maxima and sums (Dao et al., "FlashAttention-2", 2023). Exponents are
+// in units of log2, so that exp2 needs no further factor.
 #include "cpu/cross_attention.h"
 #include "cpu/tile.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
-constexpr int kPanelGroups = kLanes == 16 ? 4 : 2;
-constexpr int kPanel = kPanelGroups * kLanes;  // latents along the lanes of one product
-constexpr int kBlock = 128;                    // latents whose scores are held at once
-constexpr int kChunks = 2;
-constexpr int kTile = kChunks * kLanes;  // queries whose scores are held at once
-constexpr int kPanelScores = kTile * kPanel, kScores = kTile * kBlock;
-static_assert(kBlock % kPanel == 0 && kTile % kRowStep == 0);
+constexpr int kBlock = 128;  // latents whose scores are held at once
+constexpr int kTileGroups = kRegisters == 32 ? 4 : 2;
+constexpr int kTile = kTileGroups * kLanes;  // queries whose scores are held at once
+constexpr int kScores = kTile * kBlock;
 constexpr int kTilesAhead = 2;  // how early the rows of a tile are fetched
 // Up to so many queries of an image run one by one: packing it would take longer.
 constexpr int kFewRows = kLanes / 4;
+// Up to so many queries of an image do not average rounding away. In backward their softmax is
+// computed afresh, and scores are summed up kPartWords words at a time.
+constexpr int kImpreciseRows = 8, kPartWords = 16;
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
 // rounding of the inputs.
 template <class T>
@@ -33,7 +33,7 @@ struct Groups {
   static constexpr int value = n;
 };
 
-// Calls body(Groups<g>()) with as many vectors as a panel of n latents has.
+// Calls body(Groups<g>()) with as many vectors as a tile of n queries has.
 template <class Body>
 VLMFAST_INLINE void with_groups(int n, Body body) {
   switch ((n + kLanes - 1) / kLanes) {
@@ -43,17 +43,12 @@ VLMFAST_INLINE void with_groups(int n, Body body) {
       return body(Groups<2>());
 #if VLMFAST_LEVEL >= 2
     case 3:
-      return body(Groups<3>());
+      if constexpr (kTileGroups > 2) return body(Groups<3>());
+      return;
     case 4:
-      return body(Groups<4>());
+      if constexpr (kTileGroups > 2) return body(Groups<4>());
 #endif
   }
-}
-
-// Calls body(first latent, latents) for each panel of n latents.
-template <class Body>
-VLMFAST_INLINE void for_each_panel(int n, Body body) {
-  for (int first = 0; first < n; first += kPanel) body(first, minimum(kPanel, n - first));
 }
 
 // Tokens that follow each other in their list, and see an image.
@@ -137,113 +132,115 @@ VLMFAST_INLINE Vec load_columns(const Rows<T>& rows, int row, int d, int n) {
                                  : gather_words<Fp32Words>(p, rows.column_stride, n);
 }
 
+// Rows of words.
+struct Operand {
+  const float* rows;
+  int64_t stride;
+
+  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
+};
+
 template <class T>
 VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
   return {rows.row(first), rows.row_stride, rows.column_stride};
 }
 
-// Asks for the rows of a later tile, one between other work on a row of this one.
+// The rows of some tokens.
 template <class T>
-struct RowFetcher {
-  Rows<T> all;
-  Tokens tokens;
-  int columns;
+struct TokenRows {
+  using Element = T;
+  T* data;
+  int64_t row_stride, column_stride;
+  const int32_t* index;
 
-  VLMFAST_INLINE void row(int i) const {
-    if (i >= tokens.count) return;
-    const T* first = all.row(tokens.index[i]);
-    for (int d = 0; d < columns; d += 64 / (int)sizeof(T)) __builtin_prefetch(first + d, 0, 2);
-  }
+  VLMFAST_INLINE TokenRows(const Rows<T>& all, Tokens tokens)
+      : data(all.data),
+        row_stride(all.row_stride),
+        column_stride(all.column_stride),
+        index(tokens.index) {}
+  VLMFAST_INLINE T* row(int i) const { return data + index[i] * row_stride; }
 };
 
-// The rows of two tokens, or of one, as a matrix.
+// Asks, a step at a time between other work, for the rows of a later tile, and for what the next
+// task begins with.
 template <class T>
-VLMFAST_INLINE Rows<T> two_rows(const Rows<T>& all, Tokens tokens, int first) {
-  const int token = tokens.index[first];
-  const int step = first + 1 < tokens.count ? tokens.index[first + 1] - token : 0;
-  return {all.row(token), step * all.row_stride, all.column_stride};
-}
+class Fetcher {
+ public:
+  VLMFAST_INLINE Fetcher(Tokens later, Prefetcher& next) : later_(later), next_(next) {}
 
-// The rows of some tokens, as pack_rows packs them.
-template <class Words, class T>
-VLMFAST_INLINE void pack_token_rows(const Rows<T>& all, Tokens tokens, int columns, int words,
-                                    float* out) {
-  const int padded = round_up(tokens.count, kRowStep);
-  if (tokens.adjacent())
-    return pack_rows<Words>(rows_from(all, tokens.index[0]), tokens.count, padded, columns, words,
-                            out);
-  for (int i = 0; i < tokens.count; i++)
-    pack_rows<Words>(rows_from(all, tokens.index[i]), 1, 1, columns, words,
-                     out + (int64_t)i * words);
-  for (int64_t i = (int64_t)tokens.count * words; i < (int64_t)padded * words; i++) out[i] = 0.f;
-}
+  VLMFAST_INLINE void add(const Rows<T>& all, int columns) { tensors_[count_++] = {all, columns}; }
 
-// The rows of some tokens, as pack_row_pairs packs them.
-template <class Words, class T>
-VLMFAST_INLINE void pack_token_pairs(const Rows<T>& all, Tokens tokens, int columns, int width,
-                                     float* out) {
-  constexpr int kStep = Words::kElements;
-  if (tokens.adjacent())
-    return pack_row_pairs<Words>(rows_from(all, tokens.index[0]), tokens.count,
-                                 round_up(tokens.count, kStep), columns, width, out);
-  for (int i = 0; i < tokens.count; i += kStep)
-    pack_row_pairs<Words>(two_rows(all, tokens, i), minimum(kStep, tokens.count - i), kStep,
-                          columns, width, out + (int64_t)(i / kStep) * width);
-}
+  VLMFAST_INLINE void step() {
+    next_.step();
+    if (at_ >= later_.count) return;
+    const int token = later_.index[at_++];
+    for (int i = 0; i < count_; i++) {
+      const T* row = tensors_[i].all.row(token);
+      for (int d = 0; d < tensors_[i].columns; d += 64 / (int)sizeof(T))
+        __builtin_prefetch(row + d, 0, 2);
+    }
+  }
 
-// The transposed rows of n latents, panel after panel.
-template <class Words, class T>
-VLMFAST_INLINE void pack_panels(const Rows<T>& rows, int n, int columns, int words, float* out) {
-  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
-    with_groups(m, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-      pack_transposed<Words, decltype(groups)::value>(rows_from(rows, first), m, columns, 1.f,
-                                                      out + (int64_t)first * words);
+ private:
+  struct Tensor {
+    Rows<T> all;
+    int columns;
+  };
+  Tensor tensors_[4];
+  Tokens later_;
+  Prefetcher& next_;
+  int count_ = 0, at_ = 0;
+};
+
+// How many steps a product of tokens and n latents gives others.
+VLMFAST_INLINE int64_t product_steps(Tokens tokens, int n, int words) {
+  int64_t rounds = 0;
+  for_each_tile(tokens, [&](Tokens tile, Tokens) VLMFAST_INLINE_LAMBDA {
+    with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+      constexpr int kRows = kTileRows<decltype(groups)::value>;
+      rounds += (n + kRows - 1) / kRows;
     });
   });
+  return rounds * (words / kWordStep);
 }
 
-// out[panel][row][latent] = rows[row] . panels[:, latent], for `count` rows and n latents.
-template <class Words>
-VLMFAST_INLINE void multiply_panels(const float* panels, const float* rows, int words, int count,
-                                    int n, float* out, Prefetcher& ahead) {
-  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
-    with_groups(m, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-      multiply_rows<Words, decltype(groups)::value>(
-          panels + (int64_t)first * words, rows, words, words, count,
-          out + first / kPanel * kPanelScores, nullptr, ahead);
-    });
-  });
-}
-
-// Of a panel of m latents: how far apart its rows are.
-VLMFAST_INLINE int panel_width(int m) { return round_up(m, kLanes); }
-
-// Calls body(position, lanes) for the vectors of a row of n scores; fewer lanes than kLanes count
-// in the last one.
-template <class Body>
-VLMFAST_INLINE void for_each_vector(int row, int n, Body body) {
-  for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
-    const int at = first / kPanel * kPanelScores + row * panel_width(m);
-    for (int g = 0; g < m; g += kLanes) body(at + g, m - g);
-  });
+// scores[latent][kGroups * kLanes] of n packed latents; `most` becomes their maxima times factor.
+template <class Words, int kGroups, class Ahead>
+VLMFAST_INLINE void score(const float* query, const Operand& keys, int words, int n, float factor,
+                          float* scores, Vec* most, Ahead& ahead) {
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+  multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, n, scores, most, ahead);
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(factor);
 }
 
 VLMFAST_INLINE Vec first_or(Vec x, int lanes, float other) {
   return lanes >= kLanes ? x : select_ge(lane_index(0), lanes, broadcast(other), x);
 }
 
-// Two vectors, of which `columns` elements exist, as words of pairs; a vector where words are
-// elements.
-template <class Words>
-VLMFAST_INLINE void store_words(float* target, const Vec* x, int columns) {
-#if VLMFAST_LEVEL >= 3
-  if constexpr (Words::kElements == 2) {
-    const Vec pairs = (Vec)_mm512_cvtne2ps_pbh(x[1], x[0]);
-    store_first(target, pairs, columns / 2);
-    return;
+// Columns of a row, times `scale`.
+template <class T>
+VLMFAST_INLINE void store_scaled(T* target, const float* source, int columns, Vec scale) {
+  int d = 0;
+  for (; d + kLanes <= columns; d += kLanes)
+    store_first(target + d, load(source + d) * scale, kLanes);
+  if (d < columns) store_first(target + d, load(source + d) * scale, columns - d);
+}
+
+// The factor that scores still need before exp2. As maxima are those of rounded products, an exact
+// product could exceed them by what rounding takes, and that overflows where logits are huge: there
+// scores are multiplied here, and rounded likewise.
+template <int kGroups>
+VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* subtracted) {
+  constexpr float kHuge = 1 << 20;
+  Vec most = zero();
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    const Vec size = max(subtracted[g], zero() - subtracted[g]);
+    most = max(select_eq(size, broadcast(kInfinity), zero(), size), most);
   }
-#endif
-  store(target, x[0]);
+  if (!(horizontal_max(most) > kHuge)) return factor;
+  for (int i = 0; i < n * kGroups * kLanes; i += kLanes)
+    store(scores + i, load(scores + i) * broadcast(factor));
+  return 1.f;
 }
 
 // Running maxima (log2 units) and sums of exponentials of a tile's rows.
@@ -256,17 +253,30 @@ struct Softmax {
 
   // Takes in the maxima of further scores: `subtracted` is what their exponents lose, `rescale` the
   // factor of what was summed up before.
-  VLMFAST_INLINE void raise(const float* block_top, float* subtracted, float* rescale) {
-    VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes) {
-      const Vec old = load(top + c), next = max(old, load(block_top + c));
+  template <int kGroups>
+  VLMFAST_INLINE void raise(const Vec* block_top, Vec* subtracted, float* rescale) {
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      const int c = g * kLanes;
+      const Vec old = load(top + c), next = max(old, block_top[g]);
       // Where there is nothing but -inf, subtracting 0 gives weights of 0, not NaN.
-      const Vec shift = select_eq(next, broadcast(-kInfinity), zero(), next);
-      const Vec factor = exp2<5>(old - shift);
-      store(subtracted + c, shift);
+      subtracted[g] = select_eq(next, broadcast(-kInfinity), zero(), next);
+      const Vec factor = exp2<5>(old - subtracted[g]);
       store(rescale + c, factor);
       store(sum + c, load(sum + c) * factor);
       store(top + c, next);
     }
+  }
+
+  // Replaces n scores of each row by exp2(factor * score - subtracted), in words of Words, and adds
+  // them up.
+  template <class Words, int kGroups>
+  VLMFAST_INLINE void weigh(float* scores, int n, float factor, const Vec* subtracted) {
+    Vec sums[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sums[g] = load(sum + g * kLanes);
+    exponentiate<Words, kGroups>(scores, n,
+                                 remaining_factor<kGroups>(scores, n, factor, subtracted),
+                                 subtracted, sums, nullptr);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) store(sum + g * kLanes, sums[g]);
   }
 };
 
@@ -282,44 +292,6 @@ VLMFAST_INLINE void reduce_rows(int count, float* out, Body body, Reduce reduce)
         VLMFAST_UNROLL for (int i = 0; i < half; i++) rows[i] = reduce(rows[i], rows[i + half]);
     store(out + c, rows[0]);
   }
-}
-
-// Maxima of `factor` times the scores.
-VLMFAST_INLINE void row_maxima(const float* scores, int count, int n, float factor, float* out) {
-  reduce_rows(
-      count, out,
-      [&](int row) VLMFAST_INLINE_LAMBDA {
-        Vec most = broadcast(-kInfinity);
-        for_each_vector(row, n, [&](int at, int lanes) VLMFAST_INLINE_LAMBDA {
-          most = max(most, first_or(load(scores + at) * broadcast(factor), lanes, -kInfinity));
-        });
-        return most;
-      },
-      [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return max(a, b); });
-}
-
-// The factor that scores still need before exp2. As maxima are those of rounded products, an exact
-// product could exceed them by what rounding takes, and that overflows where logits are huge: there
-// scores are multiplied here, and rounded likewise.
-VLMFAST_INLINE float remaining_factor(float* scores, int count, int n, float factor,
-                                      const float* subtracted) {
-  constexpr float kHuge = 1 << 20;
-  bool huge = false;
-  for (int i = 0; i < count; i++) {
-    const float size = __builtin_fabsf(subtracted[i]);
-    huge |= size > kHuge && size < kInfinity;
-  }
-  if (!huge) return factor;
-  for (int i = 0; i < count; i++)
-    for_each_vector(i, n, [&](int at, int) VLMFAST_INLINE_LAMBDA {
-      store(scores + at, load(scores + at) * broadcast(factor));
-    });
-  return 1.f;
-}
-
-VLMFAST_INLINE void add_rows(float* sums, const float* more) {
-  VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes)
-      store(sums + c, load(sums + c) + load(more + c));
 }
 
 // log2 of the sums; of 1 where there is none.
@@ -350,10 +322,13 @@ struct RowStatistics {
       joined.top[i] = tops[first_row + tokens.index[i]];
       joined.sum[i] = sums[first_row + tokens.index[i]];
     }
-    float subtracted[kTile];
-    joined.raise(tile.top, subtracted, kept);
-    VLMFAST_UNROLL for (int c = 0; c < kTile; c += kLanes) {
-      const Vec factor = exp2<5>(load(tile.top + c) - load(subtracted + c));
+    Vec tops_of_tile[kTileGroups], subtracted[kTileGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kTileGroups; g++) tops_of_tile[g] =
+        load(tile.top + g * kLanes);
+    joined.raise<kTileGroups>(tops_of_tile, subtracted, kept);
+    VLMFAST_UNROLL for (int g = 0; g < kTileGroups; g++) {
+      const int c = g * kLanes;
+      const Vec factor = exp2<5>(tops_of_tile[g] - subtracted[g]);
       store(added + c, factor);
       store(joined.sum + c, fma(load(tile.sum + c), factor, load(joined.sum + c)));
     }
@@ -368,8 +343,8 @@ template <class Words, class T>
 struct Forward {
   const CrossAttentionForward& problem;
   int words, value_vectors, value_stride;
-  float factor;  // of the products, before exp2
-  float *panels, *values, *query, *scores, *out;
+  float factor, sign;  // of the products, before exp2, and of the packed queries
+  float *keys, *values, *query, *scores, *out;
   // Where tokens may see several images:
   RowStatistics rows{};
   float* row_out;
@@ -379,10 +354,12 @@ struct Forward {
     words = word_count<Words>(p.head_dim);
     value_stride = round_up(p.value_dim, kLanes);
     value_vectors = value_stride / kLanes;
-    factor = p.scale * kLog2E;
+    factor = __builtin_fabsf(p.scale) * kLog2E;
+    sign = p.scale < 0 ? -1.f : 1.f;
     Arena arena{scratch};
-    panels = arena.take((int64_t)round_up(p.latents, kPanel) * words);
-    values = arena.take((int64_t)round_up(p.latents, kRowStep) / Words::kElements * value_stride);
+    const int64_t padded = round_up(p.latents, kRowStep);
+    keys = arena.take(padded * words);
+    values = arena.take(padded / Words::kElements * value_stride);
     query = arena.take((int64_t)kTile * round_up(maximum(words, p.head_dim), kLanes));
     scores = arena.take(maximum(kScores, round_up(p.latents, kLanes)));
     out = arena.take((int64_t)kTile * value_stride);
@@ -393,71 +370,29 @@ struct Forward {
     scratch_size = arena.used;
   }
 
-  // Replaces n scores of each row by exp2(factor * score - subtracted), as pairs where words are,
-  // and adds them up.
-  VLMFAST_INLINE void weights(int count, int n, const float* subtracted, float* sums,
-                              const RowFetcher<T>& later, Prefetcher& ahead) const {
-    constexpr int kStep = Words::kElements;
-    const Vec f = broadcast(remaining_factor(scores, count, n, factor, subtracted));
-    float more[kTile] = {};
-    reduce_rows(
-        count, more,
-        [&](int row) VLMFAST_INLINE_LAMBDA {
-          later.row(row);
-          ahead.step();
-          const Vec shift = broadcast(subtracted[row]);
-          Vec total = zero();
-          for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
-            const int width = panel_width(m);
-            float* panel = scores + first / kPanel * kPanelScores;
-            for (int g = 0; g < m; g += kStep * kLanes) {
-              Vec p[2] = {zero(), zero()};
-              VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
-                const int at = g + i * kLanes;
-                if (at >= m) break;
-                const Vec score = load(panel + row * width + at);
-                p[i] = first_or(exp2<Words::kExpDegree>(fms(f, score, shift)), m - at, 0.f);
-                total = total + p[i];
-              }
-              store_words<Words>(panel + row * (width / kStep) + g / kStep, p, width - g);
-            }
-          });
-          return total;
-        },
-        [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
-    add_rows(sums, more);
-  }
-
   // The queries of a tile against n packed latents: `out` becomes the weighted sums, still to be
   // divided.
-  VLMFAST_INLINE void attend(const CrossAttentionTask& task, int head, Tokens tile, Tokens later,
-                             int n, Prefetcher& ahead, Softmax* softmax) const {
-    const Rows<T> queries = rows_of<T>(problem.query, task.batch, head);
-    pack_token_rows<Words>(queries, tile, problem.head_dim, words, query);
+  template <int kGroups>
+  VLMFAST_NOINLINE void attend(const TokenRows<T>& queries, int count, const Operand& image_keys,
+                               int n, Fetcher<T>& ahead, Softmax* softmax) const {
+    constexpr int kWidth = kGroups * kLanes, kStep = Words::kElements;
+    pack_transposed<Words, kGroups>(queries, count, problem.head_dim, sign, query);
     softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      float most[kTile], subtracted[kTile], rescale[kTile];
-      for (int i = 0; i < kTile; i++) most[i] = -kInfinity;
-      multiply_panels<Words>(panels + (int64_t)first * words, query, words, tile.count, m, scores,
-                             ahead);
-      row_maxima(scores, tile.count, m, factor, most);
-      softmax->raise(most, subtracted, rescale);
-      weights(tile.count, m, subtracted, softmax->sum,
-              {queries, later.part(0, first == 0 ? later.count : 0), problem.head_dim}, ahead);
+      Vec most[kGroups], subtracted[kGroups];
+      float rescale[kTile];
+      score<Words, kGroups>(query, image_keys.from(first), words, m, factor, scores, most, ahead);
+      softmax->raise<kGroups>(most, subtracted, rescale);
+      softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
       if (first > 0)
-        for (int i = 0; i < tile.count; i++)
+        for (int i = 0; i < count; i++)
           for (int d = 0; d < value_stride; d += kLanes) {
             float* target = out + (int64_t)i * value_stride + d;
             store(target, load(target) * broadcast(rescale[i]));
           }
-      for_each_panel(m, [&](int from, int k) VLMFAST_INLINE_LAMBDA {
-        outer_accumulate<Words>(scores + from / kPanel * kPanelScores,
-                                panel_width(k) / Words::kElements,
-                                values + (int64_t)(first + from) / Words::kElements * value_stride,
-                                (k + Words::kElements - 1) / Words::kElements, tile.count,
-                                first + from == 0, out, value_vectors);
-      });
+      outer_accumulate<Words, true>(scores, kWidth, values + (int64_t)first / kStep * value_stride,
+                                    (m + kStep - 1) / kStep, count, first == 0, out, value_vectors);
     }
   }
 
@@ -487,16 +422,14 @@ struct Forward {
       most = max(most, score);
     }
     softmax->clear();
-    float top[kTile], subtracted[kTile], rescale[kTile];
-    for (int i = 0; i < kTile; i++) top[i] = -kInfinity;
-    top[0] = horizontal_max(most);
-    softmax->raise(top, subtracted, rescale);
+    const float top = horizontal_max(most), subtracted = top == -kInfinity ? 0.f : top;
     Vec total = zero();
     for (int first = 0; first < n; first += kLanes) {
-      const Vec p = exp2<Words::kExpDegree>(load(scores + first) - broadcast(subtracted[0]));
+      const Vec p = exp2<Words::kExpDegree>(load(scores + first) - broadcast(subtracted));
       store(scores + first, p);
       total = total + p;
     }
+    softmax->top[0] = top;
     softmax->sum[0] = horizontal_sum(total);
     for (int d = 0; d < problem.value_dim; d += kLanes) {
       const int columns = minimum(kLanes, problem.value_dim - d);
@@ -517,25 +450,26 @@ struct Forward {
 
   VLMFAST_INLINE void store_row(int batch, int head, int token, const float* source,
                                 float scale) const {
-    T* target = problem.out.at<T>(batch, head, token);
-    for (int d = 0; d < problem.value_dim; d += kLanes)
-      store_first(target + d, load(source + d) * broadcast(scale),
-                  minimum(kLanes, problem.value_dim - d));
+    store_scaled(problem.out.at<T>(batch, head, token), source, problem.value_dim,
+                 broadcast(scale));
   }
 
   // Results of a tile from its weighted sums. Rows that see nothing have a sum of 0 and give 0.
   VLMFAST_INLINE void store_tile(const Softmax& softmax, int batch, int head, Tokens tile,
-                                 Tokens later, const float* sums, Prefetcher& ahead) const {
-    float logs[kTile];
+                                 const float* sums) const {
+    float logs[kTile], logsumexps[kTile], factors[kTile];
     log2_of_sums(softmax.sum, logs);
+    for (int i = 0; i < kTile; i++) {
+      logsumexps[i] = natural_logsumexp(softmax.top[i], logs[i]);
+      factors[i] = softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i];
+    }
     float* target = logsumexp(batch, head);
-    const RowFetcher<T> fetcher{rows_of<T>(problem.out, batch, head), later, problem.value_dim};
+    const Rows<T> rows = rows_of<T>(problem.out, batch, head);
     for (int i = 0; i < tile.count; i++) {
-      fetcher.row(i);
-      ahead.step();
-      target[tile.index[i]] = natural_logsumexp(softmax.top[i], logs[i]);
-      store_row(batch, head, tile.index[i], sums + (int64_t)i * value_stride,
-                softmax.sum[i] == 0.f ? 0.f : 1.f / softmax.sum[i]);
+      const int token = tile.index[i];
+      target[token] = logsumexps[i];
+      store_scaled(rows.row(token), sums + (int64_t)i * value_stride, problem.value_dim,
+                   broadcast(factors[i]));
     }
   }
 
@@ -561,21 +495,33 @@ struct Forward {
     return (int64_t)tokens.count * problem.group <= kFewRows;
   }
 
-  VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
-    pack_panels<Words>(latents_of<T>(problem.key, task.batch, task.head, image), n,
-                       problem.head_dim, words, panels);
-    pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
-                          round_up(n, kRowStep), problem.value_dim, value_stride, values);
+  // The keys of an image as words: packed, or where they lie if one tile alone reads them.
+  VLMFAST_INLINE Operand packed_keys(const CrossAttentionTask& task, int image, Tokens tokens,
+                                     int n) const {
+    const Rows<T> rows = latents_of<T>(problem.key, task.batch, task.head, image);
+    constexpr int kElements = Words::kElements;
+    if constexpr (kElements * sizeof(T) == sizeof(float))
+      if (rows.column_stride == 1 && rows.row_stride % kElements == 0 &&
+          problem.head_dim % kRowStep == 0 && n >= kRowStep && problem.group == 1 &&
+          tokens.count <= kTile)
+        return {(const float*)rows.data, rows.row_stride / kElements};
+    pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, keys);
+    return {keys, words};
   }
 
-  // All query heads' tokens against n latents of an image; take(head, tile, later tile, softmax)
-  // takes the weighted sums from `out`.
+  // All query heads' tokens against n latents of an image; take(head, tile, softmax) takes
+  // the weighted sums from `out`.
   template <class Take>
   VLMFAST_INLINE void attend_image(const CrossAttentionTask& task, int image, Tokens tokens, int n,
                                    Prefetcher& ahead, Take take) const {
     Softmax softmax;
     const bool few = is_few(tokens);
-    if (!few) pack(task, image, n);
+    Operand image_keys{};
+    if (!few) {
+      image_keys = packed_keys(task, image, tokens, n);
+      pack_row_pairs<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
+                            round_up(n, kRowStep), problem.value_dim, value_stride, values);
+    }
     for (int h = 0; h < problem.group; h++) {
       const int head = task.head * problem.group + h;
       if (few) {
@@ -584,13 +530,21 @@ struct Forward {
                      latents_of<T>(problem.key, task.batch, task.head, image),
                      latents_of<T>(problem.value, task.batch, task.head, image), n, ahead,
                      &softmax);
-          take(head, tokens.part(i, 1), tokens.part(i, 0), softmax);
+          take(head, tokens.part(i, 1), softmax);
         }
       } else {
         for_each_tile(tokens, [&](Tokens tile, Tokens later) VLMFAST_INLINE_LAMBDA {
           if (!problem.prefetch) later.count = 0;
-          attend(task, head, tile, later, n, ahead, &softmax);
-          take(head, tile, later, softmax);
+          const Rows<T> queries = rows_of<T>(problem.query, task.batch, head);
+          Fetcher<T> fetcher(later, ahead);
+          fetcher.add(queries, problem.head_dim);
+          if (!problem.several)
+            fetcher.add(rows_of<T>(problem.out, task.batch, head), problem.value_dim);
+          with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+            attend<decltype(groups)::value>(TokenRows<T>(queries, tile), tile.count, image_keys, n,
+                                            fetcher, &softmax);
+          });
+          take(head, tile, softmax);
         });
       }
     }
@@ -633,15 +587,12 @@ struct Forward {
           store_empty(task.batch, task.head * problem.group + h, tokens.index[i]);
       return;
     }
-    // One step for each row weighed and one for each stored, beside those of the products.
-    const int64_t all_rows = (int64_t)tokens.count * problem.group;
-    const int64_t per_row = is_few(tokens) ? 1 + (n + kLanes - 1) / kLanes : 2;
-    Prefetcher ahead = prefetcher(task, next, all_rows * per_row);
+    const int64_t steps = is_few(tokens) ? tokens.count * (int64_t)((n + kLanes - 1) / kLanes)
+                                         : product_steps(tokens, n, words);
+    Prefetcher ahead = prefetcher(task, next, steps * problem.group);
     attend_image(task, image, tokens, n, ahead,
-                 [&](int head, Tokens tile, Tokens later, const Softmax& softmax)
-                     VLMFAST_INLINE_LAMBDA {
-                       store_tile(softmax, task.batch, head, tile, later, out, ahead);
-                     });
+                 [&](int head, Tokens tile, const Softmax& softmax)
+                     VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, out); });
   }
 
   VLMFAST_INLINE void run_several(const CrossAttentionTask& task) const {
@@ -658,7 +609,7 @@ struct Forward {
         Prefetcher none;
         if (tokens.count > 0)
           attend_image(task, image, tokens, n, none,
-                       [&](int head, Tokens tile, Tokens, const Softmax& softmax)
+                       [&](int head, Tokens tile, const Softmax& softmax)
                            VLMFAST_INLINE_LAMBDA { join(softmax, tile, first_row(head)); });
       });
     for (int h = 0; h < problem.group; h++)
@@ -666,13 +617,12 @@ struct Forward {
         if (problem.image_index[(int64_t)task.batch * problem.tokens + token] == kUniformRow)
           continue;
         const int64_t row = (int64_t)h * range + token - task.begin;
-        Prefetcher none;
         Softmax softmax;
         softmax.clear();
         softmax.top[0] = rows.tops[row];
         softmax.sum[0] = rows.sums[row];
-        store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1}, {&token, 0},
-                   row_out + row * value_stride, none);
+        store_tile(softmax, task.batch, task.head * problem.group + h, {&token, 1},
+                   row_out + row * value_stride);
       }
   }
 
@@ -728,10 +678,10 @@ template <class Words, class T>
 struct Backward {
   const CrossAttentionBackward& problem;
   int words, value_words, stride, value_stride;  // of packed rows; of gradients
-  float factor;                                  // of the products, before exp2
-  float *key_panels, *value_panels, *key_rows, *grad_keys, *grad_values;
-  float *query, *grad_out, *query_pairs, *grad_out_pairs, *grad_query;
-  float *scores, *grad_scores, *grad_words, *left, *grad_left;
+  float factor, sign;  // of the products, before exp2, and of the packed queries
+  float *keys, *values, *key_rows, *grad_keys, *grad_values;
+  float *query, *grad_out, *query_rows, *grad_out_rows, *grad_query;
+  float *scores, *grad_scores, *left, *grad_left;
   RowStatistics rows{};  // where tokens may see several images
   int64_t scratch_size;
 
@@ -742,25 +692,23 @@ struct Backward {
     value_words = word_count<Words>(p.value_dim);
     stride = round_up(p.head_dim, kLanes);
     value_stride = round_up(p.value_dim, kLanes);
-    factor = p.scale * kLog2E;
+    factor = __builtin_fabsf(p.scale) * kLog2E;
+    sign = p.scale < 0 ? -1.f : 1.f;
     Arena arena{scratch};
-    const int64_t panel_rows = round_up(p.latents, kPanel), padded = round_up(p.latents, kRowStep);
-    key_panels = arena.take(panel_rows * words);
-    value_panels = arena.take(panel_rows * value_words);
-    key_rows = arena.take(padded / kStep * stride);
+    const int64_t padded = round_up(p.latents, kRowStep);
+    keys = arena.take(padded * words);
+    values = arena.take(padded * value_words);
+    // Rows of floats serve both products, if they are padded alike.
+    key_rows = kStep == 1 && words == stride ? keys : arena.take(padded / kStep * stride);
     grad_keys = arena.take(p.wants_key_value ? padded * stride : 0);
     grad_values = arena.take(p.wants_key_value ? padded * value_stride : 0);
-    query = arena.take((int64_t)kTile * words);
-    grad_out = arena.take((int64_t)kTile * value_words);
-    // Rows of floats serve both products, if they are padded alike.
-    const bool same = kStep == 1 && words == stride,
-               value_same = kStep == 1 && value_words == value_stride;
-    query_pairs = same ? query : arena.take((int64_t)kTile / kStep * stride);
-    grad_out_pairs = value_same ? grad_out : arena.take((int64_t)kTile / kStep * value_stride);
+    query = arena.take((int64_t)kTile * round_up(words, kLanes));
+    grad_out = arena.take((int64_t)kTile * round_up(value_words, kLanes));
+    query_rows = arena.take((int64_t)kTile / kStep * stride);
+    grad_out_rows = arena.take((int64_t)kTile / kStep * value_stride);
     grad_query = arena.take((int64_t)kTile * stride);
     scores = arena.take(kScores);
     grad_scores = arena.take(kScores);
-    grad_words = kStep == 1 ? grad_scores : arena.take(kScores / 2);
     left = kStep == 1 ? scores : arena.take(kScores / 2);
     grad_left = kStep == 1 ? grad_scores : arena.take(kScores / 2);
     const int64_t held = p.several ? (int64_t)p.group * p.tokens : 0;
@@ -781,48 +729,64 @@ struct Backward {
     return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
   }
 
-  // The softmax of a tile's packed queries over n packed latents, without its weights.
-  VLMFAST_NOINLINE void statistics(int count, int n, Prefetcher& ahead, Softmax* softmax) const {
-    softmax->clear();
-    for (int first = 0; first < n; first += kBlock) {
-      const int m = minimum(kBlock, n - first);
-      float most[kTile], subtracted[kTile], rescale[kTile], more[kTile] = {};
-      for (int i = 0; i < kTile; i++) most[i] = -kInfinity;
-      multiply_panels<Words>(key_panels + (int64_t)first * words, query, words, count, m, scores,
-                             ahead);
-      row_maxima(scores, count, m, factor, most);
-      softmax->raise(most, subtracted, rescale);
-      const Vec f = broadcast(remaining_factor(scores, count, m, factor, subtracted));
-      reduce_rows(
-          count, more,
-          [&](int row) VLMFAST_INLINE_LAMBDA {
-            const Vec shift = broadcast(subtracted[row]);
-            Vec total = zero();
-            for_each_vector(row, m, [&](int at, int lanes) VLMFAST_INLINE_LAMBDA {
-              const Vec p = exp2<Words::kExpDegree>(fms(f, load(scores + at), shift));
-              total = total + first_or(p, lanes, 0.f);
-            });
-            return total;
-          },
-          [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
-      add_rows(softmax->sum, more);
+  // Scores of `count` packed queries, from n packed latents on; grad_scores may hold parts of them.
+  template <int kGroups, class Ahead>
+  VLMFAST_INLINE void scores_of(int count, const Operand& latents, int n, Vec* most,
+                                Ahead& ahead) const {
+    constexpr int kWidth = kGroups * kLanes;
+    if ((kGroups - 1) * kLanes >= kImpreciseRows || count > kImpreciseRows)
+      return score<Words, kGroups>(query, latents, words, n, factor, scores, most, ahead);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+    for (int w = 0; w < words; w += kPartWords) {
+      const bool is_last = w + kPartWords >= words;
+      multiply_rows<Words, kGroups>(query + w * kWidth, latents.rows + w, latents.stride,
+                                    minimum(kPartWords, words - w), n,
+                                    w == 0 ? scores : grad_scores, nullptr, ahead);
+      for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          const int at = j * kWidth + g * kLanes;
+          if (w > 0) store(scores + at, load(scores + at) + load(grad_scores + at));
+          if (is_last) most[g] = max(most[g], load(scores + at) * broadcast(factor));
+        }
     }
   }
 
+  // The softmax of some queries over n packed latents, without its weights.
+  template <int kGroups>
+  VLMFAST_NOINLINE void statistics(const TokenRows<T>& queries, int count, int n,
+                                   Softmax* softmax) const {
+    Prefetcher none;
+    const Operand packed{keys, words};
+    pack_transposed<Words, kGroups>(queries, count, problem.head_dim, sign, query);
+    softmax->clear();
+    for (int first = 0; first < n; first += kBlock) {
+      const int m = minimum(kBlock, n - first);
+      Vec most[kGroups], subtracted[kGroups];
+      float rescale[kTile];
+      scores_of<kGroups>(count, packed.from(first), m, most, none);
+      softmax->raise<kGroups>(most, subtracted, rescale);
+      softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
+    }
+  }
+
+  VLMFAST_INLINE Softmax statistics(const CrossAttentionTask& task, int head, Tokens tile,
+                                    int n) const {
+    Softmax softmax;
+    with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+      const TokenRows<T> queries(rows_of<T>(problem.query, task.batch, head), tile);
+      statistics<decltype(groups)::value>(queries, tile.count, n, &softmax);
+    });
+    return softmax;
+  }
+
   // grad_out . out - grad_logsumexp of each row, and its logsumexp as `split` has it.
-  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile,
-                                 Tokens later, int n, float* delta, float* top, float* share,
-                                 Prefetcher& ahead) const {
+  VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile, int n,
+                                 float* delta, float* top, float* share) const {
     const Rows<T> grad = rows_of<T>(problem.grad_out, task.batch, head);
     const Rows<T> out = rows_of<T>(problem.out, task.batch, head);
-    const RowFetcher<T> later_out{out, later, problem.value_dim},
-        later_grad{grad, later, problem.value_dim};
     reduce_rows(
         tile.count, delta,
         [&](int i) VLMFAST_INLINE_LAMBDA {
           const int token = tile.index[i];
-          later_out.row(i);
-          later_grad.row(i);
           Vec sum = zero();
           for (int d = 0; d < problem.value_dim; d += kLanes) {
             const int m = minimum(kLanes, problem.value_dim - d);
@@ -831,10 +795,11 @@ struct Backward {
           return sum;
         },
         [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
-    const int64_t row = ((int64_t)task.batch * problem.heads + head) * problem.tokens;
+    const int64_t row = first_row(task, head);
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
-    // Nor do a few rows average the rounding of their logsumexp away.
-    bool precise = problem.several || tile.count > kFewRows;
+    // Lanes without a query get weights of exp2(-inf) = 0.
+    for (int i = tile.count; i < kTile; i++) delta[i] = share[i] = 0.f, top[i] = kInfinity;
+    bool precise = problem.several || tile.count > kImpreciseRows;
     for (int i = 0; i < tile.count; i++) {
       const int token = tile.index[i];
       const float logsumexp = problem.logsumexp[row + token];
@@ -850,98 +815,146 @@ struct Backward {
         delta[i] -= problem.grad_logsumexp[row + token];
     }
     if (precise) return;
-    Softmax softmax;
-    statistics(tile.count, n, ahead, &softmax);
+    const Softmax softmax = statistics(task, head, tile, n);
     for (int i = 0; i < tile.count; i++)
       if (top[i] != kInfinity) top[i] = softmax.top[i], share[i] = 1.f / softmax.sum[i];
   }
 
-  // P and dS of a block of n latents, from the products in `scores` and `grad_scores`. With fp32
-  // words they replace them; with bf16 words `left` and `grad_left` get them as pairs of queries,
-  // and `grad_words` gets dS as pairs of latents.
-  VLMFAST_INLINE void gradients(int count, int n, const float* delta, const float* top,
-                                const float* share, Prefetcher& ahead) const {
-    const Vec f = broadcast(remaining_factor(scores, count, n, factor, top));
-    for_each_panel(n, [&](int first, int m) VLMFAST_INLINE_LAMBDA {
-      const int width = panel_width(m), panel = first / kPanel;
-      for (int row = 0; row < count; row += kStep) {
-        ahead.step();
-        for (int g = 0; g < m; g += kStep * kLanes) {
-          Vec weight[kStep][kStep], grad[kStep][kStep];  // row, vector
-          VLMFAST_UNROLL for (int r = 0; r < kStep; r++)
-              VLMFAST_UNROLL for (int v = 0; v < kStep; v++) {
-            const int i = row + r, lanes = m - g - v * kLanes;
-            weight[r][v] = grad[r][v] = zero();
-            if (i >= count || lanes <= 0) continue;
-            const int at = panel * kPanelScores + i * width + g + v * kLanes;
-            const Vec power = exp2<Words::kExpDegree>(fms(f, load(scores + at), broadcast(top[i])));
-            const Vec p = first_or(power * broadcast(share[i]), lanes, 0.f);
-            weight[r][v] = p;
-            grad[r][v] = p * (load(grad_scores + at) - broadcast(delta[i]));
-          }
-          const int at = panel * kPanelScores + row * width + g;
-          if constexpr (kStep == 1) {
-            store(scores + at, weight[0][0]);
-            store(grad_scores + at, grad[0][0]);
-          }
-#if VLMFAST_LEVEL >= 3
-          else {
-            const int pair = panel * kPanelScores / 2 + row / 2 * width + g;
-            VLMFAST_UNROLL for (int v = 0; v < kStep; v++) {
-              if (g + v * kLanes >= m) break;
-              store(left + pair + v * kLanes, interleave(weight[0][v], weight[1][v]));
-              store(grad_left + pair + v * kLanes, interleave(grad[0][v], grad[1][v]));
-            }
-            VLMFAST_UNROLL for (int r = 0; r < kStep; r++) store_words<Words>(
-                grad_words + panel * kPanelScores / 2 + ((row + r) * width + g) / 2, grad[r],
-                width - g);
-          }
-#endif
-        }
+  VLMFAST_INLINE int64_t first_row(const CrossAttentionTask& task, int head) const {
+    return ((int64_t)task.batch * problem.heads + head) * problem.tokens;
+  }
+
+  // Where the scores of all n latents are at hand: turns them into their exponentials, and finds
+  // `share`, the reciprocal of their sum, and delta = sum(P * dP) - grad_logsumexp.
+  template <int kGroups>
+  VLMFAST_INLINE void whole_rows(Tokens tile, int64_t row, int n, const Vec* most, float* delta,
+                                 float* share) const {
+    constexpr int kWidth = kGroups * kLanes;
+    Vec top[kGroups], sum[kGroups], products[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      top[g] = select_eq(most[g], broadcast(-kInfinity), zero(), most[g]);
+      sum[g] = products[g] = zero();
+    }
+    const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, top));
+    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        const int at = j * kWidth + g * kLanes;
+        const Vec weight = exp2<Words::kExpDegree>(fms(f, load(scores + at), top[g]));
+        store(scores + at, weight);
+        sum[g] = sum[g] + weight;
+        products[g] = fma(weight, load(grad_scores + at), products[g]);
       }
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      const Vec inverse = select_eq(sum[g], zero(), zero(), broadcast(1.f) / sum[g]);
+      store(share + g * kLanes, inverse);
+      store(delta + g * kLanes, products[g] * inverse);
+    }
+    if (problem.grad_logsumexp != nullptr)
+      for (int i = 0; i < tile.count; i++)
+        if (share[i] != 0.f) delta[i] -= problem.grad_logsumexp[row + tile.index[i]];
+  }
+
+  // P and dS of a block of n latents from `grad_scores` and weight_at(at, g), which is P. With fp32
+  // words they replace scores and grad_scores; with bf16 words `left` and `grad_left` get them as
+  // pairs of queries, and grad_scores gets dS as pairs of latents. Up to a multiple of kRowStep
+  // there are zeros.
+  template <int kGroups, class Weight>
+  VLMFAST_INLINE void gradients(int count, int n, const float* delta, Weight weight_at) const {
+    constexpr int kWidth = kGroups * kLanes;
+    for (int j = 0; j < round_up(n, kRowStep); j += kStep) {
+      Vec weight[kStep][kGroups], grad[kStep][kGroups];
+      VLMFAST_UNROLL for (int i = 0; i < kStep; i++)
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        weight[i][g] = grad[i][g] = zero();
+        if (j + i >= n) continue;
+        const int at = (j + i) * kWidth + g * kLanes, lanes = count - g * kLanes;
+        const Vec p = weight_at(at, g);
+        const Vec ds = p * (load(grad_scores + at) - load(delta + g * kLanes));
+        weight[i][g] = first_or(p, lanes, 0.f);
+        grad[i][g] = first_or(ds, lanes, 0.f);
+      }
+      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
+    }
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void gradients_of_part(int count, int n, const float* delta, const float* top,
+                                          const float* share) const {
+    Vec tops[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) tops[g] = load(top + g * kLanes);
+    const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, tops));
+    gradients<kGroups>(count, n, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
+      return exp2<Words::kExpDegree>(fms(f, load(scores + at), tops[g])) * load(share + g * kLanes);
+    });
+  }
+
+  template <int kGroups>
+  VLMFAST_NOINLINE void gradients_of_whole_rows(Tokens tile, int64_t row, int n,
+                                                const Vec* most) const {
+    float delta[kTile], share[kTile];
+    whole_rows<kGroups>(tile, row, n, most, delta, share);
+    gradients<kGroups>(tile.count, n, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
+      return load(scores + at) * load(share + g * kLanes);
     });
   }
 
   // A tile against n packed latents. With `overwrite` it stores its share of grad_keys and
   // grad_values instead of adding it.
-  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tile, Tokens later,
-                           int n, bool overwrite, Prefetcher& ahead) const {
-    const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head);
-    const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head);
-    pack_token_rows<Words>(query_in, tile, problem.head_dim, words, query);
-    pack_token_rows<Words>(grad_in, tile, problem.value_dim, value_words, grad_out);
-    if (problem.wants_key_value) {
-      if (query_pairs != query)
-        pack_token_pairs<Words>(query_in, tile, problem.head_dim, stride, query_pairs);
-      if (grad_out_pairs != grad_out)
-        pack_token_pairs<Words>(grad_in, tile, problem.value_dim, value_stride, grad_out_pairs);
-    }
+  template <int kGroups>
+  VLMFAST_NOINLINE void run_tile(const CrossAttentionTask& task, int head, Tokens tile, int n,
+                                 bool overwrite, Fetcher<T>& ahead) const {
+    constexpr int kWidth = kGroups * kLanes, kDepth = kWidth / kStep;
+    const TokenRows<T> query_in(rows_of<T>(problem.query, task.batch, head), tile);
+    const TokenRows<T> grad_in(rows_of<T>(problem.grad_out, task.batch, head), tile);
+    // Where tokens see this image alone and one block holds it, neither logsumexp nor out is
+    // needed.
+    const bool whole = !problem.several && n <= kBlock;
     float delta[kTile], top[kTile], share[kTile];
-    row_values(task, head, tile, later, n, delta, top, share, ahead);
+    if (!whole) row_values(task, head, tile, n, delta, top, share);
+    pack_transposed<Words, kGroups>(query_in, tile.count, problem.head_dim, sign, query);
+    pack_transposed<Words, kGroups>(grad_in, tile.count, problem.value_dim, 1.f, grad_out);
+    if (problem.wants_key_value) {
+      pack_row_pairs<Words>(query_in, tile.count, kWidth, problem.head_dim, stride, query_rows);
+      pack_row_pairs<Words>(grad_in, tile.count, kWidth, problem.value_dim, value_stride,
+                            grad_out_rows);
+    }
     const int depth = (tile.count + kStep - 1) / kStep;
+    const Operand packed{keys, words};
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      multiply_panels<Words>(key_panels + (int64_t)first * words, query, words, tile.count, m,
-                             scores, ahead);
-      multiply_panels<Words>(value_panels + (int64_t)first * value_words, grad_out, value_words,
-                             tile.count, m, grad_scores, ahead);
-      gradients(tile.count, m, delta, top, share, ahead);
-      for_each_panel(m, [&](int from, int k) VLMFAST_INLINE_LAMBDA {
-        const int panel = from / kPanel * kPanelScores / kStep, width = panel_width(k);
-        const int64_t latent = first + from;
-        if (problem.wants_key_value) {
-          outer_accumulate<Words, true>(left + panel, width, grad_out_pairs, depth, k, overwrite,
-                                        grad_values + latent * value_stride, value_stride / kLanes);
-          outer_accumulate<Words, true>(grad_left + panel, width, query_pairs, depth, k, overwrite,
-                                        grad_keys + latent * stride, stride / kLanes);
-        }
-        if (problem.wants_query)
-          outer_accumulate<Words>(grad_words + panel, width / kStep,
-                                  key_rows + latent / kStep * stride, (k + kStep - 1) / kStep,
-                                  tile.count, latent == 0, grad_query, stride / kLanes);
-      });
+      Vec most[kGroups];
+      scores_of<kGroups>(tile.count, packed.from(first), m, most, ahead);
+      multiply_rows<Words, kGroups>(grad_out, values + (int64_t)first * value_words, value_words,
+                                    value_words, m, grad_scores, nullptr, ahead);
+      if (whole)
+        gradients_of_whole_rows<kGroups>(tile, first_row(task, head), m, most);
+      else
+        gradients_of_part<kGroups>(tile.count, m, delta, top, share);
+      if (problem.wants_key_value) {
+        outer_accumulate<Words>(left, kDepth, grad_out_rows, depth, m, overwrite,
+                                grad_values + (int64_t)first * value_stride, value_stride / kLanes);
+        outer_accumulate<Words>(grad_left, kDepth, query_rows, depth, m, overwrite,
+                                grad_keys + (int64_t)first * stride, stride / kLanes);
+      }
+      if (problem.wants_query)
+        outer_accumulate<Words, true>(
+            grad_scores, kWidth, key_rows + (int64_t)first / kStep * stride,
+            (m + kStep - 1) / kStep, tile.count, first == 0, grad_query, stride / kLanes);
     }
-    if (problem.wants_query) store_grad_query(task, head, tile, later, ahead);
+    if (problem.wants_query) store_grad_query(task, head, tile);
+  }
+
+  VLMFAST_INLINE void tile(const CrossAttentionTask& task, int head, Tokens tile, Tokens later,
+                           int n, bool overwrite, Prefetcher& ahead) const {
+    Fetcher<T> fetcher(later, ahead);
+    fetcher.add(rows_of<T>(problem.query, task.batch, head), problem.head_dim);
+    fetcher.add(rows_of<T>(problem.grad_out, task.batch, head), problem.value_dim);
+    if (problem.several || n > kBlock)
+      fetcher.add(rows_of<T>(problem.out, task.batch, head), problem.value_dim);
+    if (problem.wants_query && !problem.several)
+      fetcher.add(rows_of<T>(problem.grad_query, task.batch, head), problem.head_dim);
+    with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+      run_tile<decltype(groups)::value>(task, head, tile, n, overwrite, fetcher);
+    });
   }
 
   VLMFAST_INLINE float* partial_grad_query(const CrossAttentionTask& task, int head) const {
@@ -949,37 +962,33 @@ struct Backward {
            ((int64_t)task.batch * problem.heads + head) * problem.tokens * problem.head_dim;
   }
 
-  VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head, Tokens tile,
-                                       Tokens later, Prefetcher& ahead) const {
+  VLMFAST_INLINE void store_grad_query(const CrossAttentionTask& task, int head,
+                                       Tokens tile) const {
     const Vec scale = broadcast(problem.scale);
-    const RowFetcher<T> later_query{rows_of<T>(problem.query, task.batch, head), later,
-                                    problem.head_dim};
-    const RowFetcher<T> later_grad{rows_of<T>(problem.grad_query, task.batch, head), later,
-                                   problem.head_dim};
     for (int i = 0; i < tile.count; i++) {
-      later_query.row(i);
-      ahead.step();
-      later_grad.row(i);
-      for (int d = 0; d < problem.head_dim; d += kLanes) {
-        const int n = minimum(kLanes, problem.head_dim - d), token = tile.index[i];
-        const Vec grad = load(grad_query + (int64_t)i * stride + d) * scale;
-        if (problem.several) {
-          float* target = partial_grad_query(task, head) + (int64_t)token * problem.head_dim + d;
-          store_first(target, load_first(target, n) + grad, n);
-        } else {
-          store_first(problem.grad_query.at<T>(task.batch, head, token) + d, grad, n);
+      const int token = tile.index[i];
+      float* grad = grad_query + (int64_t)i * stride;
+      if (problem.several) {
+        float* target = partial_grad_query(task, head) + (int64_t)token * problem.head_dim;
+        for (int d = 0; d < problem.head_dim; d += kLanes) {
+          const int n = minimum(kLanes, problem.head_dim - d);
+          store_first(target + d, fma(load(grad + d), scale, load_first(target + d, n)), n);
         }
+      } else {
+        store_scaled(problem.grad_query.at<T>(task.batch, head, token), grad, problem.head_dim,
+                     scale);
       }
     }
   }
 
   VLMFAST_INLINE void pack(const CrossAttentionTask& task, int image, int n) const {
     const Rows<T> key = latents_of<T>(problem.key, task.batch, task.head, image);
-    pack_panels<Words>(key, n, problem.head_dim, words, key_panels);
-    pack_panels<Words>(latents_of<T>(problem.value, task.batch, task.head, image), n,
-                       problem.value_dim, value_words, value_panels);
-    if (problem.wants_query)
-      pack_row_pairs<Words>(key, n, round_up(n, kRowStep), problem.head_dim, stride, key_rows);
+    const Rows<T> value = latents_of<T>(problem.value, task.batch, task.head, image);
+    const int padded = round_up(n, kRowStep);
+    pack_rows<Words>(key, n, padded, problem.head_dim, words, keys);
+    pack_rows<Words>(value, n, padded, problem.value_dim, value_words, values);
+    if (problem.wants_query && key_rows != keys)
+      pack_row_pairs<Words>(key, n, padded, problem.head_dim, stride, key_rows);
   }
 
   VLMFAST_INLINE void clear_grad_latents() const {
@@ -997,16 +1006,18 @@ struct Backward {
                                : problem.uniform_gradient + key_head * problem.value_dim;
     const Vec scale = broadcast(problem.scale);
     for (int j = 0; j < problem.latents; j++) {
-      T* target = key.at<T>(task.batch, task.head, j);
-      for (int d = 0; d < problem.head_dim; d += kLanes)
-        store_first(target + d, load(grad_keys + (int64_t)j * stride + d) * scale,
-                    minimum(kLanes, problem.head_dim - d));
-      target = value.at<T>(task.batch, task.head, j);
+      store_scaled(key.at<T>(task.batch, task.head, j), grad_keys + (int64_t)j * stride,
+                   problem.head_dim, scale);
+      T* target = value.at<T>(task.batch, task.head, j);
+      if (uniform == nullptr) {
+        store_scaled(target, grad_values + (int64_t)j * value_stride, problem.value_dim,
+                     broadcast(1.f));
+        continue;
+      }
       for (int d = 0; d < problem.value_dim; d += kLanes) {
         const int n = minimum(kLanes, problem.value_dim - d);
-        Vec sum = load(grad_values + (int64_t)j * value_stride + d);
-        if (uniform != nullptr) sum = sum + load_first(uniform + d, n);
-        store_first(target + d, sum, n);
+        const Vec sum = load(grad_values + (int64_t)j * value_stride + d);
+        store_first(target + d, sum + load_first(uniform + d, n), n);
       }
     }
   }
@@ -1030,7 +1041,7 @@ struct Backward {
     if (tokens.count > 0 && tokens.adjacent()) {
       add_tokens(problem.query, problem.head_dim);
       add_tokens(problem.grad_out, problem.value_dim);
-      add_tokens(problem.out, problem.value_dim);
+      if (problem.latents > kBlock) add_tokens(problem.out, problem.value_dim);
       if (problem.wants_query) add_tokens(problem.grad_query, problem.head_dim);
     }
     if (problem.wants_key_value) {
@@ -1060,7 +1071,8 @@ struct Backward {
         clear_grad_latents();
         overwrite = false;
       }
-      Prefetcher ahead = prefetcher(next, (int64_t)tokens.count * problem.group);
+      const int64_t steps = product_steps(tokens, n, words + value_words);
+      Prefetcher ahead = prefetcher(next, steps * problem.group);
       pack(task, image, n);
       for_each_head_tile(task, tokens, [&](int head, Tokens part, Tokens later) {
         tile(task, head, part, later, n, overwrite, ahead);
@@ -1079,7 +1091,7 @@ struct Backward {
     const float* logsumexp =
         problem.logsumexp +
         ((int64_t)task.batch * problem.heads + task.head * problem.group) * problem.tokens;
-    bool precise = problem.tokens > kFewRows;
+    bool precise = problem.tokens > kImpreciseRows;
     for (int64_t i = 0; i < held; i++) precise &= split(logsumexp[i], rows.tops + i, rows.sums + i);
     if (precise) return;
     rows.clear(held);
@@ -1087,12 +1099,8 @@ struct Backward {
       for_each_list(problem, task.batch, image, [&](Tokens tokens, int n) {
         pack(task, image, n);
         for_each_head_tile(task, tokens, [&](int head, Tokens part, Tokens) {
-          Prefetcher none;
-          Softmax softmax;
           float kept[kTile], added[kTile];
-          pack_token_rows<Words>(rows_of<T>(problem.query, task.batch, head), part,
-                                 problem.head_dim, words, query);
-          statistics(part.count, n, none, &softmax);
+          const Softmax softmax = statistics(task, head, part, n);
           rows.join(softmax, part, (int64_t)(head - task.head * problem.group) * problem.tokens,
                     kept, added);
         });

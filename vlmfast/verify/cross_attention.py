@@ -124,8 +124,7 @@ def image_case(
         phi: makes image_index, int or bool; for None random numbers in increasing order, from no
             image to one more than there are.
         lengths: image_lengths of every batch element.
-        differentiable: the inputs whose gradients are compared. Of a single token they are products
-            of single numbers, so that nothing averages the rounding of its scores.
+        differentiable: the inputs whose gradients are compared.
         options: mode, empty_rows, overflow of the plan; scale.
     """
     batch, _, tokens, dim = query_shape
@@ -191,7 +190,9 @@ CASES = [
         empty_rows="dense",
     ),
     image_case("long images", (1, 2, 40, 64), (2, 2, 300)),
-    image_case("decoding", (2, 4, 1, 64), (4, 5, 64), differentiable=("query",)),
+    image_case("decoding", (2, 4, 1, 64), (4, 5, 64)),
+    # Of one token the Triton kernels' grad_key and grad_value are single products, which average
+    # nothing of what its recomputed weights have lost to rounding.
     image_case(
         "decoding, all previous",
         (2, 4, 1, 64),
