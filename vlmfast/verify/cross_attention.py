@@ -191,8 +191,8 @@ CASES = [
     ),
     image_case("long images", (1, 2, 40, 64), (2, 2, 300)),
     image_case("decoding", (2, 4, 1, 64), (4, 5, 64)),
-    # Of one token the Triton kernels' grad_key and grad_value are single products, which average
-    # nothing of what its recomputed weights have lost to rounding.
+    # The Triton kernels' grad_key and grad_value of a single token average nothing of what their
+    # recomputed weights have lost to rounding.
     image_case(
         "decoding, all previous",
         (2, 4, 1, 64),
