@@ -299,8 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
     problem.grad_bias = static_cast<float*>(bias_sums->mutable_data_ptr());
   }
   if (pad_grad) {
-    pad_sums = torch::stable::new_zeros(query, {splits, 2 * channels}, ScalarType::Float);
-    problem.grad_pad = static_cast<float*>(pad_sums->mutable_data_ptr());
+    pad_sums = torch::stable::new_zeros(query, {splits, 2 * channels}, ScalarType::Double);
+    problem.grad_pad = static_cast<double*>(pad_sums->mutable_data_ptr());
   }
   if (logit_scale_grad) {
     logit_scale_sums = torch::stable::new_zeros(query, {splits, num_heads}, ScalarType::Double);

@@ -42,7 +42,7 @@ struct WindowAttentionBackward : WindowAttentionProblem {
   // Partial sums, (splits, ...) each, or nullptr where the gradient is not wanted. All but the
   // first begin at zero.
   float* grad_bias = nullptr;          // (splits, heads, bias_size), as packed
-  float* grad_pad = nullptr;           // (splits, 2, C): key and value
+  double* grad_pad = nullptr;          // (splits, 2, C): key and value
   double* grad_logit_scale = nullptr;  // (splits, heads)
 };
 

@@ -814,7 +814,7 @@ struct Backward {
                     minimum(kLanes, dim - d));
       if (problem.grad_pad == nullptr || !window.is_padding[j]) continue;
       const int channels = problem.heads * dim;
-      float* sum = problem.grad_pad + (int64_t)task.split * 2 * channels + column;
+      double* sum = problem.grad_pad + (int64_t)task.split * 2 * channels + column;
       for (int d = 0; d < dim; d++) {
         sum[d] += grad_key[d];
         sum[channels + d] += grad_value[d];
