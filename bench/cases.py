@@ -366,7 +366,7 @@ SELECTION = {
     "cross_attention": ("t512-i4", "t2048-i1", "t2048-i8", "t2048-i33"),
     "contrastive_loss": ("clip-1024", "clip-4096"),
     "layers": ("vit-b16-layer", "swin-t-s1-layer", "flamingo-layer", "clip-loss-layer"),
-    "models": ("vit-b16-model", "swin-t-model"),
+    "models": ("swin-t-model",),
 }
 
 # ... and what its cost is drawn against.

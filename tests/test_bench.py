@@ -826,7 +826,7 @@ def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monke
     text = (out / "report.md").read_text()
     for line in (
         "not installed: open_clip, for layers: clip-loss-layer float32 fwd",
-        "not installed: timm, for models: vit-b16-model float32 fwd",
+        "not installed: torchvision, for models: swin-t-model float32 fwd",
         "no time was left for layers: vit-b16-layer float32 fwd",
     ):
         assert f"- {line}\n" in text
