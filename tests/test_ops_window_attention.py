@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
+from vlmfast.functional import shifted_window_attention
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.window_attention import window_attention as reference
 from vlmfast.verify.window_attention import CASES, window_case
@@ -407,6 +408,20 @@ def test_dropout_mask_is_that_of_the_reference(p, cpu_isa):
     weights, expected = FORWARD(*args)[0], reference(*args)[0]
     assert torch.equal(weights == 0, expected == 0)
     assert_close(weights, expected)
+
+
+def test_gradient_of_pad_value_does_not_round_with_every_token(cpu_isa):
+    """Thousands of padded tokens add the same to it; to round each time would lean one way."""
+    qkv, pad_value = torch.zeros(64, 33, 33, 24), torch.zeros(24, requires_grad=True)
+    grad = torch.full((64, 33, 33, 8), 0.1)
+    exact = pad_value.detach().double().requires_grad_()
+    gradients = []
+    for x, pad in ((qkv, pad_value), (qkv.double(), exact)):
+        out = shifted_window_attention(x, 1, (4, 4), (0, 0), pad_value=pad)
+        gradients += torch.autograd.grad(out, pad, grad.to(x.dtype))
+    assert gradients[1][16:].min() > 100
+    rounding = torch.finfo(torch.float32).eps
+    assert_close(gradients[0].double(), gradients[1], rtol=4 * rounding, atol=0)
 
 
 def test_rows_of_length_zero_have_cosine_zero(cpu_isa):

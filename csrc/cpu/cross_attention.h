@@ -66,8 +66,8 @@ struct CrossAttentionBackward : CrossAttentionProblem {
   float* uniform_gradient = nullptr;  // (B, Hkv, Dv): what uniform rows add to every grad_value row
 };
 
-// The entry points of one instruction-set variant. `next` is what the same thread will probably run
-// after `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
+// The entry points of one instruction-set variant. `next` is what the same thread runs after
+// `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
 struct CrossAttentionKernel {
   int64_t (*forward_scratch)(const CrossAttentionForward&);
   void (*forward)(const CrossAttentionForward&, const CrossAttentionTask& task,

@@ -132,14 +132,6 @@ VLMFAST_INLINE Vec load_columns(const Rows<T>& rows, int row, int d, int n) {
                                  : gather_words<Fp32Words>(p, rows.column_stride, n);
 }
 
-// Rows of words.
-struct Operand {
-  const float* rows;
-  int64_t stride;
-
-  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
-};
-
 template <class T>
 VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
   return {rows.row(first), rows.row_stride, rows.column_stride};

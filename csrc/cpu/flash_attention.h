@@ -54,8 +54,8 @@ struct FlashAttentionBackward : FlashAttentionProblem {
   int64_t grad_mask_stride[4] = {0, 0, 0, 0};  // 0 along dimensions to sum over
 };
 
-// The entry points of one instruction-set variant. `next` is what the same thread will probably run
-// after `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
+// The entry points of one instruction-set variant. `next` is what the same thread runs after
+// `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
 struct FlashAttentionKernel {
   int64_t (*forward_scratch)(const FlashAttentionForward&);
   void (*forward)(const FlashAttentionForward&, const FlashAttentionTask& task,

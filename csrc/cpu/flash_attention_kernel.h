@@ -68,14 +68,6 @@ VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int batch, int head, int r
   return {tensor.at<T>(batch, head, row), tensor.stride[2], tensor.stride[3]};
 }
 
-// Rows of words.
-struct Operand {
-  const float* rows;
-  int64_t stride;
-
-  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
-};
-
 // n rows as words: packed, or where they lie if one block holds them. More rows would be read again
 // and again from places that may share few sets of a cache.
 template <class Words, class T>
@@ -453,7 +445,7 @@ struct Forward {
     return result;
   }
 
-  // `next` is what this thread will probably run afterwards.
+  // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const int key_head = task.head / problem.group;
@@ -958,7 +950,7 @@ struct Backward {
     return result;
   }
 
-  // `next` is what this thread will probably run afterwards.
+  // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
     const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;

@@ -103,6 +103,14 @@ struct ScatteredRows {
   VLMFAST_INLINE T* row(int i) const { return rows[i * kStep] + column; }
 };
 
+// Rows of words.
+struct Operand {
+  const float* rows;
+  int64_t stride;
+
+  VLMFAST_INLINE Operand from(int row) const { return {rows + row * stride, stride}; }
+};
+
 // Asks for the cache lines of some rows, one after the other between other work: rows lie far
 // apart in a packed projection, where the hardware does not foresee them, and many requests at once
 // would stall.

@@ -53,8 +53,8 @@ struct WindowBias {
   ElementType dtype;
 };
 
-// The entry points of one instruction-set variant. `next` is what the same thread will probably run
-// after `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
+// The entry points of one instruction-set variant. `next` is what the same thread runs after
+// `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
 struct WindowAttentionKernel {
   int64_t (*bias_size)(int tokens);  // floats of one packed head
   void (*pack_bias)(const WindowBias&, int tokens, int head, float* packed);

@@ -469,7 +469,7 @@ struct Forward {
     if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);
   }
 
-  // `next` is what this thread will probably run afterwards.
+  // `next` is what this thread runs afterwards.
   void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
     Window<T, kTensors>*window = windows, *following = windows + 1;
     locate_window(task.window_begin, window);
@@ -859,7 +859,7 @@ struct Backward {
     if (wants_products) store_keys_and_values(window, task, head);
   }
 
-  // `next` is what this thread will probably run afterwards.
+  // `next` is what this thread runs afterwards.
   void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
     const int channels = problem.heads * problem.head_dim;
     for (int i = 0; i < channels; i++) zeros[i] = T();
