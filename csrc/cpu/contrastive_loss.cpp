@@ -79,9 +79,7 @@ int divide(const ContrastiveLossKernel& run, int copies_of_rows, ContrastiveLoss
   return divide_up(tiles, problem->tiles_per_block);
 }
 
-Tensor statistic(const Tensor& like, int64_t n) {
-  return torch::stable::new_empty(like, {n}, ScalarType::Float);
-}
+Tensor statistic(int64_t n) { return empty({n}, ScalarType::Float); }
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
@@ -93,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_loss(
   VLMFAST_CHECK(!(sigmoid && column_statistics),
                 "column_statistics: expected False with sigmoid, got True");
   const int64_t n = rows.size(0), n_columns = column_statistics ? columns.size(0) : 0;
-  Tensor row_max = statistic(rows, n), row_sum = statistic(rows, n), row_total = statistic(rows, n),
-         positive = statistic(rows, n);
-  Tensor column_max = statistic(rows, n_columns), column_sum = statistic(rows, n_columns);
+  Tensor row_max = statistic(n), row_sum = statistic(n), row_total = statistic(n),
+         positive = statistic(n);
+  Tensor column_max = statistic(n_columns), column_sum = statistic(n_columns);
   problem.row_max = floats(row_max);
   problem.row_sum = floats(row_sum);
   problem.row_total = floats(row_total);
@@ -134,10 +132,10 @@ const float* vector_of(const char* name, MaybeTensor* tensor, int64_t n) {
   return static_cast<const float*>((*tensor)->const_data_ptr());
 }
 
-Tensor total(const float* shares, int64_t n, const Tensor& like) {
+Tensor total(const float* shares, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; i++) sum += shares[i];
-  Tensor result = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor result = empty<0>({}, ScalarType::Float, {});
   *floats(result) = static_cast<float>(sum);
   return result;
 }
@@ -162,14 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
       grad_column_sum ? vector_of("column_max", &columns_most, n_columns) : nullptr;
 
   const ScalarType dtype = float32_grads ? ScalarType::Float : rows.scalar_type();
-  Tensor grad_rows = torch::stable::new_empty(
-      rows,
-      rows_grad ? std::vector<int64_t>{n, rows.size(1), rows.size(2)} : std::vector<int64_t>{0},
-      dtype);
-  Tensor grad_columns = torch::stable::new_empty(
-      columns,
-      columns_grad ? std::vector<int64_t>{n_columns, columns.size(1)} : std::vector<int64_t>{0},
-      dtype);
+  Tensor grad_rows = rows_grad ? empty({n, rows.size(1), rows.size(2)}, dtype) : empty({0}, dtype);
+  Tensor grad_columns =
+      columns_grad ? empty({n_columns, columns.size(1)}, dtype) : empty({0}, dtype);
   problem.float32_grads = float32_grads;
   problem.grad_rows = rows_grad ? grad_rows.mutable_data_ptr() : nullptr;
   problem.grad_columns = columns_grad ? grad_columns.mutable_data_ptr() : nullptr;
@@ -180,14 +173,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
   constexpr int kRowsTouched = 4;  // of column_sums, at once
   if (columns_grad &&
       (dtype != ScalarType::Float || problem.dim % run.lanes || n_columns % kRowsTouched))
-    column_sums =
-        torch::stable::new_empty(columns,
-                                 {divide_up(problem.n_columns, kRowsTouched) * kRowsTouched,
-                                  divide_up(problem.dim, run.lanes) * run.lanes},
-                                 ScalarType::Float);
+    column_sums = empty({divide_up(problem.n_columns, kRowsTouched) * kRowsTouched,
+                         divide_up(problem.dim, run.lanes) * run.lanes},
+                        ScalarType::Float);
   if (columns_grad && blocks == 0) torch::stable::zero_(column_sums);
   problem.column_sums = columns_grad ? floats(column_sums) : nullptr;
-  Tensor shares = torch::stable::new_zeros(rows, {2, n}, ScalarType::Float);
+  Tensor shares = zeros({2, n}, ScalarType::Float);
   problem.grad_scale = floats(shares);
   problem.grad_bias = problem.grad_scale + n;
 
@@ -210,9 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
           run.store_columns(problem, first, std::min(first + kRowsPerTask, problem.n_columns));
         });
   }
-  return {grad_rows, grad_columns,
-          scale_grad ? total(problem.grad_scale, n, scale) : nothing(scale),
-          bias_grad ? total(problem.grad_bias, n, scale) : nothing(scale)};
+  return {grad_rows, grad_columns, scale_grad ? total(problem.grad_scale, n) : nothing(scale),
+          bias_grad ? total(problem.grad_bias, n) : nothing(scale)};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -20,26 +21,13 @@ namespace {
 // What partial sums of gradients may take beyond the gradients themselves.
 constexpr int64_t kMostPartialBytes = 128 << 20;
 
-// An uninitialised (B, H, T, columns) tensor in the memory order of `like`: heads inside tokens, or
-// tokens inside heads.
-Tensor tokens_like(const Tensor& like, int64_t columns) {
-  const int64_t batch = like.size(0), heads = like.size(1), tokens = like.size(2);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, columns}),
-                                    1, 2);
-  return torch::stable::new_empty(like, {batch, heads, tokens, columns});
-}
-
 // An uninitialised (B, H, I, L, D) tensor in the memory order of `like`: heads inside latents, or
 // latents inside heads.
 Tensor images_like(const Tensor& like) {
-  const int64_t batch = like.size(0), heads = like.size(1), images = like.size(2),
-                latents = like.size(3), dim = like.size(4);
-  if (like.stride(1) < like.stride(3)) {
-    Tensor heads_inside = torch::stable::new_empty(like, {batch, images, latents, heads, dim});
-    return torch::stable::transpose(torch::stable::transpose(heads_inside, 1, 3), 2, 3);
-  }
-  return torch::stable::new_empty(like, {batch, heads, images, latents, dim});
+  const std::array<int64_t, 5> sizes{like.size(0), like.size(1), like.size(2), like.size(3),
+                                     like.size(4)};
+  if (like.stride(1) < like.stride(3)) return empty<5>(sizes, like.scalar_type(), {0, 2, 3, 1, 4});
+  return empty<5>(sizes, like.scalar_type(), {0, 1, 2, 3, 4});
 }
 
 StridedImages strided_images(const Tensor& tensor) {
@@ -67,12 +55,23 @@ const int32_t* check_integers(const char* name, const Tensor& tensor, int64_t di
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
+// Whether every number is greater than the one before it, from 0 to below `end_value`. Without an
+// early exit, so that the compiler may compare many at once.
+bool increases(const int32_t* first, const int32_t* end, int32_t end_value) {
+  if (first == end) return true;
+  bool result = *first >= 0 && end[-1] < end_value;
+  for (const int32_t* x = first + 1; x < end; x++) result &= x[-1] < x[0];
+  return result;
+}
+
 // Everything in a plan that kernels use as an index.
 void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
   const int32_t* kinds = problem.image_index;
+  const int32_t most = problem.several ? std::numeric_limits<int32_t>::max() : problem.images;
+  bool known = true;
   for (int64_t i = 0; i < batch * problem.tokens; i++)
-    VLMFAST_CHECK(kinds[i] >= kDenseRow && (problem.several || kinds[i] <= problem.images),
-                  "image_index: expected numbers from -2 to ", problem.images, ", got ", kinds[i]);
+    known &= kinds[i] >= kDenseRow && kinds[i] <= most;
+  VLMFAST_CHECK(known, "image_index: expected numbers from ", kDenseRow, " to ", most);
   for (int64_t row = 0; row < batch * problem.images; row++) {
     const int32_t* segment = problem.segments + row * 3;
     VLMFAST_CHECK(0 <= segment[0] && segment[0] <= segment[1] && segment[1] <= segment[2] &&
@@ -81,15 +80,9 @@ void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
     VLMFAST_CHECK(problem.several || segment[1] == segment[2],
                   "segments: expected one list for each image where visible is None");
     const int32_t* order = problem.order + row / problem.images * problem.order_size;
-    for (int part = 0; part < 2; part++) {
-      int32_t last = -1;
-      for (int32_t i = segment[part]; i < segment[part + 1]; i++) {
-        VLMFAST_CHECK(order[i] > last && order[i] < problem.tokens,
-                      "order: expected an image's tokens to increase from 0 to ",
-                      problem.tokens - 1, ", got ", order[i], " after ", last);
-        last = order[i];
-      }
-    }
+    for (int part = 0; part < 2; part++)
+      VLMFAST_CHECK(increases(order + segment[part], order + segment[part + 1], problem.tokens),
+                    "order: expected an image's tokens to increase from 0 to ", problem.tokens - 1);
   }
 }
 
@@ -217,6 +210,14 @@ std::vector<CrossAttentionTask> token_tasks(const CrossAttentionProblem& problem
   return tasks;
 }
 
+// How many neighbouring tasks go to one thread: heads of an image lie side by side, so that what
+// fetches the rows of one fetches much of the next one's as well.
+int64_t group_size(const std::vector<CrossAttentionTask>& tasks, int64_t key_heads) {
+  constexpr int64_t groups_per_thread = 32;
+  const int64_t most = static_cast<int64_t>(tasks.size()) / (groups_per_thread * threads());
+  return std::clamp<int64_t>(most, 1, std::max<int64_t>(key_heads, 1));
+}
+
 void set_most(const std::vector<CrossAttentionTask>& tasks, CrossAttentionProblem* problem) {
   problem->queries_most = 0;
   for (const auto& task : tasks)
@@ -252,9 +253,8 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
   describe({query, key, value, image_index, visible, order, segments, image_lengths, scale},
            &problem);
   const int64_t batch = query.size(0), key_heads = key.size(1);
-  Tensor out = tokens_like(query, value.size(4));
-  Tensor logsumexp =
-      torch::stable::new_empty(query, {batch, query.size(1), query.size(2)}, ScalarType::Float);
+  Tensor out = empty_rows(query, query.size(2), value.size(4));
+  Tensor logsumexp = empty({batch, query.size(1), query.size(2)}, ScalarType::Float);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
@@ -263,10 +263,12 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
                                      : image_tasks(problem, key, run.queries_per_tile);
   set_most(tasks, &problem);
   const int64_t scratch_size = run.forward_scratch(problem);
-  for_each_task(static_cast<int64_t>(tasks.size()), scratch_size,
-                [&](int64_t i, int64_t next, float* scratch) {
-                  run.forward(problem, tasks[i], tasks[next], scratch);
-                });
+  for_each_task(
+      static_cast<int64_t>(tasks.size()), scratch_size,
+      [&](int64_t i, int64_t next, float* scratch) {
+        run.forward(problem, tasks[i], tasks[next], scratch);
+      },
+      group_size(tasks, key_heads));
   const auto batches = problem.several ? batches_with_uniform_rows(problem, batch)
                                        : batches_with_unseeing_rows(problem, batch);
   for_each_task(static_cast<int64_t>(batches.size()) * key_heads, scratch_size,
@@ -333,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
   problem.wants_query = query_grad;
   problem.wants_key_value = key_value_grad;
 
-  Tensor grad_query = query_grad ? tokens_like(query, head_dim) : nothing(query);
+  Tensor grad_query = query_grad ? empty_rows(query, query.size(2), head_dim) : nothing(query);
   Tensor grad_key = key_value_grad ? images_like(key) : nothing(key);
   Tensor grad_value = key_value_grad ? images_like(value) : nothing(value);
   problem.prefetch =
@@ -352,8 +354,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
   };
   MaybeTensor uniform_gradient;
   if (key_value_grad && !batches_with_uniform_rows(problem, batch).empty()) {
-    uniform_gradient =
-        torch::stable::new_empty(query, {batch, key_heads, value.size(4)}, ScalarType::Float);
+    uniform_gradient = empty({batch, key_heads, value.size(4)}, ScalarType::Float);
     problem.uniform_gradient = static_cast<float*>(uniform_gradient->mutable_data_ptr());
     for_each_head([&](int b, int head) { run.sum_uniform_rows(problem, b, head); });
   }
@@ -364,16 +365,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
                       : 1;
   MaybeTensor partial;
   if (problem.several && query_grad) {
-    partial =
-        torch::stable::new_empty(query, {splits, problem.grad_query_split_size}, ScalarType::Float);
+    partial = empty({splits, problem.grad_query_split_size}, ScalarType::Float);
     problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
   }
   const auto tasks = problem.several ? split_tasks(problem, batch, key_heads, splits)
                                      : gradient_tasks(problem, key);
-  for_each_task(static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
-                [&](int64_t i, int64_t next, float* scratch) {
-                  run.backward(problem, tasks[i], tasks[next], scratch);
-                });
+  for_each_task(
+      static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
+      [&](int64_t i, int64_t next, float* scratch) {
+        run.backward(problem, tasks[i], tasks[next], scratch);
+      },
+      group_size(tasks, key_heads));
   if (problem.several && query_grad) {
     for_each_task(batch * heads, 0, [&](int64_t i, int64_t, float*) {
       for (int token = 0; token < tokens; token++)

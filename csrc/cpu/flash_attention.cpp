@@ -23,16 +23,6 @@ enum Causal : int64_t { kNone, kTopLeft, kBottomRight };
 // What partial sums of gradients may take beyond the gradients themselves.
 constexpr int64_t kMostPartialBytes = 128 << 20;
 
-// An uninitialised (B, H, rows, columns) tensor in the memory order of `like`: heads inside rows,
-// or rows inside heads.
-Tensor dense_like(const Tensor& like, int64_t rows, int64_t columns) {
-  const int64_t batch = like.size(0), heads = like.size(1);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(like, {batch, rows, heads, columns}),
-                                    1, 2);
-  return torch::stable::new_empty(like, {batch, heads, rows, columns});
-}
-
 struct Inputs {
   const Tensor &query, &key, &value;
   const MaybeTensor &mask, &cu_seqlens_q, &cu_seqlens_k;
@@ -197,9 +187,8 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
                   cu_seqlens_k, causal, scale, dropout_p, dropout_seed};
   FlashAttentionForward problem;
   describe(in, &problem);
-  Tensor out = dense_like(query, query.size(2), value.size(3));
-  Tensor logsumexp = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
-                                              ScalarType::Float);
+  Tensor out = empty_rows(query, query.size(2), value.size(3));
+  Tensor logsumexp = empty({query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
@@ -313,10 +302,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   problem.wants_query = query_grad;
   problem.wants_key_value = key_value_grad;
 
-  Tensor grad_query = query_grad ? dense_like(query, length, head_dim) : nothing(query);
-  Tensor grad_key = key_value_grad ? dense_like(key, key.size(2), head_dim) : nothing(key);
+  Tensor grad_query = query_grad ? empty_rows(query, length, head_dim) : nothing(query);
+  Tensor grad_key = key_value_grad ? empty_rows(key, key.size(2), head_dim) : nothing(key);
   Tensor grad_value =
-      key_value_grad ? dense_like(value, value.size(2), value.size(3)) : nothing(value);
+      key_value_grad ? empty_rows(value, value.size(2), value.size(3)) : nothing(value);
   problem.prefetch =
       exceeds_cache({&query, &key, &value, &out, &grad_out, &grad_query, &grad_key, &grad_value});
   if (query_grad) problem.grad_query = strided(grad_query);
@@ -334,8 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   const int splits = key_splits(all, key_heads, problem.grad_query_split_size * 4);
   MaybeTensor partial;
   if (splits > 1 && query_grad) {
-    partial =
-        torch::stable::new_empty(query, {splits, problem.grad_query_split_size}, ScalarType::Float);
+    partial = empty({splits, problem.grad_query_split_size}, ScalarType::Float);
     problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
   }
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);

@@ -84,6 +84,7 @@ VLMFAST_INLINE Operand rows_as_words(const Rows<T>& rows, int n, int columns, fl
 struct Panel {
   int begin, end;
   bool is_first, is_last;  // of the task
+  bool packs_query;        // of forward alone: false where the tile before was the same
   Prefetcher ahead;
   Operand keys, values;
   Operand key_pairs;  // of backward alone
@@ -272,10 +273,10 @@ struct Forward {
     words = word_count<Words>(p.head_dim);
     value_columns = round_up(p.value_dim, kRowStep);
     const int tiles = Tiling(p.queries_most, p.causal, false).tiles;
+    keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.keys_most);
     // A panel that only a tile or two will read need not stay in the cache, and a short one lets
     // the next be fetched meanwhile.
-    const int64_t panel = tiles <= 2 ? kForwardPanel / 8 : kForwardPanel;
-    keys_at_once = panel_keys(panel, words + value_columns / Words::kElements, p.keys_most);
+    if (tiles <= 2 && p.keys_most > 2 * kBlock) keys_at_once = kBlock;
     keeps_state = keys_at_once < p.keys_most;
     state_size = (value_columns + 2) * kMaxTile + 16;
     Arena arena{scratch};
@@ -305,7 +306,8 @@ struct Forward {
     const Scores<Words, T> tile{problem, task,  task.head,   first_query,
                                 count,   query, panel.ahead, mask_tile};
     const Rows<T> rows = rows_of<T>(problem.query, task.batch, task.head, first_query);
-    pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
+    if (panel.packs_query)
+      pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
     Vec most[kGroups], sum[kGroups];
     if (panel.is_first) *started = 0.f;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -452,7 +454,9 @@ struct Forward {
     int begin = task.k_begin;
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
-      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}, {}, {}, {}};
+      const bool is_first = begin == task.k_begin;
+      Panel panel{begin, end, is_first, end == task.k_end, is_first || tiling.tiles > 1, {},
+                  {},    {},  {}};
       panel.ahead = panel.is_last ? prefetcher(task, next, tiling.tiles, n)
                                   : panel_prefetcher(task, key_head, end, tiling.tiles, n);
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, key_head, begin);
@@ -958,7 +962,7 @@ struct Backward {
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;
       const int padded = round_up(n, kRowStep);
-      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, {}, {}, {}, {}};
+      Panel panel{begin, end, begin == task.k_begin, end == task.k_end, true, {}, {}, {}, {}};
       const Rows<T> key_rows = rows_of<T>(problem.key, task.batch, task.head, begin);
       const Rows<T> value_rows = rows_of<T>(problem.value, task.batch, task.head, begin);
       panel.keys = panel.key_pairs = rows_as_words<Words>(key_rows, n, problem.head_dim, keys);

@@ -48,20 +48,24 @@ class Scratch {
 
 // Calls body(task, next, scratch) for every task in [0, tasks); `next` is the task that the same
 // thread runs afterwards, which it may prefetch for, or the last one where it runs no more. Threads
-// claim tasks as they become free, one ahead: tasks may be of unequal size (causal rows are), and
-// so may cores. A task's result must not depend on which thread runs it.
+// claim tasks as they become free, one group of neighbours ahead: tasks may be of unequal size
+// (causal rows are), and so may cores. A task's result must not depend on which thread runs it.
 template <class Body>
-void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
-  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body,
+                   int64_t group_size = 1) {
+  const int64_t groups = (tasks + group_size - 1) / group_size;
+  const int64_t workers = std::min<int64_t>(groups, torch::stable::get_num_threads());
   std::atomic<int64_t> unclaimed{workers};
   const auto work = [&](int64_t first_worker, int64_t last_worker) {
     Scratch& scratch = Scratch::of_this_thread();
     float* buffer = scratch.get(scratch_floats);
     for (int64_t worker = first_worker; worker < last_worker; worker++) {
-      for (int64_t task = worker; task < tasks;) {
+      for (int64_t group = worker; group < groups;) {
         const int64_t next = unclaimed.fetch_add(1, std::memory_order_relaxed);
-        body(task, std::min(next, tasks - 1), buffer);
-        task = next;
+        const int64_t end = std::min((group + 1) * group_size, tasks);
+        for (int64_t task = group * group_size; task < end; task++)
+          body(task, std::min(task + 1 < end ? task + 1 : next * group_size, tasks - 1), buffer);
+        group = next;
       }
     }
     scratch.trim();

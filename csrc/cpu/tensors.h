@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 
@@ -80,7 +83,55 @@ inline uint64_t read_dropout_seed(const MaybeTensor& seed) {
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
 }
 
+// An uninitialised tensor in the memory of the CPU whose dimensions lie there in the order
+// `memory`, outermost first. Unlike new_empty it does not go through torch's dispatcher, which
+// costs more than a small call's kernel.
+template <size_t kDims>
+Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
+             const std::array<int, kDims>& memory) {
+  std::array<int64_t, kDims> strides;
+  int64_t stride = 1;
+  for (size_t i = kDims; i-- > 0;) {
+    strides[memory[i]] = stride;
+    stride *= std::max<int64_t>(sizes[memory[i]], 1);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      kDims, sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
+template <size_t kDims>
+Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
+  std::array<int64_t, kDims> all;
+  std::array<int, kDims> memory;
+  for (size_t i = 0; i < kDims; i++) {
+    all[i] = sizes[i];
+    memory[i] = static_cast<int>(i);
+  }
+  return empty<kDims>(all, dtype, memory);
+}
+
+// The same, of zeros.
+template <size_t kDims>
+Tensor zeros(const int64_t (&sizes)[kDims], ScalarType dtype) {
+  Tensor result = empty(sizes, dtype);
+  std::memset(result.mutable_data_ptr(), 0, result.numel() * result.element_size());
+  return result;
+}
+
+// An uninitialised (B, H, rows, columns) tensor in the memory order of `like`: heads inside rows,
+// or rows inside heads.
+inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns) {
+  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), rows, columns};
+  if (like.stride(1) < like.stride(2)) return empty<4>(sizes, like.scalar_type(), {0, 2, 1, 3});
+  return empty<4>(sizes, like.scalar_type(), {0, 1, 2, 3});
+}
+
 // What stands for a gradient that nobody asked for.
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+inline Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
 
 }  // namespace vlmfast::cpu

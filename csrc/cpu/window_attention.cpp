@@ -132,21 +132,21 @@ struct Prepared {
     pad_value =
         in.pad_value
             ? torch::stable::contiguous(torch::stable::to(*in.pad_value, query.scalar_type()))
-            : torch::stable::new_zeros(query, {3 * channels});
+            : zeros({3 * channels}, query.scalar_type());
     if (in.logit_scale)
       logit_scale =
           torch::stable::contiguous(torch::stable::to(*in.logit_scale, ScalarType::Float));
     const int tokens = static_cast<int>(in.tokens());
     const int64_t size = kernel.bias_size(tokens);
     if (in.bias) {
-      bias = torch::stable::new_empty(query, {in.num_heads, size}, ScalarType::Float);
+      bias = empty({in.num_heads, size}, ScalarType::Float);
       const WindowBias source = strided_bias(*in.bias);
       float* packed = static_cast<float*>(bias.mutable_data_ptr());
       for_each_task(in.num_heads, 0, [&](int64_t head, int64_t, float*) {
         kernel.pack_bias(source, tokens, static_cast<int>(head), packed + head * size);
       });
     } else {
-      bias = torch::stable::new_zeros(query, {1, size}, ScalarType::Float);
+      bias = zeros({1, size}, ScalarType::Float);
     }
     problem->dtype = element_type("query", query, false);
     problem->query = strided(query);
@@ -209,10 +209,10 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key
                   scale,     mask_value,    dropout_p,    dropout_seed};
   check(in);
   Tensor out =
-      torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), in.channels()});
-  Tensor logsumexp = torch::stable::new_empty(
-      query, {query.size(0), in.windows_down() * in.windows_across(), num_heads, in.tokens()},
-      ScalarType::Float);
+      empty({query.size(0), query.size(1), query.size(2), in.channels()}, query.scalar_type());
+  Tensor logsumexp =
+      empty({query.size(0), in.windows_down() * in.windows_across(), num_heads, in.tokens()},
+            ScalarType::Float);
   if (in.windows() == 0) return {out, logsumexp};
   const WindowAttentionKernel& kernel = VLMFAST_CURRENT_VARIANT(window_attention_kernel);
   WindowAttentionForward problem;
@@ -254,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   check_size("grad_out", grad_out, 3, in.channels());
 
   const auto like = [](const Tensor& tensor) {
-    return torch::stable::new_empty(
-        tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)});
+    return empty({tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)},
+                 tensor.scalar_type());
   };
   Tensor grad_query = qkv_grad ? like(query) : nothing(query);
   Tensor grad_key = qkv_grad && key ? like(*key) : nothing(query);
@@ -264,11 +264,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   logit_scale_grad = logit_scale_grad && logit_scale;
   pad_grad = pad_grad && pad_value;
   const int64_t windows = in.windows(), tokens = in.tokens(), channels = in.channels();
-  Tensor grad_bias = bias_grad ? torch::stable::new_empty(*bias, {num_heads, tokens, tokens})
+  Tensor grad_bias = bias_grad ? empty({num_heads, tokens, tokens}, bias->scalar_type())
                                : nothing(bias ? *bias : query);
-  Tensor grad_logit_scale = logit_scale_grad ? torch::stable::new_zeros(*logit_scale, {num_heads})
+  Tensor grad_logit_scale = logit_scale_grad ? zeros({num_heads}, logit_scale->scalar_type())
                                              : nothing(logit_scale ? *logit_scale : query);
-  Tensor grad_pad = pad_grad ? torch::stable::new_zeros(*pad_value, {3 * channels})
+  Tensor grad_pad = pad_grad ? zeros({3 * channels}, pad_value->scalar_type())
                              : nothing(pad_value ? *pad_value : query);
   if (windows == 0 && bias_grad) torch::stable::zero_(grad_bias);
   if (windows == 0)
@@ -295,15 +295,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   const int64_t splits = tasks.back().split + 1;
   MaybeTensor bias_sums, pad_sums, logit_scale_sums;
   if (bias_grad) {
-    bias_sums = torch::stable::new_empty(query, {splits, num_heads, bias_size}, ScalarType::Float);
+    bias_sums = empty({splits, num_heads, bias_size}, ScalarType::Float);
     problem.grad_bias = static_cast<float*>(bias_sums->mutable_data_ptr());
   }
   if (pad_grad) {
-    pad_sums = torch::stable::new_zeros(query, {splits, 2 * channels}, ScalarType::Double);
+    pad_sums = zeros({splits, 2 * channels}, ScalarType::Double);
     problem.grad_pad = static_cast<double*>(pad_sums->mutable_data_ptr());
   }
   if (logit_scale_grad) {
-    logit_scale_sums = torch::stable::new_zeros(query, {splits, num_heads}, ScalarType::Double);
+    logit_scale_sums = zeros({splits, num_heads}, ScalarType::Double);
     problem.grad_logit_scale = static_cast<double*>(logit_scale_sums->mutable_data_ptr());
   }
   for_each_task(static_cast<int64_t>(tasks.size()), kernel.backward_scratch(problem),
