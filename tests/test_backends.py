@@ -1,5 +1,6 @@
 """Which backend runs: precedence, refusals with all their reasons, explanations."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ def test_kernels_come_first_and_the_reference_takes_the_rest():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setenv("VLMFAST_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "reference")
     assert chosen() == "reference"
     with vlmfast.use_backend("cpu"):
         assert chosen() == "cpu"
@@ -37,8 +38,31 @@ def test_precedence(monkeypatch):
             assert chosen() == "reference"
         assert chosen() == "cpu"
     assert chosen() == "reference"
-    monkeypatch.delenv("VLMFAST_BACKEND")
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", None)
     assert chosen() == "cpu"
+
+
+def test_the_environment_forces_a_backend_for_the_whole_process():
+    code = """
+import torch, vlmfast.functional as VF
+x = torch.ones(1, 2, 5, 8)
+qkv, plan = torch.ones(1, 4, 4, 24), VF.cross_attention_plan(torch.ones(1, 5, dtype=torch.int), 1)
+for call in (
+    lambda: VF.scaled_dot_product_attention(x, x, x),
+    lambda: VF.shifted_window_attention(qkv, 1, (2, 2)),
+    lambda: VF.image_cross_attention(x, x[:, :, None], x[:, :, None], plan),
+):
+    try:
+        call()
+    except NotImplementedError as error:
+        print(error.args[0].partition(",")[0], "forced by VLMFAST_BACKEND" in error.args[0])
+"""
+    environment = {**os.environ, "VLMFAST_BACKEND": "cuda"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    families = ("flash_attention", "window_attention", "cross_attention")
+    assert done.stdout.splitlines() == [f"{name}: the backend 'cuda' True" for name in families]
 
 
 def test_use_backend_ends_with_its_block_and_its_thread():
@@ -104,7 +128,7 @@ def test_unknown_names(monkeypatch):
         sdpa(X, X, X, backend="tpu")
     with pytest.raises(ValueError, match=f"backend: {expected}"):
         vlmfast.use_backend("tpu")
-    monkeypatch.setenv("VLMFAST_BACKEND", "tpu")
+    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "tpu")
     with pytest.raises(ValueError, match=f"VLMFAST_BACKEND: {expected}"):
         sdpa(X, X, X)
 

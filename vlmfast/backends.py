@@ -3,8 +3,8 @@
 A predicate exists for each (family, backend). It lists the reasons why the backend cannot run the
 given inputs; an empty list means that it can. Selection is a pure function of the inputs, of what
 is built, and of what the caller forces, in this order of precedence: the argument `backend=`, a
-`use_backend` block, the environment variable VLMFAST_BACKEND. A forced backend that refuses raises;
-nothing falls back silently.
+`use_backend` block, the environment variable VLMFAST_BACKEND as it was when this was imported. A
+forced backend that refuses raises; nothing falls back silently.
 """
 
 import importlib.metadata
@@ -51,6 +51,7 @@ class _State(threading.local):
 
 
 _state = _State()
+_FROM_ENVIRONMENT = os.environ.get("VLMFAST_BACKEND")
 
 
 class use_backend(ContextDecorator):
@@ -93,10 +94,14 @@ def _forced(backend: str | None) -> tuple[str | None, str]:
         return check_backend("backend", backend), "the argument backend="
     if _state.forced is not None:
         return _state.forced, "use_backend"
-    from_environment = os.environ.get("VLMFAST_BACKEND")
-    if from_environment:
-        return check_backend("VLMFAST_BACKEND", from_environment), "VLMFAST_BACKEND"
+    if _FROM_ENVIRONMENT:
+        return check_backend("VLMFAST_BACKEND", _FROM_ENVIRONMENT), "VLMFAST_BACKEND"
     return None, ""
+
+
+def is_free() -> bool:
+    """Whether nothing but a call's own argument may force a backend, and nothing is explained."""
+    return _state.forced is None and not _state.explaining and not _FROM_ENVIRONMENT
 
 
 def choose(family: str, backend: str | None, device_type: str, *inputs: Any) -> str:

@@ -6,11 +6,17 @@ got, and none of them reads a tensor's values, but where it says so.
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from vlmfast import backends
+from vlmfast.ops.common import call
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that a mode makes, such as FakeTensor
 
 
 def reject(argument: str, expected: str, got: Any) -> NoReturn:
@@ -21,6 +27,39 @@ def reject(argument: str, expected: str, got: Any) -> NoReturn:
 def reject_type(argument: str, expected: str, got: Any) -> NoReturn:
     """Raises TypeError."""
     raise TypeError(f"{argument}: expected {expected}, got {got}")
+
+
+def may_run_unchecked(
+    backend: str | None, tensors: Sequence[Any], optional: Sequence[Any] = ()
+) -> bool:
+    """Whether a call may go to the CPU's operator first and be checked only if that refuses.
+
+    The operator checks all that could touch foreign memory, in less time than Python takes to look
+    at the tensors: that is 0.1 ms where a model's other layers have taken the cache meanwhile. Here
+    it need only be certain that it is this operator, on values, that will be called.
+    """
+    if (
+        backend is not None
+        or not backends.is_free()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    return all(map(_holds_values, tensors)) and all(
+        tensor is None or _holds_values(tensor) for tensor in optional
+    )
+
+
+def _holds_values(tensor: Any) -> bool:
+    return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_nested
+
+
+def call_unchecked(operator: Any, *args: Any) -> Any:
+    """The results of an operator; None where it refuses, for checks of the caller's to say why."""
+    try:
+        return call(operator, *args)
+    except (RuntimeError, TypeError):
+        return None
 
 
 def check_floating_tensor(argument: str, tensor: Any) -> None:
@@ -99,7 +138,7 @@ def may_read_values(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor):
         return False
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in _PLAIN:
         return False
     return tensor.device.type == "cpu" or (
         tensor.device.type != "meta" and os.environ.get("VLMFAST_CHECKS") == "1"

@@ -221,6 +221,12 @@ def image_cross_attention(
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022),
     section 2.1.3.
     """
+    plan = plan_or_image_index
+    tensors = (query, key, value)
+    if isinstance(plan, CrossAttentionPlan) and common.may_run_unchecked(backend, tensors, plan):
+        results = _attend_unchecked(*tensors, plan, scale)
+        if results is not None:
+            return results if return_lse else results[0]
     query, key, value = _cast_and_check(query, key, value)
     scale = common.softmax_scale(scale, query.shape[-1])
     plan = _check_plan(plan_or_image_index, query, key.shape[2])
@@ -235,6 +241,20 @@ def image_cross_attention(
         if heads_inside_tokens(query):
             out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return (out, logsumexp) if return_lse else out
+
+
+def _attend_unchecked(
+    query: Tensor, key: Tensor, value: Tensor, plan: CrossAttentionPlan, scale: Any
+) -> tuple[Tensor, Tensor] | None:
+    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
+    head_dim = query.shape[-1]
+    if head_dim == 0 or value.shape[-1] == 0:
+        return None
+    if scale is None:
+        scale = common.softmax_scale(None, head_dim)
+    elif type(scale) is not float:
+        return None
+    return common.call_unchecked(ops.FORWARD["cpu"], query, key, value, *plan, scale)
 
 
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,10 +81,15 @@ def scaled_dot_product_attention(
             [0, 1], or backend is unknown.
         NotImplementedError: the forced backend cannot run the call.
     """
+    causal = TOP_LEFT if is_causal else NO_CAUSALITY
+    may_run = attn_mask is None and dropout_p == 0.0
+    if may_run and common.may_run_unchecked(backend, (query, key, value)):
+        results = _attend_unchecked(query, key, value, causal, scale)
+        if results is not None:
+            return results[0]
     query, key, value = _cast_and_check(query, key, value)
     scale = common.softmax_scale(scale, query.shape[-1])
     dropout_p = common.check_dropout("dropout_p", dropout_p)
-    causal = TOP_LEFT if is_causal else NO_CAUSALITY
     if attn_mask is not None:
         if _is_causal_bias(attn_mask):
             causal, attn_mask = _read_causal_bias(attn_mask, query, key, is_causal), None
@@ -263,6 +268,22 @@ def _attend(
     if heads_inside_tokens(query):
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, logsumexp
+
+
+def _attend_unchecked(
+    query: Tensor, key: Tensor, value: Tensor, causal: int, scale: Any
+) -> tuple[Tensor, Tensor] | None:
+    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
+    shape = query.shape
+    # Heads of a group, which the operator would accept, need enable_gqa.
+    if len(shape) != 4 or shape[:2] != key.shape[:2] or shape[3] == 0 or value.shape[-1] == 0:
+        return None
+    if scale is None:
+        scale = common.softmax_scale(None, shape[3])
+    elif type(scale) is not float:
+        return None
+    args = (query, key, value, None, *NOT_PACKED, causal, scale, 0.0, None)
+    return common.call_unchecked(ops.FORWARD["cpu"], *args)
 
 
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,12 @@ def shifted_window_attention(
 
     Source: Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022).
     """
+    parameters = (relative_position_bias, logit_scale, pad_value)
+    if dropout_p == 0.0 and common.may_run_unchecked(backend, (qkv,), parameters):
+        geometry = (num_heads, window_size, shift_size, wrap)
+        results = _attend_unchecked(qkv, *parameters, *geometry, scale, mask_value)
+        if results is not None:
+            return results[0]
     query, key, value = _cast_and_check(qkv)
     channels = query.shape[3] // 3 if key is None else query.shape[3]
     num_heads = _check_int("num_heads", num_heads)
@@ -131,6 +137,36 @@ def shifted_window_attention(
     with common.no_autocast(query.device.type):
         out, _ = reference.window_attention(*args)
     return out
+
+
+def _attend_unchecked(
+    qkv: Any,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    pad_value: Tensor | None,
+    num_heads: Any,
+    window_size: Any,
+    shift_size: Any,
+    wrap: Any,
+    scale: Any,
+    mask_value: Any,
+) -> tuple[Tensor, Tensor] | None:
+    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
+    for pair in (window_size, shift_size):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            return None
+    if type(num_heads) is not int or num_heads < 1 or wrap not in ("padded", "unpadded"):
+        return None
+    if type(mask_value) is not float or not -math.inf < mask_value < math.inf:
+        return None
+    if scale is None:
+        scale = common.softmax_scale(None, max(1, qkv.shape[-1] // 3 // num_heads))
+    elif type(scale) is not float:
+        return None
+    return common.call_unchecked(
+        *(ops.FORWARD["cpu"], qkv, None, None, bias, logit_scale, pad_value, num_heads),
+        *(*window_size, *shift_size, wrap == "padded", scale, mask_value, 0.0, None),
+    )
 
 
 def _cast_and_check(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

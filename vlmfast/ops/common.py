@@ -15,6 +15,8 @@ NAMESPACE = "vlmfast"
 
 BACKENDS = ("cpu", "triton")  # whose kernels are operators
 
+_apply: dict[Any, Callable[..., Any]] = {}  # what an operator's autograd kernel calls
+
 # Inductor must hand an operator the very strides that its fake saw, because output strides follow
 # input strides.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -131,23 +133,22 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def below_autograd(operator: Any, *args: Any) -> Any:
     """Calls an operator from within its own autograd kernel or autograd.Function."""
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+        return operator._op(*args)  # not operator(...): a frame of Python less
 
 
 def call(operator: Any, *args: Any) -> Any:
-    """Calls an operator, past its autograd kernel where that would only pass the call on.
+    """Calls an operator as its autograd kernel would, without the dispatcher's way to it.
 
-    A kernel in Python costs its way through the dispatcher, some 4 us, also when nothing requires
-    a gradient.
+    A kernel in Python costs that way, some 4 us, and several times as much where other code has
+    taken the cache meanwhile.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-    ):
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return operator(*args)
-    return below_autograd(operator, *args)
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return below_autograd(operator, *args)
+    if torch._C._are_functorch_transforms_active():
+        return operator(*args)
+    return _apply[operator](*args)
 
 
 def register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
@@ -160,6 +161,7 @@ def register_autograd(name: str, operator: Any, function: type[torch.autograd.Fu
     # within the dispatcher. Here it is: the transform has been peeled off already, as it is for
     # autograd kernels in C++. So the plain apply of the base class is right.
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    _apply[operator] = apply
 
     def autograd_kernel(*args: Any) -> Any:
         if forward_ad._current_level >= 0:

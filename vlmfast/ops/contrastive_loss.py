@@ -105,7 +105,8 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
             _column_max: None,
             grad_column_sum: Tensor | None,
         ) -> Any:
-            gradients = backward_op(
+            gradients = common.call(
+                backward_op,
                 grad_row_sum,
                 grad_row_total,
                 grad_positive,

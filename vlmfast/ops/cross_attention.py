@@ -89,7 +89,8 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
             if grad_logsumexp is not None:
                 grad_logsumexp = grad_logsumexp.contiguous()
             needs_query, needs_key, needs_value = ctx.needs_input_grad[:3]
-            grad_query, grad_key, grad_value = backward_op(
+            grad_query, grad_key, grad_value = common.call(
+                backward_op,
                 grad_out,
                 grad_logsumexp,
                 *ctx.saved_tensors,

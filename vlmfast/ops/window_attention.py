@@ -108,7 +108,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
             *tensors, seed = ctx.saved_tensors
             needs = ctx.needs_input_grad[:6]
             wanted = (any(needs[:3]), *needs[3:])
-            gradients = backward_op(grad_out, *tensors, *ctx.numbers, seed, *wanted)
+            gradients = common.call(backward_op, grad_out, *tensors, *ctx.numbers, seed, *wanted)
             return (
                 *(x if need else None for x, need in zip(gradients, needs, strict=True)),
                 *(None,) * 10,
