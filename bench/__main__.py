@@ -1,4 +1,4 @@
-"""Command line: python -m bench [FAMILY ...], or python -m bench compare; see --help."""
+"""Command line: python -m bench [FAMILY ...], compare or report; see --help."""
 
 import argparse
 import itertools
@@ -18,7 +18,16 @@ from bench.contest import Contest, contests, run
 from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
 from bench.peers import OURS, is_installed
-from bench.report import Row, append_csv, check_csv, machine_file, markdown, write_json
+from bench.report import (
+    Results,
+    append_csv,
+    check_csv,
+    machine_file,
+    markdown,
+    read_json,
+    write_json,
+    write_report,
+)
 from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "compare":
         return compare.main(arguments[1:])
+    if arguments and arguments[0] == "report":
+        return _report(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     for family in options.families:
@@ -63,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no GPU", file=sys.stderr)
         return 2
-    draws = bool(options.out) and is_installed("matplotlib")
-    if options.out and not draws:
+    if options.out and not is_installed("matplotlib"):
         print("matplotlib is not installed: there will be no report.html", file=sys.stderr)
     start = time.monotonic()
     if not settle_allocator():
@@ -80,30 +90,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meter_of = MemoryMeter(options.device, options.backend) if options.memory else nullcontext()
         with forced, meter_of as meter:
             seconds = math.inf if options.minutes is None else 60 * options.minutes
-            rows = race(chosen, start + seconds * (SHARE if swept else 1), meter)
-            sweep_rows = race(swept, start + seconds, meter)
+            race(chosen, start + seconds * (SHARE if swept else 1), meter)
+            race(swept, start + seconds, meter, swept=True)
     except NotImplementedError as error:  # the forced backend's reasons
         print(error, file=sys.stderr)
         return 2
 
-    text = markdown(rows, ceilings, sweep_rows, race.left_out)
-    print(text)
+    print(markdown(race.results))
     if options.out:
-        by_sweep = {
-            family: (SWEEPS[family], [row for row in sweep_rows if row.family == family])
-            for family in dict.fromkeys(contest.family for contest in swept)
-        }
-        write_json(options.out / "results.json", race.rows, ceilings)
-        (options.out / "report.md").write_text(text + "\n")
-        if draws:
-            from bench.html import page
-
-            (options.out / "report.html").write_text(page(rows, by_sweep, ceilings, race.left_out))
-        print(f"report: {options.out / ('report.html' if draws else 'report.md')}", file=sys.stderr)
+        print(f"report: {write_report(options.out, race.results)}", file=sys.stderr)
     if options.append:
-        append_csv(options.append, race.rows, ceilings)
+        append_csv(options.append, race.results.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
-    return int(any(OURS in row.refusals for row in race.rows))
+    return int(any(OURS in row.refusals for row in race.results.rows))
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report",
+        description="Makes the report of a run afresh, or of one that did not end.",
+    )
+    parser.add_argument("results", type=Path, help="the results.json of python -m bench --out")
+    parser.add_argument("--out", type=Path, help="folder for it (default: where RESULTS lies)")
+    options = parser.parse_args(arguments)
+    try:
+        results = read_json(options.results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{options.results}: not the results of a run: {error!r}")
+    folder = options.out or options.results.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"report: {write_report(folder, results)}")
+    return 0
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
@@ -132,47 +149,48 @@ def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
 
 
 class _Race:
-    """Runs contests until the time is up; `left_out` names the others, and why they did not run."""
+    """Runs contests until the time is up."""
 
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
         self.options = options
-        self.ceilings = ceilings
+        self.results = Results([], ceilings)
         self.rates = {}
         if options.minutes is not None and options.device == "cpu":
             self.rates = {dtype: unhurried_rate(dtype) for dtype in ceilings.flops}
-        self.rows: list[Row] = []
-        self.left_out: dict[str, str] = {}
 
     def __call__(
-        self, chosen: Sequence[Contest], end: float, meter: MemoryMeter | None
-    ) -> list[Row]:
-        rows = []
+        self,
+        chosen: Sequence[Contest],
+        end: float,
+        meter: MemoryMeter | None,
+        swept: bool = False,
+    ) -> None:
+        left_out = self.results.left_out
         for number, contest in enumerate(chosen, start=1):
             if contest.missing:
-                self.left_out[f"{contest.family} {contest}"] = f"not installed: {contest.missing},"
+                left_out[f"{contest.family} {contest}"] = f"not installed: {contest.missing},"
                 continue
             if time.monotonic() + self._expected_seconds(contest) > end:
-                self.left_out[f"{contest.family} {contest}"] = "no time was left"
+                left_out[f"{contest.family} {contest}"] = "no time was left"
                 continue
             print(f"{number}/{len(chosen)} {contest.family} {contest}", file=sys.stderr)
             row = run(contest, self.options.seconds, compiles=self.options.compile)
+            row.swept = swept
             if meter is not None:
                 try:
                     row.peak_bytes.update(meter.peak_bytes(contest, list(row.timings)))
                 except RuntimeError as error:
                     row.refusals["peak memory"] = str(error)
-            rows.append(row)
-            self.rows.append(row)
+            self.results.rows.append(row)
             if self.options.out:  # what there is so far
-                write_json(self.options.out / "results.json", self.rows, self.ceilings)
-        return rows
+                write_json(self.options.out / "results.json", self.results)
 
     def _expected_seconds(self, contest: Contest) -> float:
         if self.options.minutes is None:
             return 0.0
         dtype = getattr(torch, contest.dtype)
         work = contest.page.work(contest.case, dtype, contest.mode)
-        calls = COST * self.ceilings.least_seconds(work, contest.dtype)
+        calls = COST * self.results.ceilings.least_seconds(work, contest.dtype)
         unhurried = UNHURRIED_CALLS * work.flops / self.rates.get(contest.dtype, math.inf)
         return FIXED + self.options.seconds + max(calls, unhurried)
 
@@ -181,7 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Times families of kernels against their peers, each call checked first.",
-        epilog="python -m bench compare BEFORE AFTER: what changed between two results.json.",
+        epilog="python -m bench compare BEFORE AFTER: what changed between two results.json. "
+        "python -m bench report RESULTS: the report of one that is kept.",
     )
     parser.add_argument(
         "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(CASES)}; default: all"

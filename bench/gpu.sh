@@ -65,6 +65,10 @@ for step in "${steps[@]}"; do
   PYTHONUNBUFFERED=1 timeout "$seconds" ${command[$step]} >"$out/$step.log" 2>&1
   code=$?
   [ $code -eq 0 ] || status=1
+  case "$step" in  # a race that was stopped has its results, but no report
+    race) [ $code -eq 0 ] || $python -m bench report "$out/results.json" >>"$out/$step.log" 2>&1 ;;
+    compiled) [ $code -eq 0 ] || $python -m bench report "$out/compiled/results.json" >>"$out/$step.log" 2>&1 ;;
+  esac
   echo "$step: exit $code after $((SECONDS - start)) s; $out/$step.log" | tee -a "$out/summary.txt"
 done
 exit $status

@@ -3,7 +3,7 @@
 import html
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,14 +11,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bench.cases import Sweep
+from bench.cases import SWEEPS, Sweep
 from bench.measure import Ceilings
 from bench.peers import OURS
-from bench.report import Row, by_family, details, facts, notes, summary
+from bench.report import Results, Row, by_family, details, facts, notes, summary
 
 matplotlib.rcParams["svg.hashsalt"] = "vlmfast"  # so that equal plots are equal files
 
-_NOTHING: Mapping[str, str] = {}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
   color: #222 }
@@ -33,21 +32,10 @@ svg { max-width: 100%; height: auto }
 """
 
 
-def page(
-    rows: Sequence[Row],
-    sweeps: Mapping[str, tuple[Sweep, Sequence[Row]]],
-    ceilings: Ceilings,
-    left_out: Mapping[str, str] = _NOTHING,
-) -> str:
-    """The whole report.
-
-    Args:
-        rows: of the contests.
-        sweeps: by family, what was varied and the rows of its cases.
-        ceilings: of this machine.
-        left_out: contests that were not run, and why.
-    """
-    told, _, meaning = facts()
+def page(results: Results) -> str:
+    """The whole report."""
+    rows, ceilings = results.contests, results.ceilings
+    told, _, meaning = facts(results)
     parts = ["<h1>vlmfast against its peers</h1>", _verdict(rows)]
     parts += [_note(told), _note(meaning)]
     for family, members in by_family(rows).items():
@@ -57,10 +45,10 @@ def page(
             parts.append(_speed_ups(raced))
         parts.append(_table(*summary(members, ceilings)))
         parts.append(_folded("every contestant", _table(*details(members, ceilings))))
-    swept = {family: found for family, found in sweeps.items() if found[1]}
-    if swept:
+    if results.sweeps:
         parts.append("<h2>How cost grows</h2>")
-    for family, (sweep, members) in swept.items():
+    for family, members in results.sweeps.items():
+        sweep = SWEEPS[family]
         parts += [f"<h3>{_text(family)}: {_text(sweep.size)}</h3>", _growth(sweep, members)]
         tables = _table(*summary(members, ceilings)) + _table(*details(members, ceilings))
         parts.append(_folded("as a table", tables))
@@ -72,8 +60,7 @@ def page(
             "Some calls meet another limit first, that of exponentials: the tables name it."
         )
     )
-    found = [*rows, *(row for _, members in swept.values() for row in members)]
-    items = "".join(f"<li>{_text(x)}</li>" for x in notes(found, ceilings, left_out))
+    items = "".join(f"<li>{_text(x)}</li>" for x in notes(results))
     parts.append(f'<h2>What this rests on</h2><ul class="note">{items}</ul>')
     head = f'<meta charset="utf-8"><title>vlmfast benchmark</title><style>{_STYLE}</style>'
     body = "\n".join(parts)

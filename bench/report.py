@@ -1,4 +1,4 @@
-"""Rows of a benchmark as Markdown tables, as JSON and as CSV."""
+"""Rows of a benchmark as Markdown tables, as JSON, from which a report can be made, and as CSV."""
 
 import csv
 import datetime
@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 import vlmfast
 from bench.measure import Ceilings, Timing, Verdict, Work
-from bench.peers import OURS, REMARKS
+from bench.peers import OURS, REMARKS, is_installed
 from vlmfast.ops.common import EXTENSION_ERROR
 
 # Whose versions are told beside torch's: Triton, and where peers come from.
@@ -46,6 +46,7 @@ class Row:
         clock_mhz: of the fastest core, after the race.
         peak_bytes: what each contestant's call added to the memory of a fresh process.
         launch: on a GPU, seconds of the CPU that each contestant's call takes without a graph.
+        swept: it is one of several that differ in one size.
     """
 
     family: str
@@ -64,6 +65,7 @@ class Row:
     clock_mhz: float | None = None
     peak_bytes: dict[str, int] = field(default_factory=dict)
     launch: dict[str, float] = field(default_factory=dict)
+    swept: bool = False
 
     def ratio(self, peer: str) -> float | None:
         """How many times longer the peer took, or None where one of the two has no time."""
@@ -78,6 +80,33 @@ class Row:
         return min(peers, key=lambda name: self.timings[name].median, default=None)
 
 
+@dataclass
+class Results:
+    """What a run has measured, all that its report needs.
+
+    Attributes:
+        rows: of its contests.
+        ceilings: of the machine.
+        left_out: contests that were not run, and why.
+        machine: what the figures hold for.
+    """
+
+    rows: list[Row]
+    ceilings: Ceilings
+    left_out: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, object] = field(default_factory=lambda: machine())
+
+    @property
+    def contests(self) -> list[Row]:
+        """The rows that are no part of a sweep."""
+        return [row for row in self.rows if not row.swept]
+
+    @property
+    def sweeps(self) -> dict[str, list[Row]]:
+        """The others, by family."""
+        return by_family([row for row in self.rows if row.swept])
+
+
 def by_family(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each family, in the order in which they came."""
     families: dict[str, list[Row]] = {}
@@ -87,7 +116,6 @@ def by_family(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 Table = tuple[list[str], list[list[str]]]  # header and body
-_NOTHING: Mapping[str, str] = {}
 
 
 def summary(rows: Sequence[Row], ceilings: Ceilings) -> Table:
@@ -137,10 +165,9 @@ def _spread(timing: Timing | None) -> str:
     return f"{_ms(timing.median)} ({_ms(timing.p20)} to {_ms(timing.p80)})"
 
 
-def notes(
-    rows: Sequence[Row], ceilings: Ceilings, left_out: Mapping[str, str] = _NOTHING
-) -> list[str]:
+def notes(results: Results) -> list[str]:
     """What the tables rest on: who or what is missing and why, and the machine's ceilings."""
+    rows, ceilings = results.rows, results.ceilings
     missing: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         for name, reason in row.refusals.items():
@@ -154,7 +181,7 @@ def notes(
             f"{f'all of {family}' if everywhere else ', '.join(contests)}, {name}: {reason}"
         )
     reasons: dict[tuple[str, str], list[str]] = {}
-    for contest, reason in sorted(left_out.items()):
+    for contest, reason in sorted(results.left_out.items()):
         family, _, name = contest.partition(" ")
         reasons.setdefault((family, reason), []).append(name)
     for (family, reason), names in reasons.items():
@@ -167,26 +194,23 @@ def notes(
     return lines
 
 
-def markdown(
-    rows: Sequence[Row],
-    ceilings: Ceilings,
-    swept: Sequence[Row] = (),
-    left_out: Mapping[str, str] = _NOTHING,
-) -> str:
+def markdown(results: Results) -> str:
     """A table for each family, the sweeps, and below them what they rest on."""
-    lines = [*facts(), ""]
-    for suffix, some in (("", rows), (", sweep", swept)):
-        for family, members in by_family(some).items():
-            lines += [f"## {family}{suffix}", "", *_markdown_table(summary(members, ceilings))]
+    lines = [*facts(results), ""]
+    for suffix, some in (("", by_family(results.contests)), (", sweep", results.sweeps)):
+        for family, members in some.items():
+            found = summary(members, results.ceilings), details(members, results.ceilings)
+            lines += [f"## {family}{suffix}", "", *_markdown_table(found[0])]
             lines += ["", "Every contestant, p20 to p80 in brackets:", ""]
-            lines += [*_markdown_table(details(members, ceilings)), ""]
-    lines += [f"- {note}" for note in notes([*rows, *swept], ceilings, left_out)]
+            lines += [*_markdown_table(found[1]), ""]
+    lines += [f"- {note}" for note in notes(results)]
     return "\n".join(lines)
 
 
-def facts() -> list[str]:
+def facts(results: Results) -> list[str]:
     """What was measured and where, and how the tables are to be read."""
-    told = ", ".join(f"{name} {value}" for name, value in machine().items() if value is not None)
+    here = results.machine.items()
+    told = ", ".join(f"{name} {value}" for name, value in here if value is not None)
     return [
         told,
         "",
@@ -213,14 +237,34 @@ def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.1f}"
 
 
-def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
+def write_json(path: Path, results: Results) -> None:
     """Writes everything that was measured, in seconds, bytes and operations."""
-    document = {
-        "machine": machine(),
-        "ceilings": asdict(ceilings),
-        "rows": [asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n")
+
+
+def read_json(path: Path) -> Results:
+    """What `write_json` wrote; ValueError, KeyError or TypeError where that is not what it is."""
+    document = json.loads(path.read_text())
+    rows = []
+    for found in document.pop("rows"):
+        row = {**found, "work": Work(**found["work"])}
+        for name, kind in (("verdicts", Verdict), ("timings", Timing)):
+            row[name] = {who: kind(**values) for who, values in found[name].items()}
+        rows.append(Row(**row))
+    return Results(rows, Ceilings(**document.pop("ceilings")), **document)
+
+
+def write_report(folder: Path, results: Results) -> Path:
+    """Writes results.json, report.md and, where matplotlib is, report.html; returns the best."""
+    write_json(folder / "results.json", results)
+    report = folder / "report.md"
+    report.write_text(markdown(results) + "\n")
+    if is_installed("matplotlib"):
+        from bench.html import page
+
+        report = folder / "report.html"
+        report.write_text(page(results))
+    return report
 
 
 def machine_file() -> Path:

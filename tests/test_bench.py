@@ -22,6 +22,7 @@ from bench import contest as contest_module
 from bench import contrastive_loss as losses_family
 from bench import flash_attention as family
 from bench import measure, modules, ncu, peers, search
+from bench import report as report_module
 from bench import window_attention as windows_family
 from bench.cases import (
     CASES,
@@ -65,6 +66,7 @@ from bench.peers import (
     eager_attention,
 )
 from bench.report import (
+    Results,
     Row,
     append_csv,
     check_csv,
@@ -219,7 +221,7 @@ def test_right_contestants_are_raced(dtype: str, mode: str) -> None:
     )
     for timing in row.timings.values():
         assert 0 < timing.p20 <= timing.median <= timing.p80
-    assert "WRONG" not in markdown([row], CEILINGS)
+    assert "WRONG" not in markdown(Results([row], CEILINGS))
 
 
 def planted(name: str, damage: float) -> Contestant:
@@ -239,7 +241,7 @@ def test_speed_of_a_wrong_kernel_is_not_reported(damage: float, mode: str) -> No
     assert not row.timings
     assert row.noise is None
     assert row.refusals[OURS].startswith("WRONG")
-    table = markdown([row], CEILINGS)
+    table = markdown(Results([row], CEILINGS))
     assert table.count("WRONG") == 2  # in its row, and why below the table
 
 
@@ -264,7 +266,7 @@ def test_refusals_are_reported() -> None:
     shy = Contestant("shy", lambda case, dtype: "not today", SDPA.prepare)
     row = run(SELF, "float32", "fwd", (FLASH_ATTENTION, shy))
     assert row.refusals == {"shy": "not today"}
-    assert "shy: not today" in markdown([row], CEILINGS)
+    assert "shy: not today" in markdown(Results([row], CEILINGS))
 
 
 def test_a_peer_that_breaks_does_not_end_the_race() -> None:
@@ -543,7 +545,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "| vit-h14 | float32 | fwd | reference |" in text
     assert (out / "report.md").read_text().strip() in text
     document = json.loads((out / "results.json").read_text())
-    assert set(document) == {"machine", "ceilings", "rows"}
+    assert set(document) == {"machine", "ceilings", "rows", "left_out"}
     (row,) = document["rows"]
     assert set(row["timings"]) == set(row["peak_bytes"]) == ON_CPU
     page = (out / "report.html").read_text()
@@ -631,7 +633,7 @@ def test_a_process_that_measures_memory_and_ends_costs_one_contest() -> None:
         assert meter.peak_bytes(contest, [OURS])[OURS] > 0
 
 
-def test_the_page_draws_sweeps_and_says_who_wins() -> None:
+def test_the_page_draws_sweeps_and_says_who_wins(tmp_path: Path, capsys) -> None:
     sweep = SWEEPS["flash_attention"]
     rows = []
     for (_, case), ratio in zip(sweep.cases, itertools.count(1), strict=False):
@@ -644,20 +646,32 @@ def test_the_page_draws_sweeps_and_says_who_wins() -> None:
         row.peak_bytes = {OURS: 10**6}
         row.noise, row.launch = 0.01, {OURS: 5e-6}
         row.refusals = {"flash-attn": "not installed"}
-        rows.append(row)
-    text = page(
-        rows, {"flash_attention": (sweep, rows)}, CEILINGS, {"models vit fwd": "no time was left"}
-    )
+        rows += [row, replace(row, swept=True)]
+    results = Results(rows, CEILINGS, {"models vit fwd": "no time was left"})
+    text = page(results)
     assert text.count("<svg") == 3
     assert "Faster than the best peer in 8 of 8 contests; 2.00 to 2.00 times as fast" in text
     assert "2.00 ± 1.0%" in text and "launch of vlmfast µs" in text
     assert "all of flash_attention, flash-attn: not installed" in text
     assert "no time was left for models: vit fwd" in text
 
+    # Of results that are kept, another machine makes the same report.
+    results.machine["processor"] = "of another machine"
+    write_json(tmp_path / "results.json", results)
+    assert command_line.main(["report", str(tmp_path / "results.json")]) == 0
+    assert (tmp_path / "report.html").read_text() == page(results)
+    assert (tmp_path / "report.md").read_text() == markdown(results) + "\n"
+    assert "of another machine" in page(results) and "of another machine" in markdown(results)
+    (tmp_path / "broken.json").write_text('{"rows": []}')
+    with pytest.raises(SystemExit):
+        command_line.main(["report", str(tmp_path / "broken.json")])
+    assert "broken.json: not the results of a run" in capsys.readouterr().err
+
 
 def test_the_report_says_what_else_a_family_gains_from() -> None:
     sizes = ("", "", "", "float32", "fwd", "cpu", "cpu", WORK)
-    told = notes([Row("layers", *sizes), Row("flash_attention", *sizes)], CEILINGS)
+    rows = [Row("layers", *sizes), Row("flash_attention", *sizes)]
+    told = notes(Results(rows, CEILINGS))
     assert [x for x in told if "inference=True" in x] == [f"layers: {peers.REMARKS['layers']}"]
 
 
@@ -776,7 +790,7 @@ def test_compare_takes_the_latest_runs_of_kept_results(tmp_path: Path, capsys) -
     for milliseconds in (9.0, 1.0):  # the latter is what counts
         append_csv(kept, [timed_row("steady", 1.0), timed_row("changing", milliseconds)], CEILINGS)
     rows = [timed_row("steady", 1.0), timed_row("changing", 2.0)]
-    write_json(now, rows, CEILINGS)
+    write_json(now, Results(rows, CEILINGS))
     assert command_line.main(["compare", str(kept), str(now)]) == 1
     text = capsys.readouterr().out
     assert "| changing | float32 | fwd | 1 | 2 | torch SDPA | 2.000 |" in text
@@ -814,7 +828,7 @@ def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monke
     """And so it is where nothing can draw."""
     installed = peers.is_installed
     gone = {"timm", "open_clip", "flamingo_pytorch", "torchvision", "matplotlib"}
-    for module in (command_line, contest_module, modules):
+    for module in (command_line, contest_module, modules, report_module):
         monkeypatch.setattr(module, "is_installed", lambda x: x not in gone and installed(x))
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.delitem(sys.modules, "bench.html")
