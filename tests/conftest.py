@@ -1,5 +1,6 @@
 """Fixtures that every family uses."""
 
+import ctypes
 import os
 
 import pytest
@@ -59,10 +60,14 @@ def fixed_seed():
 
 @pytest.fixture
 def nan_in_new_memory():
-    """Lets torch.empty and its like return NaN, so that an element left unwritten shows."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    """Lets malloc return memory full of NaN, so that an element left unwritten shows.
+
+    glibc fills with the complement of M_PERTURB's lowest byte, and 0xFF throughout is NaN in every
+    floating dtype. Blocks that are mapped afresh are zero, so none of up to 32 MiB are.
+    """
+    mmap_threshold, perturb = -3, -6  # M_MMAP_THRESHOLD, M_PERTURB of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    assert mallopt(mmap_threshold, 32 << 20) and mallopt(perturb, 0x100)
+    assert torch.empty(1000).isnan().all()
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
+    mallopt(perturb, 0)

@@ -533,6 +533,22 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+ODD_DROPOUT = (
+    torch.tensor(0.0),
+    torch.zeros(2),
+    torch.empty(0),
+    torch.zeros((), device="meta"),
+    0j,
+)
+BAD_CALLS += [
+    (TypeError, "dropout_p: expected a number in", lambda p=p: sdpa(Q, K, V, dropout_p=p))
+    for p in ODD_DROPOUT
+]
+BAD_CALLS += [
+    (ValueError, "value: expected at least 2 dimensions", lambda: sdpa(Q, K, torch.tensor(1.0))),
+    (TypeError, "query: expected a tensor, got NoneType", lambda: sdpa(None, K, V)),
+    (TypeError, "scale: expected a number or None", lambda: sdpa(Q, K, V, scale=torch.ones(()))),
+]
 BAD_CALLS += [
     (ValueError, r"query: expected shape \(total", lambda: varlen(query=torch.zeros(1, 9, 4, 8))),
     (ValueError, "key: expected a number of heads", lambda: varlen(query=torch.zeros(9, 3, 8))),

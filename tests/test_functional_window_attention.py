@@ -170,6 +170,7 @@ def bad(*args, **options):
 BAD_CALLS = [
     (TypeError, "qkv: expected a tensor or a tuple of three, got str", bad("x")),
     (TypeError, "qkv: expected a floating dtype, got torch.int64", bad(QKV.long())),
+    (ValueError, r"qkv: expected shape \(batch, height, width, 3", bad(torch.tensor(1.0))),
     (ValueError, r"qkv: expected shape \(batch, height, width, 3", bad(QKV[0])),
     (ValueError, r"qkv: expected shape .* got \(2, 6, 7, 47\)", bad(QKV[..., :47])),
     (ValueError, "qkv: expected a tensor or a tuple of three, got a tuple of 2", bad((PART, PART))),

@@ -206,7 +206,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     raise ValueError(f"fn: expected a call that reaches a vlmfast kernel, got {fn!r}")
 
 
-_HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _installed(module: str) -> bool:
@@ -225,7 +225,7 @@ _TRITON_FAMILIES = frozenset(
 
 
 def _dtype(dtype: torch.dtype) -> list[str]:
-    if dtype in _HALF_OR_FLOAT:
+    if dtype in HALF_OR_FLOAT:
         return []
     return [f"computes in float32, bfloat16 or float16, got {dtype}"]
 
@@ -294,7 +294,7 @@ def _window_attention_dtypes(query: Tensor, *others: Tensor | None) -> list[str]
     reasons = _dtype(query.dtype)
     names = ("relative_position_bias", "logit_scale", "pad_value")
     for name, tensor in zip(names, others, strict=True):
-        if tensor is not None and tensor.dtype not in _HALF_OR_FLOAT:
+        if tensor is not None and tensor.dtype not in HALF_OR_FLOAT:
             reasons.append(f"takes {name} in float32, bfloat16 or float16, got {tensor.dtype}")
     return reasons
 
@@ -435,7 +435,8 @@ def info() -> dict[str, Any]:
         ],
         "libraries": {name: _version(name) for name in _OPTIONAL_LIBRARIES},
         "environment": {
-            name: value for name, value in os.environ.items() if name.startswith("VLMFAST_")
+            **{name: value for name, value in os.environ.items() if name.startswith("VLMFAST_")},
+            "VLMFAST_BACKEND": _FROM_ENVIRONMENT,  # that counts
         },
         "families": {
             family: {device: refusals(family, device) for device in devices}
@@ -460,6 +461,8 @@ def _format_info(found: dict[str, Any]) -> str:
     for name, version in found["libraries"].items():
         lines.append(f"{name:16} {version or 'not found'}")
     for name, value in found["environment"].items():
+        if value is None:
+            continue
         lines.append(f"{name}={value}")
     for family, devices in found["families"].items():
         for device, reasons_of in devices.items():

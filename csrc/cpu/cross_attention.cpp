@@ -71,7 +71,10 @@ void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
   bool known = true;
   for (int64_t i = 0; i < batch * problem.tokens; i++)
     known &= kinds[i] >= kDenseRow && kinds[i] <= most;
-  VLMFAST_CHECK(known, "image_index: expected numbers from ", kDenseRow, " to ", most);
+  if (!known)
+    for (int64_t i = 0; i < batch * problem.tokens; i++)
+      VLMFAST_CHECK(kinds[i] >= kDenseRow && kinds[i] <= most,
+                    "image_index: expected numbers from -2 to ", most, ", got ", kinds[i]);
   for (int64_t row = 0; row < batch * problem.images; row++) {
     const int32_t* segment = problem.segments + row * 3;
     VLMFAST_CHECK(0 <= segment[0] && segment[0] <= segment[1] && segment[1] <= segment[2] &&
@@ -210,8 +213,8 @@ std::vector<CrossAttentionTask> token_tasks(const CrossAttentionProblem& problem
   return tasks;
 }
 
-// How many neighbouring tasks go to one thread: heads of an image lie side by side, so that what
-// fetches the rows of one fetches much of the next one's as well.
+// How many neighbouring tasks go to one thread: where heads lie inside latents, what fetches the
+// rows of one head of an image fetches much of the next one's as well.
 int64_t group_size(const std::vector<CrossAttentionTask>& tasks, int64_t key_heads) {
   constexpr int64_t groups_per_thread = 32;
   const int64_t most = static_cast<int64_t>(tasks.size()) / (groups_per_thread * threads());

@@ -84,8 +84,8 @@ inline uint64_t read_dropout_seed(const MaybeTensor& seed) {
 }
 
 // An uninitialised tensor in the memory of the CPU whose dimensions lie there in the order
-// `memory`, outermost first. Unlike new_empty it does not go through torch's dispatcher, which
-// costs more than a small call's kernel.
+// `memory`, outermost first. Unlike new_empty it neither looks an operator up by name nor goes
+// through torch's dispatcher.
 template <size_t kDims>
 Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
              const std::array<int, kDims>& memory) {
@@ -96,10 +96,12 @@ Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
     stride *= std::max<int64_t>(sizes[memory[i]], 1);
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const auto status = aoti_torch_empty_strided(
       kDims, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), 0, &handle);
+  VLMFAST_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory for a tensor of ", stride,
+                " elements");
   return Tensor(handle);
 }
 

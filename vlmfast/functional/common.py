@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import backends
-from vlmfast.ops.common import call
+from vlmfast.ops.common import EXTENSION_ERROR, call_eagerly, is_eager
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that a mode makes, such as FakeTensor
 
@@ -38,15 +38,15 @@ def may_run_unchecked(
     at the tensors: that is 0.1 ms where a model's other layers have taken the cache meanwhile. Here
     it need only be certain that it is this operator, on values, that will be called.
     """
-    if (
-        backend is not None
-        or not backends.is_free()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
-        return False
-    return all(map(_holds_values, tensors)) and all(
-        tensor is None or _holds_values(tensor) for tensor in optional
+    return (
+        backend is None
+        and EXTENSION_ERROR is None
+        and backends.is_free()
+        and is_eager()
+        and not torch.is_autocast_enabled("cpu")
+        and all(map(_holds_values, tensors))
+        and all(tensor is None or _holds_values(tensor) for tensor in optional)
+        and tensors[0].dtype in backends.HALF_OR_FLOAT
     )
 
 
@@ -57,8 +57,12 @@ def _holds_values(tensor: Any) -> bool:
 def call_unchecked(operator: Any, *args: Any) -> Any:
     """The results of an operator; None where it refuses, for checks of the caller's to say why."""
     try:
-        return call(operator, *args)
-    except (RuntimeError, TypeError):
+        return call_eagerly(operator, *args)
+    except NotImplementedError:  # no strided tensors
+        return None
+    except RuntimeError as error:
+        if ": expected" not in str(error):  # which is how the operators refuse
+            raise
         return None
 
 

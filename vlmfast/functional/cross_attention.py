@@ -247,8 +247,10 @@ def _attend_unchecked(
     query: Tensor, key: Tensor, value: Tensor, plan: CrossAttentionPlan, scale: Any
 ) -> tuple[Tensor, Tensor] | None:
     """What the CPU's operator returns, for arguments that mean the same to it; else None."""
-    head_dim = query.shape[-1]
-    if head_dim == 0 or value.shape[-1] == 0:
+    if query.dim() != 4 or value.dim() != 5:
+        return None
+    head_dim = query.shape[3]
+    if head_dim == 0 or value.shape[4] == 0:
         return None
     if scale is None:
         scale = common.softmax_scale(None, head_dim)
@@ -300,7 +302,9 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
         reject(name, f"a plan for {tokens} tokens, as query has", tuple(plan.image_index.shape))
     if plan.num_images != images:
         reject(name, f"a plan for {images} images, as key has", plan.num_images)
-    common.check_device(name, plan.image_index, "query", query)
+    for tensor in plan:
+        if tensor is not None:
+            common.check_device(name, tensor, "query", query)
     return plan
 
 

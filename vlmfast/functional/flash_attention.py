@@ -81,15 +81,15 @@ def scaled_dot_product_attention(
             [0, 1], or backend is unknown.
         NotImplementedError: the forced backend cannot run the call.
     """
-    causal = TOP_LEFT if is_causal else NO_CAUSALITY
-    may_run = attn_mask is None and dropout_p == 0.0
-    if may_run and common.may_run_unchecked(backend, (query, key, value)):
-        results = _attend_unchecked(query, key, value, causal, scale)
+    is_plain = attn_mask is None and type(dropout_p) is float and dropout_p == 0.0
+    if is_plain and common.may_run_unchecked(backend, (query, key, value)):
+        results = _attend_unchecked(query, key, value, is_causal, scale)
         if results is not None:
             return results[0]
     query, key, value = _cast_and_check(query, key, value)
     scale = common.softmax_scale(scale, query.shape[-1])
     dropout_p = common.check_dropout("dropout_p", dropout_p)
+    causal = TOP_LEFT if is_causal else NO_CAUSALITY
     if attn_mask is not None:
         if _is_causal_bias(attn_mask):
             causal, attn_mask = _read_causal_bias(attn_mask, query, key, is_causal), None
@@ -271,13 +271,19 @@ def _attend(
 
 
 def _attend_unchecked(
-    query: Tensor, key: Tensor, value: Tensor, causal: int, scale: Any
+    query: Tensor, key: Tensor, value: Tensor, is_causal: Any, scale: Any
 ) -> tuple[Tensor, Tensor] | None:
     """What the CPU's operator returns, for arguments that mean the same to it; else None."""
     shape = query.shape
-    # Heads of a group, which the operator would accept, need enable_gqa.
-    if len(shape) != 4 or shape[:2] != key.shape[:2] or shape[3] == 0 or value.shape[-1] == 0:
+    if len(shape) != 4 or key.dim() != 4 or value.dim() != 4 or type(is_causal) is not bool:
         return None
+    # Heads of a group, which the operator would accept, need enable_gqa.
+    leading = shape[:2]
+    if key.shape[:2] != leading or value.shape[:2] != leading:
+        return None
+    if shape[3] == 0 or value.shape[3] == 0:
+        return None
+    causal = TOP_LEFT if is_causal else NO_CAUSALITY
     if scale is None:
         scale = common.softmax_scale(None, shape[3])
     elif type(scale) is not float:

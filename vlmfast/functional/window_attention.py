@@ -82,7 +82,8 @@ def shifted_window_attention(
     Source: Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022).
     """
     parameters = (relative_position_bias, logit_scale, pad_value)
-    if dropout_p == 0.0 and common.may_run_unchecked(backend, (qkv,), parameters):
+    is_plain = type(dropout_p) is float and dropout_p == 0.0
+    if is_plain and common.may_run_unchecked(backend, (qkv,), parameters):
         geometry = (num_heads, window_size, shift_size, wrap)
         results = _attend_unchecked(qkv, *parameters, *geometry, scale, mask_value)
         if results is not None:
@@ -155,12 +156,16 @@ def _attend_unchecked(
     for pair in (window_size, shift_size):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             return None
-    if type(num_heads) is not int or num_heads < 1 or wrap not in ("padded", "unpadded"):
+        if type(pair[0]) is not int or type(pair[1]) is not int:
+            return None
+    if qkv.dim() != 4 or type(num_heads) is not int or num_heads < 1:
+        return None
+    if wrap not in ("padded", "unpadded"):
         return None
     if type(mask_value) is not float or not -math.inf < mask_value < math.inf:
         return None
     if scale is None:
-        scale = common.softmax_scale(None, max(1, qkv.shape[-1] // 3 // num_heads))
+        scale = common.softmax_scale(None, max(1, qkv.shape[3] // 3 // num_heads))
     elif type(scale) is not float:
         return None
     return common.call_unchecked(

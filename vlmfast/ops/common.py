@@ -131,22 +131,48 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
-    """Calls an operator from within its own autograd kernel or autograd.Function."""
+    """Calls an operator from within its own autograd kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator._op(*args)  # not operator(...): a frame of Python less
 
 
+def call_in_forward(operator: Any, *args: Any) -> Any:
+    """Calls an operator from the forward of its own autograd.Function.
+
+    That disables gradients, which transforms around this one, as in nested torch.func.grad, need.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return below_autograd(operator, *args)
+    with torch.enable_grad():
+        return below_autograd(operator, *args)
+
+
+def is_eager() -> bool:
+    """Whether nobody watches or transforms what is called: no tracer, no mode, no torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def call(operator: Any, *args: Any) -> Any:
+    """Calls an operator, in the short way if there is one."""
+    return call_eagerly(operator, *args) if is_eager() else operator(*args)
+
+
+def call_eagerly(operator: Any, *args: Any) -> Any:
     """Calls an operator as its autograd kernel would, without the dispatcher's way to it.
 
     A kernel in Python costs that way, some 4 us, and several times as much where other code has
-    taken the cache meanwhile.
+    taken the cache meanwhile. Only where `is_eager()`.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return operator(*args)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return below_autograd(operator, *args)
-    if torch._C._are_functorch_transforms_active():
+    if torch.is_inference_mode_enabled():  # and gradients all the same
         return operator(*args)
     return _apply[operator](*args)
 
@@ -154,7 +180,7 @@ def call(operator: Any, *args: Any) -> Any:
 def register_autograd(name: str, operator: Any, function: type[torch.autograd.Function]) -> None:
     """Makes an autograd.Function the autograd kernel of `vlmfast::name`.
 
-    `function.forward(ctx, *args)` calls `below_autograd(operator, *args)`; where no gradient is
+    `function.forward(ctx, *args)` calls `call_in_forward(operator, *args)`; where no gradient is
     asked for it is not entered, so that nothing is saved.
     """
     # Function.apply refuses to run inside torch.func transforms, because it cannot know that it is
@@ -195,7 +221,7 @@ def forbid_double_backward(name: str, operator: Any) -> None:
     class FirstDerivativeOnly(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return below_autograd(operator, *args)
+            return call_in_forward(operator, *args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

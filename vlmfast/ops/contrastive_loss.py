@@ -86,7 +86,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
             rows, columns, scale, bias, first_column, sigmoid, column_statistics = args
-            statistics = common.below_autograd(forward_op, *args)
+            statistics = common.call_in_forward(forward_op, *args)
             row_max, _, _, _, column_max, _ = statistics
             ctx.mark_non_differentiable(row_max, column_max)
             ctx.set_materialize_grads(False)

@@ -73,7 +73,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             query, key, value, *plan, scale = args
-            out, logsumexp = common.below_autograd(forward_op, *args)
+            out, logsumexp = common.call_in_forward(forward_op, *args)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(query, key, value, out, logsumexp, *plan)
             ctx.scale = scale

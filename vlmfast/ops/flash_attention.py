@@ -70,7 +70,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, *numbers, seed = args
-            out, logsumexp = common.below_autograd(forward_op, *args)
+            out, logsumexp = common.call_in_forward(forward_op, *args)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
                 query, key, value, attn_mask, out, logsumexp, cu_seqlens_q, cu_seqlens_k, seed

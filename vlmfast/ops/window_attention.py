@@ -94,7 +94,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
     class WindowAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            out, logsumexp = common.below_autograd(forward_op, *args)
+            out, logsumexp = common.call_in_forward(forward_op, *args)
             ctx.mark_non_differentiable(logsumexp)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*args[:6], out, logsumexp, args[-1])
