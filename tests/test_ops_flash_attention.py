@@ -280,6 +280,8 @@ SHAPES = [
     dense_case("many keys", (1, 1, 8, 64), (1, 1, 2048)),
     dense_case("many queries", (1, 1, 2048, 64), (1, 1, 8)),
     dense_case("many queries of a group", (1, 8, 577, 64), (1, 1, 577)),
+    dense_case("several tiles and panels", (1, 2, 150, 256), (1, 1, 900)),
+    dense_case("causal, several panels", (1, 1, 700, 256), is_causal=True),
     dense_case("causal, more keys", (1, 2, 50, 32), (1, 2, 130), is_causal=True),
     dense_case("causal, fewer keys", (1, 2, 130, 32), (1, 2, 50), is_causal=True),
     dense_case("causal bias", (1, 2, 66, 32), mask=normal_bias(1, 2, 66, 66), is_causal=True),
