@@ -62,8 +62,6 @@ void describe(const Tensor& rows, const Tensor& columns, const Tensor& scale,
   problem->sigmoid = sigmoid;
 }
 
-int divide_up(int n, int step) { return (n + step - 1) / step; }
-
 // Sets the size of the blocks and returns their number. A larger block
 // reads the columns less often, until its own rows and their sums are read from afar; and there
 // should be several blocks for each thread.
@@ -195,11 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_loss_backward(
   });
   if (columns_grad) {
     constexpr int kRowsPerTask = 64;
-    for_each_task(
-        divide_up(problem.n_columns, kRowsPerTask), 0, [&](int64_t task, int64_t, float*) {
-          const int first = static_cast<int>(task) * kRowsPerTask;
-          run.store_columns(problem, first, std::min(first + kRowsPerTask, problem.n_columns));
-        });
+    for_each_task(divide_up(problem.n_columns, kRowsPerTask), 0, [&](const Claim& claim, float*) {
+      const int first = static_cast<int>(claim.task) * kRowsPerTask;
+      run.store_columns(problem, first, std::min(first + kRowsPerTask, problem.n_columns));
+    });
   }
   return {grad_rows, grad_columns, scale_grad ? total(problem.grad_scale, n) : nothing(scale),
           bias_grad ? total(problem.grad_bias, n) : nothing(scale)};

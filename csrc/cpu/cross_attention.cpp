@@ -186,7 +186,7 @@ std::vector<CrossAttentionTask> image_tasks(const CrossAttentionProblem& problem
   for_each_image(key, [&](int batch, int head, int image) {
     const int32_t* segment = problem.segments + ((int64_t)batch * problem.images + image) * 3;
     const int count = segment[2] - segment[0];
-    const int parts = (count + step - 1) / step;
+    const int parts = divide_up(count, step);
     for (int i = 0; i < parts; i++)
       tasks.push_back({batch, head, image, image + 1,
                        segment[0] + static_cast<int>((int64_t)count * i / parts),
@@ -268,16 +268,16 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
   const int64_t scratch_size = run.forward_scratch(problem);
   for_each_task(
       static_cast<int64_t>(tasks.size()), scratch_size,
-      [&](int64_t i, int64_t next, float* scratch) {
-        run.forward(problem, tasks[i], tasks[next], scratch);
+      [&](const Claim& claim, float* scratch) {
+        run.forward(problem, tasks[claim.task], tasks[claim.next], scratch);
       },
       group_size(tasks, key_heads));
   const auto batches = problem.several ? batches_with_uniform_rows(problem, batch)
                                        : batches_with_unseeing_rows(problem, batch);
   for_each_task(static_cast<int64_t>(batches.size()) * key_heads, scratch_size,
-                [&](int64_t i, int64_t, float* scratch) {
-                  run.fill_rows(problem, batches[i / key_heads], static_cast<int>(i % key_heads),
-                                scratch);
+                [&](const Claim& claim, float* scratch) {
+                  run.fill_rows(problem, batches[claim.task / key_heads],
+                                static_cast<int>(claim.task % key_heads), scratch);
                 });
   return {out, logsumexp};
 }
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
 // partial sums added in order afterwards.
 int64_t image_splits(const CrossAttentionProblem& problem, int64_t units, int64_t split_bytes) {
   if (units == 0 || units >= threads()) return 1;
-  const int64_t wanted = (2 * threads() + units - 1) / units;
+  const int64_t wanted = divide_up(2 * threads(), units);
   const int64_t most = kMostPartialBytes / std::max<int64_t>(split_bytes, 1);
   return std::max<int64_t>(1, std::min({wanted, most, static_cast<int64_t>(problem.images)}));
 }
@@ -351,8 +351,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
 
   const CrossAttentionKernel& run = VLMFAST_CURRENT_VARIANT(cross_attention_kernel);
   const auto for_each_head = [&](const auto& body) {
-    for_each_task(batch * key_heads, 0, [&](int64_t i, int64_t, float*) {
-      body(static_cast<int>(i / key_heads), static_cast<int>(i % key_heads));
+    for_each_task(batch * key_heads, 0, [&](const Claim& claim, float*) {
+      body(static_cast<int>(claim.task / key_heads), static_cast<int>(claim.task % key_heads));
     });
   };
   MaybeTensor uniform_gradient;
@@ -375,12 +375,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
                                      : gradient_tasks(problem, key);
   for_each_task(
       static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
-      [&](int64_t i, int64_t next, float* scratch) {
-        run.backward(problem, tasks[i], tasks[next], scratch);
+      [&](const Claim& claim, float* scratch) {
+        run.backward(problem, tasks[claim.task], tasks[claim.next], scratch);
       },
       group_size(tasks, key_heads));
   if (problem.several && query_grad) {
-    for_each_task(batch * heads, 0, [&](int64_t i, int64_t, float*) {
+    for_each_task(batch * heads, 0, [&](const Claim& claim, float*) {
+      const int64_t i = claim.task;
       for (int token = 0; token < tokens; token++)
         run.sum_splits(problem, static_cast<int>(splits), static_cast<int>(i / heads),
                        static_cast<int>(i % heads), token);

@@ -157,7 +157,7 @@ std::vector<FlashAttentionTask> forward_tasks(const std::vector<Segment>& all, i
   constexpr int kTilesPerTask = 4, kMostTilesPerTask = 32;
   int64_t tiles = 0;
   for (const auto& s : all)
-    tiles += (int64_t)heads * ((s.q_end - s.q_begin + queries_per_tile - 1) / queries_per_tile);
+    tiles += (int64_t)heads * divide_up(s.q_end - s.q_begin, queries_per_tile);
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t per_task = std::clamp<int64_t>(tiles / wanted, kTilesPerTask, kMostTilesPerTask);
   std::vector<FlashAttentionTask> tasks;
@@ -165,10 +165,9 @@ std::vector<FlashAttentionTask> forward_tasks(const std::vector<Segment>& all, i
     for (int head = 0; head < heads; head++) {
       const int length = s.q_end - s.q_begin;
       const int step = static_cast<int>(per_task) * queries_per_tile,
-                parts = std::max(1, (length + step - 1) / step);
+                parts = std::max(1, divide_up(length, step));
       // Equal parts, each a whole number of tiles but the last.
-      const int rows = ((length + parts - 1) / parts + queries_per_tile - 1) / queries_per_tile *
-                       queries_per_tile;
+      const int rows = divide_up(divide_up(length, parts), queries_per_tile) * queries_per_tile;
       for (int first = 0; first < length; first += rows)
         tasks.push_back({s.batch, head, s.q_begin + first,
                          std::min(s.q_end, s.q_begin + first + rows), s.k_begin, s.k_end,
@@ -196,8 +195,8 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
   set_most(tasks, &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), run.forward_scratch(problem),
-                [&](int64_t i, int64_t next, float* scratch) {
-                  run.forward(problem, tasks[i], tasks[next], scratch);
+                [&](const Claim& claim, float* scratch) {
+                  run.forward(problem, tasks[claim.task], tasks[claim.next], scratch);
                 });
   return {out, logsumexp};
 }
@@ -214,7 +213,7 @@ int key_splits(const std::vector<Segment>& all, int64_t key_heads, int64_t split
   const int64_t threads = torch::stable::get_num_threads();
   if (units == 0 || units >= threads) return 1;
   constexpr int64_t kKeysPerSplit = 192;
-  const int64_t wanted = (2 * threads + units - 1) / units;
+  const int64_t wanted = divide_up(2 * threads, units);
   const int64_t most =
       std::min(keys_most / kKeysPerSplit, kMostPartialBytes / std::max<int64_t>(split_bytes, 1));
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
@@ -328,8 +327,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   }
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
   set_most(tasks, &problem);
-  const auto run_task = [&](int64_t i, int64_t next, float* scratch) {
-    run.backward(problem, tasks[i], tasks[next], scratch);
+  const auto run_task = [&](const Claim& claim, float* scratch) {
+    run.backward(problem, tasks[claim.task], tasks[claim.next], scratch);
   };
   if (!wants_mask) {
     for_each_task(static_cast<int64_t>(tasks.size()), run.backward_scratch(problem), run_task);
@@ -347,10 +346,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
       stride *= m[i];
     }
     for_each_task(static_cast<int64_t>(units.tasks.size()), run.backward_scratch(problem),
-                  [&](int64_t unit, int64_t, float* scratch) {
-                    const auto& list = units.tasks[unit];
+                  [&](const Claim& unit, float* scratch) {
+                    const auto& list = units.tasks[unit.task];
                     for (size_t i = 0; i < list.size(); i++)
-                      run_task(list[i], list[std::min(i + 1, list.size() - 1)], scratch);
+                      run_task({-1, list[i], list[std::min(i + 1, list.size() - 1)]}, scratch);
                   });
     const int64_t first_dim = 0;
     Tensor total = copies == 1 ? torch::stable::select(sums, 0, 0)
@@ -359,7 +358,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
     grad_mask = torch::stable::to(total, mask->scalar_type());
   }
   if (problem.grad_query_splits != nullptr) {
-    for_each_task(batch * heads * length, 0, [&](int64_t row, int64_t, float*) {
+    for_each_task(batch * heads * length, 0, [&](const Claim& claim, float*) {
+      const int64_t row = claim.task;
       run.sum_splits(problem, splits, static_cast<int>(row / length / heads),
                      static_cast<int>(row / length % heads), row % length);
     });

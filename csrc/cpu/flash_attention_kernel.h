@@ -580,10 +580,7 @@ struct Backward {
               grads, load_words<Words>(out + at * problem.out.stride[2] + d, n), sums[i]);
         }
       }
-      transpose(sums);
-      Vec total = sums[0];
-      VLMFAST_UNROLL for (int i = 1; i < kLanes; i++) total = total + sums[i];
-      store(delta + g * kLanes, total);
+      store(delta + g * kLanes, sum_of_lanes(sums));
     }
     float logsumexp[kWidth];
     for (int i = 0; i < kWidth; i++) {
@@ -687,6 +684,14 @@ struct Backward {
   // weight_at(at, g) is P before dropout.
   template <int kGroups, class Weight>
   VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
+    if (keep == nullptr && exact_grad_scores == nullptr)
+      gradients<kGroups, true>(n, padded, delta, weight_at);
+    else
+      gradients<kGroups, false>(n, padded, delta, weight_at);
+  }
+
+  template <int kGroups, bool kPlain, class Weight>
+  VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
     const Vec scale = broadcast(kept_scale(problem.dropout_p));
     for (int j = 0; j < padded; j += kRows) {
@@ -697,11 +702,11 @@ struct Backward {
         weight[i][g] = grad[i][g] = zero();
         if (j + i < n) {
           const Vec p = weight_at(at, g);
-          const Vec kept = keep == nullptr ? broadcast(1.f) : load(keep + at) * scale;
+          const Vec kept = kPlain || keep == nullptr ? broadcast(1.f) : load(keep + at) * scale;
           weight[i][g] = p * kept;
           grad[i][g] = p * fms(load(grad_scores + at), kept, load(delta + g * kLanes));
         }
-        if (exact_grad_scores != nullptr) store(exact_grad_scores + at, grad[i][g]);
+        if (!kPlain && exact_grad_scores != nullptr) store(exact_grad_scores + at, grad[i][g]);
       }
       store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
     }

@@ -46,26 +46,40 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Calls body(task, next, scratch) for every task in [0, tasks); `next` is the task that the same
-// thread runs afterwards, which it may prefetch for, or the last one where it runs no more. Threads
-// claim tasks as they become free, one group of neighbours ahead: tasks may be of unequal size
-// (causal rows are), and so may cores. A task's result must not depend on which thread runs it.
+template <class Int>
+constexpr Int divide_up(Int n, Int step) {
+  return (n + step - 1) / step;
+}
+
+// A task, and what the thread that claimed it runs before (-1: nothing) and afterwards, which it
+// may prefetch for (where it runs no more: the last task).
+struct Claim {
+  int64_t previous, task, next;
+};
+
+// Calls body(claim, scratch) for every task in [0, tasks). Threads claim tasks as they become free,
+// one group of neighbours ahead: tasks may be of unequal size (causal rows are), and so may cores.
+// A task's result must not depend on which thread runs it.
 template <class Body>
 void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body,
                    int64_t group_size = 1) {
-  const int64_t groups = (tasks + group_size - 1) / group_size;
+  const int64_t groups = divide_up(tasks, group_size);
   const int64_t workers = std::min<int64_t>(groups, torch::stable::get_num_threads());
   std::atomic<int64_t> unclaimed{workers};
   const auto work = [&](int64_t first_worker, int64_t last_worker) {
     Scratch& scratch = Scratch::of_this_thread();
     float* buffer = scratch.get(scratch_floats);
+    int64_t previous = -1;
     for (int64_t worker = first_worker; worker < last_worker; worker++) {
       for (int64_t group = worker; group < groups;) {
-        const int64_t next = unclaimed.fetch_add(1, std::memory_order_relaxed);
+        const int64_t following = unclaimed.fetch_add(1, std::memory_order_relaxed);
         const int64_t end = std::min((group + 1) * group_size, tasks);
-        for (int64_t task = group * group_size; task < end; task++)
-          body(task, std::min(task + 1 < end ? task + 1 : next * group_size, tasks - 1), buffer);
-        group = next;
+        for (int64_t task = group * group_size; task < end; task++) {
+          const int64_t next = task + 1 < end ? task + 1 : following * group_size;
+          body(Claim{previous, task, std::min(next, tasks - 1)}, buffer);
+          previous = task;
+        }
+        group = following;
       }
     }
     scratch.trim();

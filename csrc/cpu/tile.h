@@ -582,10 +582,7 @@ VLMFAST_INLINE void sum_rows(int n_rows, int words, Left left, Right right, floa
         r[i] = sum;
       }
     }
-    transpose(r);
-    VLMFAST_UNROLL for (int step = kLanes / 2; step > 0; step /= 2)
-        VLMFAST_UNROLL for (int i = 0; i < step; i++) r[i] = r[i] + r[i + step];
-    store(out + j, r[0]);
+    store(out + j, sum_of_lanes(r));
   }
 }
 

@@ -111,6 +111,23 @@ VLMFAST_INLINE void transpose(Vec r[16]) {
     r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
+// Lane i: the sum of all lanes of r[i].
+VLMFAST_INLINE Vec sum_of_lanes(const Vec r[16]) {
+  Vec four[4];  // in each 128 bits a part of the sums of four
+  VLMFAST_UNROLL for (int i = 0; i < 4; i++) {
+    const Vec* x = r + 4 * i;
+    const Vec ab = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+    const Vec cd = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+    const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+    four[i] =
+        _mm512_castpd_ps(_mm512_unpacklo_pd(p, q)) + _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
+  }
+  const Vec low =
+      _mm512_shuffle_f32x4(four[0], four[1], 0x88) + _mm512_shuffle_f32x4(four[0], four[1], 0xdd);
+  const Vec high =
+      _mm512_shuffle_f32x4(four[2], four[3], 0x88) + _mm512_shuffle_f32x4(four[2], four[3], 0xdd);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+}
 
 #elif VLMFAST_LEVEL == 1
 constexpr int kLanes = 8;
@@ -215,6 +232,17 @@ VLMFAST_INLINE void transpose(Vec r[8]) {
   }
   VLMFAST_UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
 }
+VLMFAST_INLINE Vec sum_of_lanes(const Vec r[8]) {
+  Vec four[2];
+  VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
+    const Vec* x = r + 4 * i;
+    const Vec ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
+    const Vec cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
+    four[i] = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+  }
+  return _mm256_permute2f128_ps(four[0], four[1], 0x20) +
+         _mm256_permute2f128_ps(four[0], four[1], 0x31);
+}
 
 #else
 constexpr int kLanes = 4;
@@ -312,6 +340,11 @@ VLMFAST_INLINE void transpose(Vec r[4]) {
       r[i][j] = r[j][i];
       r[j][i] = t;
     }
+}
+VLMFAST_INLINE Vec sum_of_lanes(const Vec r[4]) {
+  Vec sum;
+  for (int i = 0; i < 4; i++) sum[i] = (r[i][0] + r[i][2]) + (r[i][1] + r[i][3]);
+  return sum;
 }
 #endif
 

@@ -18,14 +18,9 @@
 namespace vlmfast::cpu {
 namespace {
 
-// What the packed biases of the heads that one task runs may take of the second-level cache, which
-// is 1 MiB or more where AVX-512 is. In the first level there would be room for a tenth, but then
-// rows of tokens are fetched in shorter pieces: Swin-B at 384 px gains 1 to 15 % from several heads
-// in a task over one, and smaller windows lose nothing.
-constexpr int64_t kBiasBytes = 384 << 10;
-// The same with the partial sums of their gradients: these are written for every window as well,
-// and fewer parts of the heads mean more partial sums.
-constexpr int64_t kBiasAndGradientBytes = 64 << 10;
+// What the packed biases of the heads that one task runs may take, with the sums of their
+// gradients: an eighth of a second-level cache, which is 1 MiB or more where AVX-512 is.
+constexpr int64_t kBiasBytes = 128 << 10;
 // What partial sums of gradients may take beyond the gradients themselves.
 constexpr int64_t kMostPartialBytes = 128 << 20;
 
@@ -39,8 +34,8 @@ struct Inputs {
 
   int64_t channels() const { return key ? query.size(3) : query.size(3) / 3; }
   int64_t tokens() const { return window_height * window_width; }
-  int64_t windows_down() const { return (query.size(1) + window_height - 1) / window_height; }
-  int64_t windows_across() const { return (query.size(2) + window_width - 1) / window_width; }
+  int64_t windows_down() const { return divide_up(query.size(1), window_height); }
+  int64_t windows_across() const { return divide_up(query.size(2), window_width); }
   int64_t windows() const { return query.size(0) * windows_down() * windows_across(); }
 };
 
@@ -121,10 +116,10 @@ WindowBias strided_bias(const Tensor& bias) {
 
 // The inputs in the form that kernels take, and the memory that it needs.
 struct Prepared {
-  Tensor query, key, value, pad_value, bias;
+  Tensor query, key, value, pad_value;
   MaybeTensor logit_scale;
 
-  Prepared(const Inputs& in, const WindowAttentionKernel& kernel, WindowAttentionProblem* problem)
+  Prepared(const Inputs& in, WindowAttentionProblem* problem)
       : query(dense_channels(in.query)),
         key(in.key ? dense_channels(*in.key) : query),
         value(in.value ? dense_channels(*in.value) : query) {
@@ -136,18 +131,6 @@ struct Prepared {
     if (in.logit_scale)
       logit_scale =
           torch::stable::contiguous(torch::stable::to(*in.logit_scale, ScalarType::Float));
-    const int tokens = static_cast<int>(in.tokens());
-    const int64_t size = kernel.bias_size(tokens);
-    if (in.bias) {
-      bias = empty({in.num_heads, size}, ScalarType::Float);
-      const WindowBias source = strided_bias(*in.bias);
-      float* packed = static_cast<float*>(bias.mutable_data_ptr());
-      for_each_task(in.num_heads, 0, [&](int64_t head, int64_t, float*) {
-        kernel.pack_bias(source, tokens, static_cast<int>(head), packed + head * size);
-      });
-    } else {
-      bias = zeros({1, size}, ScalarType::Float);
-    }
     problem->dtype = element_type("query", query, false);
     problem->query = strided(query);
     problem->key = in.key ? strided(key) : part(query, channels);
@@ -169,32 +152,40 @@ struct Prepared {
         logit_scale ? static_cast<const float*>(logit_scale->const_data_ptr()) : nullptr;
     // Finite, so that a logit is never the difference of infinities.
     problem->mask = static_cast<float>(std::clamp(in.mask_value * 1.4426950408889634, -1e38, 1e38));
-    problem->bias = static_cast<const float*>(bias.const_data_ptr());
-    problem->bias_head_stride = in.bias ? size : 0;
+    if (in.bias) problem->bias = strided_bias(*in.bias);
     problem->dropout_p = in.dropout_p;
     if (in.dropout_p > 0) problem->dropout_seed = read_dropout_seed(in.dropout_seed);
   }
 };
 
-// Runs of windows for runs of heads. Heads are split so that their biases stay in the cache while
-// windows pass, and further where windows alone are too few; windows into at most `most_splits`
-// runs. The division must not depend on anything but sizes and the number of threads.
-std::vector<WindowAttentionTask> make_tasks(int64_t windows, int heads, int64_t bias_bytes,
-                                            int64_t cached_bytes, int64_t most_splits) {
+// Runs of windows for runs of heads. A task finds the tokens of its windows and, unless its thread
+// has just run the same heads, packs their biases: it has about as many heads as windows where it
+// may, at most `most_heads`. Windows are cut into at most `most_splits` runs. The division must not
+// depend on anything but sizes and the number of threads.
+std::vector<WindowAttentionTask> make_tasks(int64_t windows, int64_t most_heads,
+                                            int64_t most_splits, WindowAttentionProblem* problem) {
   constexpr int kTasksPerThread = 8;
   const int64_t wanted = kTasksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t cached = (heads * bias_bytes + cached_bytes - 1) / cached_bytes;
-  const int64_t few_windows = (wanted + windows - 1) / windows;
-  const int64_t parts = std::min<int64_t>(heads, std::max(cached, few_windows));
-  const int64_t splits =
-      std::clamp<int64_t>((wanted + parts - 1) / parts, 1, std::min(windows, most_splits));
+  const int64_t heads = problem->heads;
+  const double share = static_cast<double>(windows * heads) / static_cast<double>(wanted);
+  const int64_t heads_per_task =
+      std::clamp<int64_t>(std::llround(std::sqrt(share)), 1, std::max<int64_t>(1, most_heads));
+  const int64_t parts = divide_up(heads, heads_per_task);
+  const int64_t splits = std::min({divide_up(wanted, parts), windows, most_splits});
   std::vector<WindowAttentionTask> tasks;
   for (int64_t p = 0; p < parts; p++)
     for (int64_t s = 0; s < splits; s++)
       tasks.push_back({static_cast<int>(heads * p / parts),
                        static_cast<int>(heads * (p + 1) / parts), windows * s / splits,
                        windows * (s + 1) / splits, static_cast<int>(s)});
+  problem->heads_per_task = static_cast<int>(divide_up(heads, parts));
   return tasks;
+}
+
+WindowAttentionTurn turn(const std::vector<WindowAttentionTask>& tasks, const Claim& claim) {
+  const bool follows =
+      claim.previous >= 0 && tasks[claim.previous].head_begin == tasks[claim.task].head_begin;
+  return {tasks[claim.task], tasks[claim.next], follows};
 }
 
 std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key, MaybeTensor value,
@@ -216,15 +207,14 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key
   if (in.windows() == 0) return {out, logsumexp};
   const WindowAttentionKernel& kernel = VLMFAST_CURRENT_VARIANT(window_attention_kernel);
   WindowAttentionForward problem;
-  const Prepared prepared(in, kernel, &problem);
+  const Prepared prepared(in, &problem);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  const auto tasks = make_tasks(in.windows(), problem.heads,
-                                kernel.bias_size(static_cast<int>(in.tokens())) * sizeof(float),
-                                kBiasBytes, in.windows());
+  const int64_t bias_bytes = kernel.bias_size(static_cast<int>(in.tokens())) * sizeof(float);
+  const auto tasks = make_tasks(in.windows(), kBiasBytes / bias_bytes, in.windows(), &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), kernel.forward_scratch(problem),
-                [&](int64_t i, int64_t next, float* scratch) {
-                  kernel.forward(problem, tasks[i], tasks[next], scratch);
+                [&](const Claim& claim, float* scratch) {
+                  kernel.forward(problem, turn(tasks, claim), scratch);
                 });
   return {out, logsumexp};
 }
@@ -276,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
 
   const WindowAttentionKernel& kernel = VLMFAST_CURRENT_VARIANT(window_attention_kernel);
   WindowAttentionBackward problem;
-  const Prepared prepared(in, kernel, &problem);
+  const Prepared prepared(in, &problem);
   const Tensor dense_grad_out = dense_channels(grad_out);
   problem.grad_out = strided(dense_grad_out);
   problem.wants_qkv = qkv_grad;
@@ -290,13 +280,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   const int64_t bias_bytes = bias_size * static_cast<int64_t>(sizeof(float));
   const int64_t most_splits =
       bias_grad ? std::max<int64_t>(1, kMostPartialBytes / (num_heads * bias_bytes)) : windows;
-  const auto tasks = make_tasks(windows, problem.heads, bias_grad ? 2 * bias_bytes : bias_bytes,
-                                bias_grad ? kBiasAndGradientBytes : kBiasBytes, most_splits);
+  const auto tasks = make_tasks(windows, kBiasBytes / (bias_grad ? 2 * bias_bytes : bias_bytes),
+                                most_splits, &problem);
   const int64_t splits = tasks.back().split + 1;
   MaybeTensor bias_sums, pad_sums, logit_scale_sums;
-  if (bias_grad) {
+  if (bias_grad) problem.grad_bias = strided_bias(grad_bias);
+  if (bias_grad && splits > 1) {
     bias_sums = empty({splits, num_heads, bias_size}, ScalarType::Float);
-    problem.grad_bias = static_cast<float*>(bias_sums->mutable_data_ptr());
+    problem.bias_sums = static_cast<float*>(bias_sums->mutable_data_ptr());
   }
   if (pad_grad) {
     pad_sums = zeros({splits, 2 * channels}, ScalarType::Double);
@@ -307,14 +298,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
     problem.grad_logit_scale = static_cast<double*>(logit_scale_sums->mutable_data_ptr());
   }
   for_each_task(static_cast<int64_t>(tasks.size()), kernel.backward_scratch(problem),
-                [&](int64_t i, int64_t next, float* scratch) {
-                  kernel.backward(problem, tasks[i], tasks[next], scratch);
+                [&](const Claim& claim, float* scratch) {
+                  kernel.backward(problem, turn(tasks, claim), scratch);
                 });
-  if (bias_grad) {
-    const WindowBias target = strided_bias(grad_bias);
-    for_each_task(num_heads, 0, [&](int64_t head, int64_t, float*) {
-      kernel.sum_bias(problem.grad_bias, static_cast<int>(splits), problem.heads,
-                      static_cast<int>(tokens), static_cast<int>(head), target);
+  if (bias_sums) {
+    for_each_task(num_heads, 0, [&](const Claim& claim, float*) {
+      kernel.sum_bias(problem, static_cast<int>(splits), static_cast<int>(claim.task));
     });
   }
   if (logit_scale_grad) torch::stable::copy_(grad_logit_scale, sum_splits(*logit_scale_sums));

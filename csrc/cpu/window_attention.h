@@ -6,6 +6,13 @@
 
 namespace vlmfast::cpu {
 
+// A bias (heads, tokens, tokens) in memory, or its gradient.
+struct WindowBias {
+  void* data = nullptr;
+  int64_t head_stride, query_stride, key_stride;
+  ElementType dtype;
+};
+
 struct WindowAttentionProblem {
   ElementType dtype;
   Strided query, key, value;  // (B, H, W, C) each; channels are dense
@@ -17,8 +24,8 @@ struct WindowAttentionProblem {
   float scale;
   const float* logit_scale = nullptr;  // (heads,) for cosine attention
   float mask;                          // in log2 units
-  const float* bias;                   // each head as pack_bias leaves it, in log2 units
-  int64_t bias_head_stride;            // 0: one for all heads
+  WindowBias bias;
+  int heads_per_task;  // at most
   double dropout_p = 0;
   uint64_t dropout_seed = 0;
 };
@@ -30,6 +37,11 @@ struct WindowAttentionTask {
   int split;  // which of the partial sums this task adds to; no other task adds to the same heads
 };
 
+struct WindowAttentionTurn {
+  const WindowAttentionTask &task, &next;  // `next` is what the same thread runs afterwards
+  bool has_biases;  // of the task's heads, in its scratch, from the task before
+};
+
 struct WindowAttentionForward : WindowAttentionProblem {
   Strided out;
   float* logsumexp;  // (B, windows, heads, tokens)
@@ -39,34 +51,24 @@ struct WindowAttentionBackward : WindowAttentionProblem {
   Strided grad_out;
   Strided grad_query, grad_key, grad_value;
   bool wants_qkv;
+  WindowBias grad_bias;
   // Partial sums, (splits, ...) each, or nullptr where the gradient is not wanted. All but the
   // first begin at zero.
-  float* grad_bias = nullptr;          // (splits, heads, bias_size), as packed
+  float* bias_sums = nullptr;          // (splits, heads, bias_size); needless for one split
   double* grad_pad = nullptr;          // (splits, 2, C): key and value
   double* grad_logit_scale = nullptr;  // (splits, heads)
 };
 
-// A bias (heads, tokens, tokens) in memory, or its gradient.
-struct WindowBias {
-  void* data;
-  int64_t head_stride, query_stride, key_stride;
-  ElementType dtype;
-};
-
-// The entry points of one instruction-set variant. `next` is what the same thread runs after
-// `task`. Scratch is 64-byte aligned and `*_scratch` floats long.
+// The entry points of one instruction-set variant. Scratch is 64-byte aligned and `*_scratch`
+// floats long.
 struct WindowAttentionKernel {
   int64_t (*bias_size)(int tokens);  // floats of one packed head
-  void (*pack_bias)(const WindowBias&, int tokens, int head, float* packed);
   int64_t (*forward_scratch)(const WindowAttentionForward&);
-  void (*forward)(const WindowAttentionForward&, const WindowAttentionTask& task,
-                  const WindowAttentionTask& next, float* scratch);
+  void (*forward)(const WindowAttentionForward&, const WindowAttentionTurn&, float* scratch);
   int64_t (*backward_scratch)(const WindowAttentionBackward&);
-  void (*backward)(const WindowAttentionBackward&, const WindowAttentionTask& task,
-                   const WindowAttentionTask& next, float* scratch);
-  // Adds the `splits` partial sums of a head's bias gradient in order.
-  void (*sum_bias)(const float* partial, int splits, int heads, int tokens, int head,
-                   const WindowBias& gradient);
+  void (*backward)(const WindowAttentionBackward&, const WindowAttentionTurn&, float* scratch);
+  // The gradient of a head's bias: its `splits` partial sums in order.
+  void (*sum_bias)(const WindowAttentionBackward&, int splits, int head);
 };
 
 VLMFAST_DECLARE_VARIANTS(WindowAttentionKernel, window_attention_kernel)

@@ -330,13 +330,127 @@ VLMFAST_INLINE void with_groups(int groups, Body body) {
   }
 }
 
+// Runs `body` with the element type of a bias.
+template <class Body>
+VLMFAST_INLINE void with_element(ElementType dtype, Body body) {
+  switch (dtype) {
+    case ElementType::kFloat:
+      return body(float());
+    case ElementType::kHalf:
+      return body(Half());
+    default:
+      return body(BFloat16());
+  }
+}
+
+// Calls body(vector, at, stride) for every vector of queries in a tile: there a packed bias holds
+// the row of key j at `at` + j * stride.
+template <class Body>
+void for_each_bias_vector(const Tiling& tiling, Body body) {
+  for (int t = 0; t < tiling.tiles; t++) {
+    const int first = tiling.first_vector(t), end = tiling.first_vector(t + 1);
+    for (int v = first; v < end; v++)
+      body(v, tiling.bias_tile(first) + (v - first) * kLanes, (end - first) * kLanes);
+  }
+}
+
+// load(query, key, n) gives n elements of a query's row.
+template <class Load>
+VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* packed) {
+  const int tokens = tiling.tokens;
+  for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
+    const int queries = minimum(kLanes, tokens - v * kLanes);
+    for (int key = 0; key < tokens; key += kLanes) {
+      const int n = minimum(kLanes, tokens - key);
+      Vec r[kLanes];
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+          i < queries ? load_keys(v * kLanes + i, key, n) : zero();
+      transpose(r);
+      float* target = packed + at + (int64_t)key * stride;
+      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n) store(target + i * stride, r[i]);
+    }
+  });
+  if (tiling.has_last)
+    for (int key = 0; key < tokens; key += kLanes)
+      store(packed + tiling.bias_tiles_size() + key,
+            load_keys(tokens - 1, key, minimum(kLanes, tokens - key)));
+}
+
+// Packs the biases of a task's heads in log2 units, or zeros where there is none.
+VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const Tiling& tiling, int head_begin,
+                                  int head_end, float* packed) {
+  const int64_t size = tiling.bias_size();
+  if (bias.data == nullptr) {
+    for (int64_t i = 0; i < (head_end - head_begin) * size; i++) packed[i] = 0.f;
+    return;
+  }
+  with_element(bias.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr float kMost = 1.5e38f;  // to which a mask of -1e38 may be added
+    const int64_t query_stride = bias.query_stride, key_stride = bias.key_stride;
+    const uintptr_t ahead = kLanes * query_stride * sizeof(T);
+    for (int head = head_begin; head < head_end; head++, packed += size) {
+      const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
+      if (key_stride == 1)
+        pack_bias_rows(
+            tiling,
+            [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
+              const T* p = base + query * query_stride + key;
+              // For the next vector of queries; maybe beyond the end, where no pointer may point.
+              __builtin_prefetch((const void*)((uintptr_t)p + ahead));
+              return in_log2_units(load_first(p, n), kMost);
+            },
+            packed);
+      else
+        pack_bias_rows(
+            tiling,
+            [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
+              const T* p = base + query * query_stride + key * key_stride;
+              return in_log2_units(gather_words<Fp32Words>(p, key_stride, n), kMost);
+            },
+            packed);
+    }
+  });
+}
+
+// The gradient of a head's bias from its partial sums, which lie `stride` apart.
+VLMFAST_NOINLINE void sum_bias(const float* partial, int splits, int64_t stride,
+                               const Tiling& tiling, int head, const WindowBias& gradient) {
+  with_element(gradient.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int tokens = tiling.tokens;
+    const auto total = [&](int64_t at) {
+      Vec sum = load(partial + at);
+      for (int split = 1; split < splits; split++) sum = sum + load(partial + split * stride + at);
+      return sum;
+    };
+    T* out = static_cast<T*>(gradient.data) + head * gradient.head_stride;
+    for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
+      const int queries = minimum(kLanes, tiling.tiled_queries() - v * kLanes);
+      for (int key = 0; key < tokens; key += kLanes) {
+        const int n = minimum(kLanes, tokens - key);
+        Vec r[kLanes];
+        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
+            i < n ? total(at + (int64_t)(key + i) * stride) : zero();
+        transpose(r);
+        for (int i = 0; i < queries; i++)
+          store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
+      }
+    });
+    if (tiling.has_last)
+      for (int key = 0; key < tokens; key += kLanes)
+        store_first(out + (tokens - 1) * gradient.query_stride + key,
+                    total(tiling.bias_tiles_size() + key), minimum(kLanes, tokens - key));
+  });
+}
+
 template <class Words, class T>
 struct Forward {
   enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
   const WindowAttentionForward& problem;
   Tiling tiling;
   int words, value_columns, row_words;
-  float *keys, *values, *key_factors, *query, *scores, *keep, *sums, *row, *row_scores;
+  float *biases, *keys, *values, *key_factors, *query, *scores, *keep, *sums, *row, *row_scores;
   mutable Window<T, kTensors> windows[2];
   T* sink;
   int64_t scratch_size;
@@ -348,6 +462,7 @@ struct Forward {
     row_words = round_up(words, kLanes);
     Arena arena{scratch};
     const int64_t padded = tiling.padded_tokens;
+    biases = arena.take(p.heads_per_task * tiling.bias_size());
     keys = arena.take(padded * words);
     values = arena.take(padded / Words::kElements * value_columns + kLanes);
     key_factors = p.logit_scale == nullptr ? nullptr : arena.take(padded);
@@ -443,7 +558,7 @@ struct Forward {
     logsumexp[q] = (most + sum) * (float)kLn2;
   }
 
-  void run_head(const Window<T, kTensors>& window, int64_t index, int head,
+  void run_head(const Window<T, kTensors>& window, int64_t index, int head, const float* bias,
                 WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens;
     pack_rows<Words>(window.of(kKey, column), n, tiling.padded_tokens, problem.head_dim, words,
@@ -451,12 +566,8 @@ struct Forward {
     pack_row_pairs<Words>(window.of(kValue, column), n, round_up(n, Words::kElements),
                           problem.head_dim, value_columns, values);
     if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
-    const Logits<Words> logits{tiling,
-                               keys,
-                               key_factors,
-                               words,
-                               problem.bias + head * problem.bias_head_stride,
-                               window.wraps ? window.regions : nullptr,
+    const Logits<Words> logits{tiling,      keys, key_factors,
+                               words,       bias, window.wraps ? window.regions : nullptr,
                                problem.mask};
     const int64_t at = index * problem.heads + head;
     float* logsumexp = problem.logsumexp + at * n;
@@ -469,20 +580,22 @@ struct Forward {
     if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);
   }
 
-  // `next` is what this thread runs afterwards.
-  void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
+  void run(const WindowAttentionTurn& turn) const {
+    const WindowAttentionTask& task = turn.task;
     Window<T, kTensors>*window = windows, *following = windows + 1;
     locate_window(task.window_begin, window);
+    if (!turn.has_biases) pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
     for (int64_t index = task.window_begin; index < task.window_end; index++) {
       const bool is_last = index + 1 == task.window_end;
-      const WindowAttentionTask& upcoming = is_last ? next : task;
-      locate_window(is_last ? next.window_begin : index + 1, following);
+      const WindowAttentionTask& upcoming = is_last ? turn.next : task;
+      locate_window(is_last ? turn.next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead(*following, tiling, column, columns, task.head_end - task.head_begin,
                              words);
       for (int head = task.head_begin; head < task.head_end; head++)
-        run_head(*window, index, head, ahead);
+        run_head(*window, index, head, biases + (head - task.head_begin) * tiling.bias_size(),
+                 ahead);
       Window<T, kTensors>* free = window;
       window = following;
       following = free;
@@ -498,6 +611,8 @@ struct Backward {
   Tiling tiling;
   bool wants_products;
   int words, columns, vectors, row_words;
+  float* biases;
+  float* bias_sums;  // where the task runs all windows of its heads, else nullptr
   float *keys, *values, *key_pairs, *key_factors, *grad_keys, *grad_values;
   float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left,
       *keep, *grad_query;
@@ -515,6 +630,10 @@ struct Backward {
     row_words = round_up(words, kLanes);
     Arena arena{scratch};
     const int64_t padded = tiling.padded_tokens;
+    biases = arena.take(p.heads_per_task * tiling.bias_size());
+    bias_sums = p.grad_bias.data == nullptr || p.bias_sums != nullptr
+                    ? nullptr
+                    : arena.take(p.heads_per_task * tiling.bias_size());
     keys = arena.take(padded * words);
     values = arena.take(padded * words);
     key_pairs = kPairs ? arena.take(padded / 2 * columns + kLanes) : keys;
@@ -567,7 +686,7 @@ struct Backward {
   // P (after dropout) and dS of a tile, from its logits in `scores` and its dP in `grad_scores`, as
   // store_gradients leaves them. dS is times the inverse norms of query and key where there are
   // any, but not in the gradient of the bias.
-  template <int kGroups>
+  template <int kGroups, bool kPlain>
   VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor, float* grad_bias,
                                   bool is_first) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
@@ -579,7 +698,7 @@ struct Backward {
         const int at = j * kWidth + g * kLanes;
         const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
         Vec grad = load(grad_scores + at);
-        if (keep != nullptr) {
+        if (!kPlain && keep != nullptr) {
           grad = grad * (load(keep + at) * kept_factor);
           store(grad_scores + at, grad);
         }
@@ -601,8 +720,9 @@ struct Backward {
           weight[i][g] = load(scores + at) * sum[g];
           grad[i][g] = weight[i][g] * (load(grad_scores + at) - delta[g]);
           if (grad_bias != nullptr) add_to(grad_bias + at, is_first, grad[i][g]);
-          if (keep != nullptr) weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
-          if (key_factors != nullptr)
+          if (!kPlain && keep != nullptr)
+            weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
+          if (!kPlain && key_factors != nullptr)
             grad[i][g] = grad[i][g] * (query_factor[g] * broadcast(key_factors[j + i]));
         }
       }
@@ -645,9 +765,11 @@ struct Backward {
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
-    gradients<kGroups>(most, inverse,
-                       grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first),
-                       is_first);
+    float* grad_bias_tile = grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first);
+    if (keep == nullptr && key_factors == nullptr)
+      gradients<kGroups, true>(most, inverse, grad_bias_tile, is_first);
+    else
+      gradients<kGroups, false>(most, inverse, grad_bias_tile, is_first);
     if (!wants_products) return;
     outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n, overwrite, grad_values,
                             vectors);
@@ -823,7 +945,7 @@ struct Backward {
   }
 
   void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
-                int head, WindowPrefetcher& ahead) const {
+                int head, const float* bias, float* grad_bias, WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const auto key_rows = window.of(kKey, column);
     const auto value_rows = window.of(kValue, column);
@@ -831,16 +953,9 @@ struct Backward {
     pack_rows<Words>(value_rows, n, tiling.padded_tokens, dim, words, values);
     if (kPairs) pack_row_pairs<Words>(key_rows, n, round_up(n, 2), dim, columns, key_pairs);
     if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
-    const Logits<Words> logits{tiling,
-                               keys,
-                               key_factors,
-                               words,
-                               problem.bias + head * problem.bias_head_stride,
-                               window.wraps ? window.regions : nullptr,
+    const Logits<Words> logits{tiling,      keys, key_factors,
+                               words,       bias, window.wraps ? window.regions : nullptr,
                                problem.mask};
-    float* grad_bias = problem.grad_bias;
-    if (grad_bias != nullptr)
-      grad_bias += ((int64_t)task.split * problem.heads + head) * tiling.bias_size();
     const uint32_t at = (uint32_t)(index * problem.heads + head);
     Vec grad_logit_scale = zero();
     const bool is_first = index == task.window_begin;
@@ -859,131 +974,48 @@ struct Backward {
     if (wants_products) store_keys_and_values(window, task, head);
   }
 
-  // `next` is what this thread runs afterwards.
-  void run(const WindowAttentionTask& task, const WindowAttentionTask& next) const {
+  void run(const WindowAttentionTurn& turn) const {
+    const WindowAttentionTask& task = turn.task;
     const int channels = problem.heads * problem.head_dim;
     for (int i = 0; i < channels; i++) zeros[i] = T();
+    const int64_t bias_size = tiling.bias_size();
+    if (!turn.has_biases) pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
+    float* sums = bias_sums;
+    if (problem.bias_sums != nullptr)
+      sums =
+          problem.bias_sums + ((int64_t)task.split * problem.heads + task.head_begin) * bias_size;
     Window<T, kTensors>*window = windows, *following = windows + 1;
     locate_window(task.window_begin, window);
     for (int64_t index = task.window_begin; index < task.window_end; index++) {
       const bool is_last = index + 1 == task.window_end;
-      const WindowAttentionTask& upcoming = is_last ? next : task;
-      locate_window(is_last ? next.window_begin : index + 1, following);
+      const WindowAttentionTask& upcoming = is_last ? turn.next : task;
+      locate_window(is_last ? turn.next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead(*following, tiling, column, columns,
                              2 * (task.head_end - task.head_begin), words);
-      for (int head = task.head_begin; head < task.head_end; head++)
-        run_head(*window, task, index, head, ahead);
+      for (int head = task.head_begin; head < task.head_end; head++) {
+        const int64_t at = (head - task.head_begin) * bias_size;
+        run_head(*window, task, index, head, biases + at, sums == nullptr ? nullptr : sums + at,
+                 ahead);
+      }
       Window<T, kTensors>* free = window;
       window = following;
       following = free;
     }
+    if (bias_sums == nullptr) return;
+    for (int head = task.head_begin; head < task.head_end; head++)
+      sum_bias(bias_sums + (head - task.head_begin) * bias_size, 1, 0, tiling, head,
+               problem.grad_bias);
   }
 };
 
-// Runs `body` with the element type of a bias.
-template <class Body>
-VLMFAST_INLINE void with_element(ElementType dtype, Body body) {
-  switch (dtype) {
-    case ElementType::kFloat:
-      return body(float());
-    case ElementType::kHalf:
-      return body(Half());
-    default:
-      return body(BFloat16());
-  }
-}
-
 int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
 
-// Calls body(vector, at, stride) for every vector of queries in a tile: there a packed bias holds
-// the row of key j at `at` + j * stride.
-template <class Body>
-void for_each_bias_vector(const Tiling& tiling, Body body) {
-  for (int t = 0; t < tiling.tiles; t++) {
-    const int first = tiling.first_vector(t), end = tiling.first_vector(t + 1);
-    for (int v = first; v < end; v++)
-      body(v, tiling.bias_tile(first) + (v - first) * kLanes, (end - first) * kLanes);
-  }
-}
-
-// load(query, key, n) gives n elements of a query's row.
-template <class Load>
-VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* packed) {
-  const int tokens = tiling.tokens;
-  for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
-    const int queries = minimum(kLanes, tokens - v * kLanes);
-    for (int key = 0; key < tokens; key += kLanes) {
-      const int n = minimum(kLanes, tokens - key);
-      Vec r[kLanes];
-      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
-          i < queries ? load_keys(v * kLanes + i, key, n) : zero();
-      transpose(r);
-      float* target = packed + at + (int64_t)key * stride;
-      VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n) store(target + i * stride, r[i]);
-    }
-  });
-  if (tiling.has_last)
-    for (int key = 0; key < tokens; key += kLanes)
-      store(packed + tiling.bias_tiles_size() + key,
-            load_keys(tokens - 1, key, minimum(kLanes, tokens - key)));
-}
-
-void pack_bias(const WindowBias& bias, int tokens, int head, float* packed) {
-  with_element(bias.dtype, [&](auto element) {
-    using T = decltype(element);
-    constexpr float kMost = 1.5e38f;  // to which a mask of -1e38 may be added
-    const T* base = static_cast<const T*>(bias.data) + head * bias.head_stride;
-    const int64_t query_stride = bias.query_stride, key_stride = bias.key_stride;
-    if (key_stride == 1)
-      pack_bias_rows(
-          Tiling(tokens),
-          [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
-            return in_log2_units(load_first(base + query * query_stride + key, n), kMost);
-          },
-          packed);
-    else
-      pack_bias_rows(
-          Tiling(tokens),
-          [=](int query, int key, int n) VLMFAST_INLINE_LAMBDA {
-            const T* p = base + query * query_stride + key * key_stride;
-            return in_log2_units(gather_words<Fp32Words>(p, key_stride, n), kMost);
-          },
-          packed);
-  });
-}
-
-void sum_bias(const float* partial, int splits, int heads, int tokens, int head,
-              const WindowBias& gradient) {
-  with_element(gradient.dtype, [&](auto element) {
-    using T = decltype(element);
-    const Tiling tiling(tokens);
-    const float* base = partial + head * tiling.bias_size();
-    const auto total = [&](int64_t at) {
-      Vec sum = load(base + at);
-      for (int split = 1; split < splits; split++)
-        sum = sum + load(base + (int64_t)split * heads * tiling.bias_size() + at);
-      return sum;
-    };
-    T* out = static_cast<T*>(gradient.data) + head * gradient.head_stride;
-    for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
-      const int queries = minimum(kLanes, tiling.tiled_queries() - v * kLanes);
-      for (int key = 0; key < tokens; key += kLanes) {
-        const int n = minimum(kLanes, tokens - key);
-        Vec r[kLanes];
-        VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) r[i] =
-            i < n ? total(at + (int64_t)(key + i) * stride) : zero();
-        transpose(r);
-        for (int i = 0; i < queries; i++)
-          store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
-      }
-    });
-    if (tiling.has_last)
-      for (int key = 0; key < tokens; key += kLanes)
-        store_first(out + (tokens - 1) * gradient.query_stride + key,
-                    total(tiling.bias_tiles_size() + key), minimum(kLanes, tokens - key));
-  });
+void sum_bias(const WindowAttentionBackward& problem, int splits, int head) {
+  const Tiling tiling(problem.window_height * problem.window_width);
+  sum_bias(problem.bias_sums + head * tiling.bias_size(), splits,
+           problem.heads * tiling.bias_size(), tiling, head, problem.grad_bias);
 }
 
 int64_t forward_scratch(const WindowAttentionForward& problem) {
@@ -992,10 +1024,10 @@ int64_t forward_scratch(const WindowAttentionForward& problem) {
   });
 }
 
-void forward(const WindowAttentionForward& problem, const WindowAttentionTask& task,
-             const WindowAttentionTask& next, float* scratch) {
+void forward(const WindowAttentionForward& problem, const WindowAttentionTurn& turn,
+             float* scratch) {
   with_types(problem.dtype, [&](auto words, auto element) {
-    Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
+    Forward<decltype(words), decltype(element)>(problem, scratch).run(turn);
   });
 }
 
@@ -1005,16 +1037,16 @@ int64_t backward_scratch(const WindowAttentionBackward& problem) {
   });
 }
 
-void backward(const WindowAttentionBackward& problem, const WindowAttentionTask& task,
-              const WindowAttentionTask& next, float* scratch) {
+void backward(const WindowAttentionBackward& problem, const WindowAttentionTurn& turn,
+              float* scratch) {
   with_types(problem.dtype, [&](auto words, auto element) {
-    Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
+    Backward<decltype(words), decltype(element)>(problem, scratch).run(turn);
   });
 }
 
 }  // namespace
 
 extern const WindowAttentionKernel window_attention_kernel = {
-    bias_size, pack_bias, forward_scratch, forward, backward_scratch, backward, sum_bias};
+    bias_size, forward_scratch, forward, backward_scratch, backward, sum_bias};
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT
