@@ -216,8 +216,8 @@ std::vector<CrossAttentionTask> token_tasks(const CrossAttentionProblem& problem
 // How many neighbouring tasks go to one thread: where heads lie inside latents, what fetches the
 // rows of one head of an image fetches much of the next one's as well.
 int64_t group_size(const std::vector<CrossAttentionTask>& tasks, int64_t key_heads) {
-  constexpr int64_t groups_per_thread = 32;
-  const int64_t most = static_cast<int64_t>(tasks.size()) / (groups_per_thread * threads());
+  constexpr int64_t kGroupsPerThread = 32;
+  const int64_t most = static_cast<int64_t>(tasks.size()) / (kGroupsPerThread * threads());
   return std::clamp<int64_t>(most, 1, std::max<int64_t>(key_heads, 1));
 }
 

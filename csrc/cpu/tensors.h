@@ -100,8 +100,7 @@ Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
       kDims, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle);
-  VLMFAST_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory for a tensor of ", stride,
-                " elements");
+  VLMFAST_CHECK(status == AOTI_TORCH_SUCCESS, "cannot allocate a tensor of ", stride, " elements");
   return Tensor(handle);
 }
 

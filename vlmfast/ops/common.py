@@ -131,7 +131,7 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
-    """Calls an operator from within its own autograd kernel."""
+    """Calls an operator without its autograd kernel, as that kernel itself does."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator._op(*args)  # not operator(...): a frame of Python less
 
