@@ -327,11 +327,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   }
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
   set_most(tasks, &problem);
-  const auto run_task = [&](const Claim& claim, float* scratch) {
-    run.backward(problem, tasks[claim.task], tasks[claim.next], scratch);
+  const auto run_task = [&](int64_t task, int64_t next, float* scratch) {
+    run.backward(problem, tasks[task], tasks[next], scratch);
   };
   if (!wants_mask) {
-    for_each_task(static_cast<int64_t>(tasks.size()), run.backward_scratch(problem), run_task);
+    for_each_task(
+        static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
+        [&](const Claim& claim, float* scratch) { run_task(claim.task, claim.next, scratch); });
   } else {
     const MaskUnits units = mask_units(&tasks, *mask);
     const int64_t copies = units.copies ? static_cast<int64_t>(units.tasks.size()) : 1;
@@ -349,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
                   [&](const Claim& unit, float* scratch) {
                     const auto& list = units.tasks[unit.task];
                     for (size_t i = 0; i < list.size(); i++)
-                      run_task({-1, list[i], list[std::min(i + 1, list.size() - 1)]}, scratch);
+                      run_task(list[i], list[std::min(i + 1, list.size() - 1)], scratch);
                   });
     const int64_t first_dim = 0;
     Tensor total = copies == 1 ? torch::stable::select(sums, 0, 0)

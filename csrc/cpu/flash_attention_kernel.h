@@ -690,6 +690,7 @@ struct Backward {
       gradients<kGroups, false>(n, padded, delta, weight_at);
   }
 
+  // kPlain: neither dropout nor a gradient of the mask.
   template <int kGroups, bool kPlain, class Weight>
   VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;

@@ -9,6 +9,8 @@
 #include <new>
 #include <thread>
 
+#include "cpu/types.h"
+
 namespace vlmfast::cpu {
 
 // A 64-byte aligned buffer that each thread keeps between calls, so that its pages are mapped once.
@@ -46,13 +48,8 @@ class Scratch {
   size_t size_ = 0;
 };
 
-template <class Int>
-constexpr Int divide_up(Int n, Int step) {
-  return (n + step - 1) / step;
-}
-
-// A task, and what the thread that claimed it runs before (-1: nothing) and afterwards, which it
-// may prefetch for (where it runs no more: the last task).
+// A task, and what the thread that claimed it ran before (-1: nothing) and runs afterwards, which
+// it may prefetch for (where it runs no more: the last task).
 struct Claim {
   int64_t previous, task, next;
 };

@@ -158,10 +158,11 @@ struct Prepared {
   }
 };
 
-// Runs of windows for runs of heads. A task finds the tokens of its windows and, unless its thread
-// has just run the same heads, packs their biases: it has about as many heads as windows where it
-// may, at most `most_heads`. Windows are cut into at most `most_splits` runs. The division must not
-// depend on anything but sizes and the number of threads.
+// Runs of windows for runs of heads; sets heads_per_task. A task locates the tokens of each of its
+// windows and, unless its thread has just run the same heads, packs the bias of each of its heads:
+// for a given number of pairs both together cost least where there are about as many heads as
+// windows, at most `most_heads`. Windows are cut into at most `most_splits` runs. The division must
+// not depend on anything but sizes and the number of threads.
 std::vector<WindowAttentionTask> make_tasks(int64_t windows, int64_t most_heads,
                                             int64_t most_splits, WindowAttentionProblem* problem) {
   constexpr int kTasksPerThread = 8;
@@ -182,10 +183,9 @@ std::vector<WindowAttentionTask> make_tasks(int64_t windows, int64_t most_heads,
   return tasks;
 }
 
-WindowAttentionTurn turn(const std::vector<WindowAttentionTask>& tasks, const Claim& claim) {
-  const bool follows =
-      claim.previous >= 0 && tasks[claim.previous].head_begin == tasks[claim.task].head_begin;
-  return {tasks[claim.task], tasks[claim.next], follows};
+// Whether the thread has just run the same heads: parts of the heads do not overlap.
+bool has_biases(const std::vector<WindowAttentionTask>& tasks, const Claim& claim) {
+  return claim.previous >= 0 && tasks[claim.previous].head_begin == tasks[claim.task].head_begin;
 }
 
 std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key, MaybeTensor value,
@@ -214,7 +214,8 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& query, MaybeTensor key
   const auto tasks = make_tasks(in.windows(), kBiasBytes / bias_bytes, in.windows(), &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), kernel.forward_scratch(problem),
                 [&](const Claim& claim, float* scratch) {
-                  kernel.forward(problem, turn(tasks, claim), scratch);
+                  kernel.forward(problem, tasks[claim.task], tasks[claim.next],
+                                 has_biases(tasks, claim), scratch);
                 });
   return {out, logsumexp};
 }
@@ -299,7 +300,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   }
   for_each_task(static_cast<int64_t>(tasks.size()), kernel.backward_scratch(problem),
                 [&](const Claim& claim, float* scratch) {
-                  kernel.backward(problem, turn(tasks, claim), scratch);
+                  kernel.backward(problem, tasks[claim.task], tasks[claim.next],
+                                  has_biases(tasks, claim), scratch);
                 });
   if (bias_sums) {
     for_each_task(num_heads, 0, [&](const Claim& claim, float*) {

@@ -8,9 +8,9 @@ namespace vlmfast::cpu {
 
 // A bias (heads, tokens, tokens) in memory, or its gradient.
 struct WindowBias {
-  void* data = nullptr;
-  int64_t head_stride, query_stride, key_stride;
-  ElementType dtype;
+  void* data = nullptr;  // nullptr: there is none
+  int64_t head_stride = 0, query_stride = 0, key_stride = 0;
+  ElementType dtype = ElementType::kFloat;
 };
 
 struct WindowAttentionProblem {
@@ -37,11 +37,6 @@ struct WindowAttentionTask {
   int split;  // which of the partial sums this task adds to; no other task adds to the same heads
 };
 
-struct WindowAttentionTurn {
-  const WindowAttentionTask &task, &next;  // `next` is what the same thread runs afterwards
-  bool has_biases;  // of the task's heads, in its scratch, from the task before
-};
-
 struct WindowAttentionForward : WindowAttentionProblem {
   Strided out;
   float* logsumexp;  // (B, windows, heads, tokens)
@@ -52,21 +47,24 @@ struct WindowAttentionBackward : WindowAttentionProblem {
   Strided grad_query, grad_key, grad_value;
   bool wants_qkv;
   WindowBias grad_bias;
-  // Partial sums, (splits, ...) each, or nullptr where the gradient is not wanted. All but the
-  // first begin at zero.
+  // Partial sums, (splits, ...) each, or nullptr where the gradient is not wanted. `bias_sums`
+  // begins uninitialised, the others at zero.
   float* bias_sums = nullptr;          // (splits, heads, bias_size); needless for one split
   double* grad_pad = nullptr;          // (splits, 2, C): key and value
   double* grad_logit_scale = nullptr;  // (splits, heads)
 };
 
-// The entry points of one instruction-set variant. Scratch is 64-byte aligned and `*_scratch`
-// floats long.
+// The entry points of one instruction-set variant. `next` is what the same thread runs after
+// `task`; `has_biases` says that its task before had the same heads, whose packed biases are still
+// in scratch. Scratch is 64-byte aligned and `*_scratch` floats long.
 struct WindowAttentionKernel {
   int64_t (*bias_size)(int tokens);  // floats of one packed head
   int64_t (*forward_scratch)(const WindowAttentionForward&);
-  void (*forward)(const WindowAttentionForward&, const WindowAttentionTurn&, float* scratch);
+  void (*forward)(const WindowAttentionForward&, const WindowAttentionTask& task,
+                  const WindowAttentionTask& next, bool has_biases, float* scratch);
   int64_t (*backward_scratch)(const WindowAttentionBackward&);
-  void (*backward)(const WindowAttentionBackward&, const WindowAttentionTurn&, float* scratch);
+  void (*backward)(const WindowAttentionBackward&, const WindowAttentionTask& task,
+                   const WindowAttentionTask& next, bool has_biases, float* scratch);
   // The gradient of a head's bias: its `splits` partial sums in order.
   void (*sum_bias)(const WindowAttentionBackward&, int splits, int head);
 };

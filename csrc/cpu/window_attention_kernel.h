@@ -226,7 +226,7 @@ struct Logits {
   const float* keys;         // pack_rows
   const float* key_factors;  // inverse norms, or nullptr
   int words;
-  const float* bias;     // packed
+  const float* bias;     // packed, or nullptr
   const float* regions;  // nullptr where the window does not wrap
   float mask;
 
@@ -236,7 +236,7 @@ struct Logits {
                            Vec* most, WindowPrefetcher& ahead) const {
     with_rows<kGroups>(tiling.tokens, [&](auto rows) VLMFAST_INLINE_LAMBDA {
       constexpr int kRows = decltype(rows)::kCount;
-      if (key_factors == nullptr && regions == nullptr)
+      if (bias != nullptr && key_factors == nullptr && regions == nullptr)
         tile<kGroups, kRows, true>(query, first, factor, logits, most, ahead);
       else
         tile<kGroups, kRows, false>(query, first, factor, logits, most, ahead);
@@ -247,13 +247,14 @@ struct Logits {
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
                              Vec* most, WindowPrefetcher& ahead) const {
     const int n = tiling.tokens;
-    const float* added = bias + tiling.bias_tile(first);
+    const float* added = bias == nullptr ? nullptr : bias + tiling.bias_tile(first);
     Vec top[kGroups];  // in registers, which `most` cannot be
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
     const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
       Vec f = factor[g];
       if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j]);
-      Vec x = fma(sum, f, load(added + (j * kGroups + g) * kLanes));
+      Vec x = kPlain || bias != nullptr ? fma(sum, f, load(added + (j * kGroups + g) * kLanes))
+                                        : sum * f;
       if (!kPlain && regions != nullptr)
         x = x + masked(load(regions + (first + g) * kLanes), regions[j]);
       store(logits + (j * kGroups + g) * kLanes, x);
@@ -286,11 +287,12 @@ struct Logits {
   VLMFAST_INLINE void last(const float* query, float factor, float* logits) const {
     const int n = tiling.tokens;
     multiply_row<Words>(query, keys, words, words, n, logits);
-    const float* added = bias + tiling.bias_tiles_size();
+    const float* added = bias == nullptr ? nullptr : bias + tiling.bias_tiles_size();
     for (int j = 0; j < n; j += kLanes) {
       Vec f = broadcast(factor);
       if (key_factors != nullptr) f = f * load(key_factors + j);
-      Vec x = fma(load(logits + j), f, load(added + j));
+      Vec x = load(logits + j) * f;
+      if (added != nullptr) x = fma(load(logits + j), f, load(added + j));
       if (regions != nullptr) x = x + masked(load(regions + j), regions[n - 1]);
       store(logits + j, select_ge(lane_index(j), n, broadcast(-kInfinity), x));
     }
@@ -376,14 +378,10 @@ VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* 
             load_keys(tokens - 1, key, minimum(kLanes, tokens - key)));
 }
 
-// Packs the biases of a task's heads in log2 units, or zeros where there is none.
+// Packs the biases of a task's heads in log2 units.
 VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const Tiling& tiling, int head_begin,
                                   int head_end, float* packed) {
   const int64_t size = tiling.bias_size();
-  if (bias.data == nullptr) {
-    for (int64_t i = 0; i < (head_end - head_begin) * size; i++) packed[i] = 0.f;
-    return;
-  }
   with_element(bias.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr float kMost = 1.5e38f;  // to which a mask of -1e38 may be added
@@ -413,15 +411,17 @@ VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const Tiling& tiling, 
   });
 }
 
-// The gradient of a head's bias from its partial sums, which lie `stride` apart.
-VLMFAST_NOINLINE void sum_bias(const float* partial, int splits, int64_t stride,
-                               const Tiling& tiling, int head, const WindowBias& gradient) {
+// The gradient of a head's bias from its partial sums, which lie `split_stride` apart.
+VLMFAST_NOINLINE void store_bias_gradient(const float* partial, int splits, int64_t split_stride,
+                                          const Tiling& tiling, int head,
+                                          const WindowBias& gradient) {
   with_element(gradient.dtype, [&](auto element) {
     using T = decltype(element);
     const int tokens = tiling.tokens;
     const auto total = [&](int64_t at) {
       Vec sum = load(partial + at);
-      for (int split = 1; split < splits; split++) sum = sum + load(partial + split * stride + at);
+      for (int split = 1; split < splits; split++)
+        sum = sum + load(partial + split * split_stride + at);
       return sum;
     };
     T* out = static_cast<T*>(gradient.data) + head * gradient.head_stride;
@@ -462,7 +462,7 @@ struct Forward {
     row_words = round_up(words, kLanes);
     Arena arena{scratch};
     const int64_t padded = tiling.padded_tokens;
-    biases = arena.take(p.heads_per_task * tiling.bias_size());
+    biases = p.bias.data == nullptr ? nullptr : arena.take(p.heads_per_task * tiling.bias_size());
     keys = arena.take(padded * words);
     values = arena.take(padded / Words::kElements * value_columns + kLanes);
     key_factors = p.logit_scale == nullptr ? nullptr : arena.take(padded);
@@ -580,22 +580,24 @@ struct Forward {
     if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);
   }
 
-  void run(const WindowAttentionTurn& turn) const {
-    const WindowAttentionTask& task = turn.task;
+  void run(const WindowAttentionTask& task, const WindowAttentionTask& next,
+           bool has_biases) const {
     Window<T, kTensors>*window = windows, *following = windows + 1;
     locate_window(task.window_begin, window);
-    if (!turn.has_biases) pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
+    if (biases != nullptr && !has_biases)
+      pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
     for (int64_t index = task.window_begin; index < task.window_end; index++) {
       const bool is_last = index + 1 == task.window_end;
-      const WindowAttentionTask& upcoming = is_last ? turn.next : task;
-      locate_window(is_last ? turn.next.window_begin : index + 1, following);
+      const WindowAttentionTask& upcoming = is_last ? next : task;
+      locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead(*following, tiling, column, columns, task.head_end - task.head_begin,
                              words);
-      for (int head = task.head_begin; head < task.head_end; head++)
-        run_head(*window, index, head, biases + (head - task.head_begin) * tiling.bias_size(),
-                 ahead);
+      for (int head = task.head_begin; head < task.head_end; head++) {
+        const int64_t at = (head - task.head_begin) * tiling.bias_size();
+        run_head(*window, index, head, biases == nullptr ? nullptr : biases + at, ahead);
+      }
       Window<T, kTensors>* free = window;
       window = following;
       following = free;
@@ -612,7 +614,9 @@ struct Backward {
   bool wants_products;
   int words, columns, vectors, row_words;
   float* biases;
-  float* bias_sums;  // where the task runs all windows of its heads, else nullptr
+  // Where the gradient of the bias is wanted and the task runs all windows of its heads, else
+  // nullptr.
+  float* own_bias_sums;
   float *keys, *values, *key_pairs, *key_factors, *grad_keys, *grad_values;
   float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *left, *grad_left,
       *keep, *grad_query;
@@ -630,10 +634,10 @@ struct Backward {
     row_words = round_up(words, kLanes);
     Arena arena{scratch};
     const int64_t padded = tiling.padded_tokens;
-    biases = arena.take(p.heads_per_task * tiling.bias_size());
-    bias_sums = p.grad_bias.data == nullptr || p.bias_sums != nullptr
-                    ? nullptr
-                    : arena.take(p.heads_per_task * tiling.bias_size());
+    biases = p.bias.data == nullptr ? nullptr : arena.take(p.heads_per_task * tiling.bias_size());
+    own_bias_sums = p.grad_bias.data == nullptr || p.bias_sums != nullptr
+                        ? nullptr
+                        : arena.take(p.heads_per_task * tiling.bias_size());
     keys = arena.take(padded * words);
     values = arena.take(padded * words);
     key_pairs = kPairs ? arena.take(padded / 2 * columns + kLanes) : keys;
@@ -686,6 +690,7 @@ struct Backward {
   // P (after dropout) and dS of a tile, from its logits in `scores` and its dP in `grad_scores`, as
   // store_gradients leaves them. dS is times the inverse norms of query and key where there are
   // any, but not in the gradient of the bias.
+  // kPlain: neither dropout nor cosines.
   template <int kGroups, bool kPlain>
   VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor, float* grad_bias,
                                   bool is_first) const {
@@ -974,13 +979,14 @@ struct Backward {
     if (wants_products) store_keys_and_values(window, task, head);
   }
 
-  void run(const WindowAttentionTurn& turn) const {
-    const WindowAttentionTask& task = turn.task;
+  void run(const WindowAttentionTask& task, const WindowAttentionTask& next,
+           bool has_biases) const {
     const int channels = problem.heads * problem.head_dim;
     for (int i = 0; i < channels; i++) zeros[i] = T();
     const int64_t bias_size = tiling.bias_size();
-    if (!turn.has_biases) pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
-    float* sums = bias_sums;
+    if (biases != nullptr && !has_biases)
+      pack_biases(problem.bias, tiling, task.head_begin, task.head_end, biases);
+    float* sums = own_bias_sums;
     if (problem.bias_sums != nullptr)
       sums =
           problem.bias_sums + ((int64_t)task.split * problem.heads + task.head_begin) * bias_size;
@@ -988,25 +994,25 @@ struct Backward {
     locate_window(task.window_begin, window);
     for (int64_t index = task.window_begin; index < task.window_end; index++) {
       const bool is_last = index + 1 == task.window_end;
-      const WindowAttentionTask& upcoming = is_last ? turn.next : task;
-      locate_window(is_last ? turn.next.window_begin : index + 1, following);
+      const WindowAttentionTask& upcoming = is_last ? next : task;
+      locate_window(is_last ? next.window_begin : index + 1, following);
       const int column = upcoming.head_begin * problem.head_dim;
       const int columns = (upcoming.head_end - upcoming.head_begin) * problem.head_dim;
       WindowPrefetcher ahead(*following, tiling, column, columns,
                              2 * (task.head_end - task.head_begin), words);
       for (int head = task.head_begin; head < task.head_end; head++) {
         const int64_t at = (head - task.head_begin) * bias_size;
-        run_head(*window, task, index, head, biases + at, sums == nullptr ? nullptr : sums + at,
-                 ahead);
+        run_head(*window, task, index, head, biases == nullptr ? nullptr : biases + at,
+                 sums == nullptr ? nullptr : sums + at, ahead);
       }
       Window<T, kTensors>* free = window;
       window = following;
       following = free;
     }
-    if (bias_sums == nullptr) return;
+    if (own_bias_sums == nullptr) return;
     for (int head = task.head_begin; head < task.head_end; head++)
-      sum_bias(bias_sums + (head - task.head_begin) * bias_size, 1, 0, tiling, head,
-               problem.grad_bias);
+      store_bias_gradient(own_bias_sums + (head - task.head_begin) * bias_size, 1, 0, tiling, head,
+                          problem.grad_bias);
   }
 };
 
@@ -1014,8 +1020,8 @@ int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
 
 void sum_bias(const WindowAttentionBackward& problem, int splits, int head) {
   const Tiling tiling(problem.window_height * problem.window_width);
-  sum_bias(problem.bias_sums + head * tiling.bias_size(), splits,
-           problem.heads * tiling.bias_size(), tiling, head, problem.grad_bias);
+  store_bias_gradient(problem.bias_sums + head * tiling.bias_size(), splits,
+                      problem.heads * tiling.bias_size(), tiling, head, problem.grad_bias);
 }
 
 int64_t forward_scratch(const WindowAttentionForward& problem) {
@@ -1024,10 +1030,10 @@ int64_t forward_scratch(const WindowAttentionForward& problem) {
   });
 }
 
-void forward(const WindowAttentionForward& problem, const WindowAttentionTurn& turn,
-             float* scratch) {
+void forward(const WindowAttentionForward& problem, const WindowAttentionTask& task,
+             const WindowAttentionTask& next, bool has_biases, float* scratch) {
   with_types(problem.dtype, [&](auto words, auto element) {
-    Forward<decltype(words), decltype(element)>(problem, scratch).run(turn);
+    Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next, has_biases);
   });
 }
 
@@ -1037,10 +1043,10 @@ int64_t backward_scratch(const WindowAttentionBackward& problem) {
   });
 }
 
-void backward(const WindowAttentionBackward& problem, const WindowAttentionTurn& turn,
-              float* scratch) {
+void backward(const WindowAttentionBackward& problem, const WindowAttentionTask& task,
+              const WindowAttentionTask& next, bool has_biases, float* scratch) {
   with_types(problem.dtype, [&](auto words, auto element) {
-    Backward<decltype(words), decltype(element)>(problem, scratch).run(turn);
+    Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next, has_biases);
   });
 }
 
