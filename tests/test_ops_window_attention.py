@@ -1,6 +1,8 @@
 """The operators, and through them the CPU kernels, in every instruction set of this machine."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -442,6 +444,30 @@ def test_rows_of_length_zero_have_cosine_zero(cpu_isa):
     assert_close(ours[0][zero] / 1e12, theirs[0].float()[zero] / 1e12, rtol=1e-4, atol=1e-6)
     for x, y in zip(ours[1:], theirs[1:], strict=True):
         assert_close(x, y.float(), rtol=1e-4, atol=1e-5)
+
+
+MEMORY_PROBE = """
+import resource
+import torch
+from vlmfast.functional import shifted_window_attention
+
+def run(side):
+    qkv = torch.randn(1, side, side, 96, requires_grad=True)
+    shifted_window_attention(qkv, 4, (side, side)).sum().backward()
+
+run(8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(64)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_of_a_large_window_without_bias():
+    """The logits of one head, or a bias of zeros, would be 64 MiB."""
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True
+    )
+    assert int(child.stdout) < 48
 
 
 def test_operators_guard_memory_against_any_caller():
