@@ -9,8 +9,6 @@
 #include <new>
 #include <thread>
 
-#include "cpu/types.h"
-
 namespace vlmfast::cpu {
 
 // A 64-byte aligned buffer that each thread keeps between calls, so that its pages are mapped once.
@@ -47,6 +45,12 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
   size_t size_ = 0;
 };
+
+// How many pieces of `step` n makes, the last one maybe shorter.
+template <class Int>
+constexpr Int divide_up(Int n, Int step) {
+  return (n + step - 1) / step;
+}
 
 // A task, and what the thread that claimed it ran before (-1: nothing) and runs afterwards, which
 // it may prefetch for (where it runs no more: the last task).

@@ -14,12 +14,6 @@ struct Half {
 
 enum class ElementType : int8_t { kBool, kFloat, kBFloat16, kHalf };
 
-// How many pieces of `step`, the last one maybe shorter, n is.
-template <class Int>
-inline __attribute__((always_inline)) constexpr Int divide_up(Int n, Int step) {
-  return (n + step - 1) / step;
-}
-
 // (batch, head, row, column) strides in elements; `data` keeps the tensor's own element type.
 struct Strided {
   void* data = nullptr;

@@ -243,6 +243,7 @@ struct Logits {
     });
   }
 
+  // kPlain: a bias, and neither cosines nor regions.
   template <int kGroups, int kRows, bool kPlain>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
                              Vec* most, WindowPrefetcher& ahead) const {
@@ -253,8 +254,8 @@ struct Logits {
     const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
       Vec f = factor[g];
       if (!kPlain && key_factors != nullptr) f = f * broadcast(key_factors[j]);
-      Vec x = kPlain || bias != nullptr ? fma(sum, f, load(added + (j * kGroups + g) * kLanes))
-                                        : sum * f;
+      Vec x = !kPlain && bias == nullptr ? sum * f
+                                         : fma(sum, f, load(added + (j * kGroups + g) * kLanes));
       if (!kPlain && regions != nullptr)
         x = x + masked(load(regions + (first + g) * kLanes), regions[j]);
       store(logits + (j * kGroups + g) * kLanes, x);
@@ -291,8 +292,8 @@ struct Logits {
     for (int j = 0; j < n; j += kLanes) {
       Vec f = broadcast(factor);
       if (key_factors != nullptr) f = f * load(key_factors + j);
-      Vec x = load(logits + j) * f;
-      if (added != nullptr) x = fma(load(logits + j), f, load(added + j));
+      const Vec product = load(logits + j);
+      Vec x = bias == nullptr ? product * f : fma(product, f, load(added + j));
       if (regions != nullptr) x = x + masked(load(regions + j), regions[n - 1]);
       store(logits + j, select_ge(lane_index(j), n, broadcast(-kInfinity), x));
     }
