@@ -78,7 +78,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status tells no {field}")
 
 
-def _peak(call: Callable[[], object], device: str) -> int:
+def peak(call: Callable[[], object], device: str) -> int:
     """Bytes that a call adds at its peak; the results of the call included."""
     gc.collect()
     if device == "cuda":
@@ -107,7 +107,7 @@ def _measure(contest: Contest, names: Sequence[str]) -> dict[str, int]:
     for contestant in contest.contestants:
         if contestant.name in names:
             call = contest.page.make_call(contestant.prepare(contest.case), inputs, contest.mode)
-            found[contestant.name] = _peak(call, contest.device)
+            found[contestant.name] = peak(call, contest.device)
     return found
 
 

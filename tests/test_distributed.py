@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vlmfast
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
+from bench.memory import peak
 from tools.processes import Processes
 from vlmfast.distributed import Ring
 from vlmfast.ops import contrastive_loss as ops
@@ -800,16 +801,12 @@ def peak_memory(group, exchange, pairs_here, dim, dtype):
     """The most that this process holds during a step, beyond the features."""
     ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is gone
 
-    def status(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
     def step(n, dim):
         features = [torch.randn(n, dim).to(dtype).requires_grad_() for _ in range(2)]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = status("VmRSS")
-        VF.clip_loss(*features, 1e-3, group=by_exchange(group, exchange)).backward()
-        return status("VmHWM") - before
+        return peak(
+            lambda: VF.clip_loss(*features, 1e-3, group=by_exchange(group, exchange)).backward(),
+            "cpu",
+        )
 
     step(8, 16)  # whatever is set up once
     return step(pairs_here, dim)

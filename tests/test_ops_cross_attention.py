@@ -1,8 +1,5 @@
 """The operators, and through them the CPU kernels, in every instruction set of this machine."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
+from tools.memory import peak_memory
 from vlmfast.functional.cross_attention import cross_attention_plan
 from vlmfast.ops import cross_attention as ops
 from vlmfast.reference.cross_attention import cross_attention as reference
@@ -293,26 +291,20 @@ def test_one_head_is_shared_among_threads():
         torch.set_num_threads(threads)
 
 
-MEMORY_PROBE = """
-import resource, torch
+MEMORY_SETUP = """
+import torch
 from vlmfast.functional import cross_attention_plan, image_cross_attention
 tokens, images, latents = 8192, 128, 64  # scores would be 8192 x 8192 floats a head, 256 MiB
 query = torch.randn(1, 2, tokens, 32, requires_grad=True)
 key = torch.randn(1, 2, images, latents, 32, requires_grad=True)
 plan = cross_attention_plan(torch.randint(0, images, (1, tokens)).sort()[0], images, MODE)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-image_cross_attention(query, key, key, plan).sum().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 @pytest.mark.parametrize("mode", ["last", "all_previous"])
 def test_memory_does_not_hold_the_scores(mode):
-    code = MEMORY_PROBE.replace("MODE", repr(mode))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert int(done.stdout) < 64
+    setup = MEMORY_SETUP.replace("MODE", repr(mode))
+    assert peak_memory(setup, "image_cross_attention(query, key, key, plan).sum().backward()") < 64
 
 
 # --- wrong arguments ----------------------------------------------------------------------------

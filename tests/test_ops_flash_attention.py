@@ -2,8 +2,6 @@
 
 import gc
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
+from tools.memory import peak_memory
 from vlmfast.ops import flash_attention as ops
 from vlmfast.reference.flash_attention import flash_attention as reference
 from vlmfast.verify.flash_attention import (
@@ -589,32 +588,19 @@ def test_operators_guard_memory_against_any_caller():
             FORWARD(*bad)
 
 
-MEMORY_PROBE = """
-import resource
+MEMORY_SETUP = """
 import torch
 from vlmfast.functional import scaled_dot_product_attention
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
 x = [torch.randn(1, 1, 256, 64, requires_grad=True) for _ in range(3)]
 scaled_dot_product_attention(*x).sum().backward()
-length = {length}
-query, key, value = (torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3))
-for tensor in (query, key, value):
+inputs = [torch.randn(1, 1, 32768, 64, requires_grad=True) for _ in range(3)]
+for tensor in inputs:
     tensor.grad = torch.zeros_like(tensor)
-before = peak()
-scaled_dot_product_attention(query, key, value).sum().backward()
-print(peak() - before)
 """
 
 
 def test_memory_of_a_long_sequence():
     """L = S = 32768, d = 64: an L x S buffer of bytes alone would be 1 GiB."""
-    child = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE.format(length=32768)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(child.stdout) < 256
+    added = peak_memory(MEMORY_SETUP, "scaled_dot_product_attention(*inputs).sum().backward()")
+    assert added < 256

@@ -1,8 +1,6 @@
 """The operators, and through them the CPU kernels, in every instruction set of this machine."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
+from tools.memory import peak_memory
 from vlmfast.functional import shifted_window_attention
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.window_attention import window_attention as reference
@@ -446,8 +445,7 @@ def test_rows_of_length_zero_have_cosine_zero(cpu_isa):
         assert_close(x, y.float(), rtol=1e-4, atol=1e-5)
 
 
-MEMORY_PROBE = """
-import resource
+MEMORY_SETUP = """
 import torch
 from vlmfast.functional import shifted_window_attention
 
@@ -456,18 +454,12 @@ def run(side):
     shifted_window_attention(qkv, 4, (side, side)).sum().backward()
 
 run(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(64)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 def test_memory_of_a_large_window_without_bias():
     """The logits of one head, or a bias of zeros, would be 64 MiB."""
-    child = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True
-    )
-    assert int(child.stdout) < 48
+    assert peak_memory(MEMORY_SETUP, "run(64)") < 48
 
 
 def test_operators_guard_memory_against_any_caller():
