@@ -3,8 +3,7 @@
 
 #include "cpu/flash_attention.h"
 
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-#define VLMFAST_VARIANT avx512
-#define VLMFAST_LEVEL 2
+#include "cpu/target_avx512.h"
+
 #include "cpu/flash_attention_kernel.h"
 #endif

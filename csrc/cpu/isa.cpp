@@ -28,6 +28,11 @@ const std::vector<Isa>& available_isas() {
           __builtin_cpu_supports("f16c")))
       return found;
     found.push_back(Isa::kAvx2);
+#ifdef VLMFAST_EMULATE_AVX512
+    found.push_back(Isa::kAvx512);
+    found.push_back(Isa::kAvx512Bf16);
+    return found;
+#endif
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
       return found;

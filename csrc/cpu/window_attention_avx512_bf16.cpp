@@ -3,8 +3,7 @@
 
 #include "cpu/window_attention.h"
 
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define VLMFAST_VARIANT avx512_bf16
-#define VLMFAST_LEVEL 3
+#include "cpu/target_avx512_bf16.h"
+
 #include "cpu/window_attention_kernel.h"
 #endif
