@@ -30,6 +30,8 @@ CXX_FLAGS = [
     # and time, and wrapping integers keep loops over int indices from being vectorised.
     "-g0",
     "-fno-wrapv",
+    # Of a build for tests: another optimisation, a sanitizer, the emulation of AVX-512.
+    *os.environ.get("VLMFAST_CXX_FLAGS", "").split(),
 ]
 # Symbols of a CUDA build of torch are reached through libtorch.so, which the linker would drop
 # because nothing in it is used directly.

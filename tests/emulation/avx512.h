@@ -13,6 +13,11 @@
 #include <cstring>
 
 #pragma GCC target("avx2,fma,f16c")
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+
+// Called, not inlined: kernels unroll them by the hundred, and would take minutes to compile.
+#define VLMFAST_EMULATED __attribute__((noinline)) inline
 
 namespace vlmfast::emulation {
 
@@ -97,12 +102,12 @@ inline __m512 loadu_ps(const void* p) {
   return x;
 }
 inline void storeu_ps(void* p, __m512 x) { std::memcpy(p, &x, 64); }
-inline __m512 maskz_loadu_ps(__mmask16 mask, const float* p) {
+VLMFAST_EMULATED __m512 maskz_loadu_ps(__mmask16 mask, const float* p) {
   Lanes<float> r;
   for (int i = 0; i < 16; i++) r.lane[i] = mask >> i & 1 ? p[i] : 0.f;
   return register_of<__m512>(r);
 }
-inline void mask_storeu_ps(float* p, __mmask16 mask, __m512 x) {
+VLMFAST_EMULATED void mask_storeu_ps(float* p, __mmask16 mask, __m512 x) {
   const auto r = lanes_of<float>(x);
   for (int i = 0; i < 16; i++)
     if (mask >> i & 1) p[i] = r.lane[i];
@@ -115,32 +120,32 @@ inline __m512 fmsub_ps(__m512 a, __m512 b, __m512 c) {
   return by_halves<__m256>([](auto x, auto y, auto z) { return _mm256_fmsub_ps(x, y, z); }, a, b,
                            c);
 }
-inline __m512 max_ps(__m512 a, __m512 b) {
+VLMFAST_EMULATED __m512 max_ps(__m512 a, __m512 b) {
   return by_halves<__m256>([](auto x, auto y) { return _mm256_max_ps(x, y); }, a, b);
 }
-inline __m512 min_ps(__m512 a, __m512 b) {
+VLMFAST_EMULATED __m512 min_ps(__m512 a, __m512 b) {
   return by_halves<__m256>([](auto x, auto y) { return _mm256_min_ps(x, y); }, a, b);
 }
-inline __m512 sqrt_ps(__m512 x) {
+VLMFAST_EMULATED __m512 sqrt_ps(__m512 x) {
   return by_halves<__m256>([](auto y) { return _mm256_sqrt_ps(y); }, x);
 }
 // Halves are combined with halves, down to one lane, as GCC expands the real ones.
 template <class Operation>
-inline float reduce(__m512 x, Operation operation) {
+VLMFAST_EMULATED float reduce(__m512 x, Operation operation) {
   auto r = lanes_of<float>(x);
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; i++) r.lane[i] = operation(r.lane[i], r.lane[i + width]);
   return r.lane[0];
 }
-inline float reduce_add_ps(__m512 x) {
+VLMFAST_EMULATED float reduce_add_ps(__m512 x) {
   return reduce(x, [](float a, float b) { return a + b; });
 }
-inline float reduce_max_ps(__m512 x) {
+VLMFAST_EMULATED float reduce_max_ps(__m512 x) {
   return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 // What rounding to an integer takes away: x - round(x); nothing of an infinity.
 template <int kControl>
-inline __m512 reduce_ps(__m512 x) {
+VLMFAST_EMULATED __m512 reduce_ps(__m512 x) {
   static_assert(kControl == (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   return by_halves<__m256>(
       [](__m256 y) {
@@ -165,14 +170,14 @@ inline float scale_by(float a, float b) {
   std::memcpy(&power, &bits, sizeof power);
   return static_cast<float>(static_cast<double>(a) * power);
 }
-inline __m512 scalef_ps(__m512 a, __m512 b) {
+VLMFAST_EMULATED __m512 scalef_ps(__m512 a, __m512 b) {
   auto r = lanes_of<float>(a);
   const auto exponents = lanes_of<float>(b);
   for (int i = 0; i < 16; i++) r.lane[i] = scale_by(r.lane[i], exponents.lane[i]);
   return register_of<__m512>(r);
 }
 template <int kPredicate>
-inline __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
+VLMFAST_EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
   const auto compared = lanes_of<uint32_t>(
       by_halves<__m256>([](auto x, auto y) { return _mm256_cmp_ps(x, y, kPredicate); }, a, b));
   uint32_t mask = 0;
@@ -180,7 +185,7 @@ inline __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
   return static_cast<__mmask16>(mask);
 }
 template <class Register>
-inline Register mask_blend(__mmask16 mask, Register no, Register yes) {
+VLMFAST_EMULATED Register mask_blend(__mmask16 mask, Register no, Register yes) {
   auto r = lanes_of<uint32_t>(no);
   const auto chosen = lanes_of<uint32_t>(yes);
   for (int i = 0; i < 16; i++)
@@ -190,41 +195,40 @@ inline Register mask_blend(__mmask16 mask, Register no, Register yes) {
 
 // --- order of lanes ---
 
-inline __m512 unpacklo_ps(__m512 a, __m512 b) {
+VLMFAST_EMULATED __m512 unpacklo_ps(__m512 a, __m512 b) {
   return by_halves<__m256>([](auto x, auto y) { return _mm256_unpacklo_ps(x, y); }, a, b);
 }
-inline __m512 unpackhi_ps(__m512 a, __m512 b) {
+VLMFAST_EMULATED __m512 unpackhi_ps(__m512 a, __m512 b) {
   return by_halves<__m256>([](auto x, auto y) { return _mm256_unpackhi_ps(x, y); }, a, b);
 }
-inline __m512d unpacklo_pd(__m512d a, __m512d b) {
+VLMFAST_EMULATED __m512d unpacklo_pd(__m512d a, __m512d b) {
   return by_halves<__m256d>([](auto x, auto y) { return _mm256_unpacklo_pd(x, y); }, a, b);
 }
-inline __m512d unpackhi_pd(__m512d a, __m512d b) {
+VLMFAST_EMULATED __m512d unpackhi_pd(__m512d a, __m512d b) {
   return by_halves<__m256d>([](auto x, auto y) { return _mm256_unpackhi_pd(x, y); }, a, b);
 }
 // Two of the four quarters of a, then two of b.
-inline __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
+VLMFAST_EMULATED __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
   const auto first = lanes_of<float>(a), second = lanes_of<float>(b);
   Lanes<float> r;
   for (int quarter = 0; quarter < 4; quarter++) {
-    const float* from =
-        (quarter < 2 ? first : second).lane + 4 * (control >> (2 * quarter) & 3);
+    const float* from = (quarter < 2 ? first : second).lane + 4 * (control >> (2 * quarter) & 3);
     std::memcpy(r.lane + 4 * quarter, from, 16);
   }
   return register_of<__m512>(r);
 }
-inline __m512i permutexvar_epi16(__m512i order, __m512i x) {
+VLMFAST_EMULATED __m512i permutexvar_epi16(__m512i order, __m512i x) {
   const auto from = lanes_of<uint16_t>(order), source = lanes_of<uint16_t>(x);
   Lanes<uint16_t> r;
   for (int i = 0; i < 32; i++) r.lane[i] = source.lane[from.lane[i] & 31];
   return register_of<__m512i>(r);
 }
-inline __m512i castsi256_si512(__m256i x) {
+VLMFAST_EMULATED __m512i castsi256_si512(__m256i x) {
   Lanes<uint64_t> r = {};
   std::memcpy(&r, &x, 32);
   return register_of<__m512i>(r);
 }
-inline __m512i inserti64x4(__m512i x, __m256i half, int at) {
+VLMFAST_EMULATED __m512i inserti64x4(__m512i x, __m256i half, int at) {
   auto r = lanes_of<uint64_t>(x);
   std::memcpy(r.lane + 4 * at, &half, 32);
   return register_of<__m512i>(r);
@@ -232,39 +236,39 @@ inline __m512i inserti64x4(__m512i x, __m256i half, int at) {
 
 // --- integers ---
 
-inline __m512i set1_epi32(int32_t x) {
+VLMFAST_EMULATED __m512i set1_epi32(int32_t x) {
   Lanes<int32_t> r;
   for (int32_t& lane : r.lane) lane = x;
   return register_of<__m512i>(r);
 }
 template <class... Ints>
-inline __m512i setr_epi32(Ints... x) {
+VLMFAST_EMULATED __m512i setr_epi32(Ints... x) {
   return register_of<__m512i>(Lanes<int32_t>{{static_cast<int32_t>(x)...}});
 }
 template <class... Ints>
-inline __m512i set_epi16(Ints... x) {
+VLMFAST_EMULATED __m512i set_epi16(Ints... x) {
   static_assert(sizeof...(Ints) == 32);
   const int16_t last_first[] = {static_cast<int16_t>(x)...};
   Lanes<int16_t> r;
   for (int i = 0; i < 32; i++) r.lane[i] = last_first[31 - i];
   return register_of<__m512i>(r);
 }
-inline __m512i add_epi32(__m512i a, __m512i b) {
+VLMFAST_EMULATED __m512i add_epi32(__m512i a, __m512i b) {
   return by_halves<__m256i>([](auto x, auto y) { return _mm256_add_epi32(x, y); }, a, b);
 }
-inline __m512i and_si512(__m512i a, __m512i b) {
+VLMFAST_EMULATED __m512i and_si512(__m512i a, __m512i b) {
   return by_halves<__m256i>([](auto x, auto y) { return _mm256_and_si256(x, y); }, a, b);
 }
-inline __m512i xor_si512(__m512i a, __m512i b) {
+VLMFAST_EMULATED __m512i xor_si512(__m512i a, __m512i b) {
   return by_halves<__m256i>([](auto x, auto y) { return _mm256_xor_si256(x, y); }, a, b);
 }
-inline __m512i srli_epi32(__m512i x, int count) {
+VLMFAST_EMULATED __m512i srli_epi32(__m512i x, int count) {
   return by_halves<__m256i>([count](auto y) { return _mm256_srli_epi32(y, count); }, x);
 }
-inline __m512i slli_epi32(__m512i x, int count) {
+VLMFAST_EMULATED __m512i slli_epi32(__m512i x, int count) {
   return by_halves<__m256i>([count](auto y) { return _mm256_slli_epi32(y, count); }, x);
 }
-inline __mmask16 cmpge_epi32_mask(__m512i a, __m512i b) {
+VLMFAST_EMULATED __mmask16 cmpge_epi32_mask(__m512i a, __m512i b) {
   const auto x = lanes_of<int32_t>(a), y = lanes_of<int32_t>(b);
   uint32_t mask = 0;
   for (int i = 0; i < 16; i++) mask |= static_cast<uint32_t>(x.lane[i] >= y.lane[i]) << i;
@@ -273,58 +277,58 @@ inline __mmask16 cmpge_epi32_mask(__m512i a, __m512i b) {
 
 // --- 16-bit numbers ---
 
-inline __m512i maskz_loadu_epi16(__mmask32 mask, const void* p) {
+VLMFAST_EMULATED __m512i maskz_loadu_epi16(__mmask32 mask, const void* p) {
   Lanes<uint16_t> r;
   for (int i = 0; i < 32; i++)
     r.lane[i] = mask >> i & 1 ? static_cast<const uint16_t*>(p)[i] : uint16_t{0};
   return register_of<__m512i>(r);
 }
-inline __m256i half_maskz_loadu_epi16(__mmask16 mask, const void* p) {
+VLMFAST_EMULATED __m256i half_maskz_loadu_epi16(__mmask16 mask, const void* p) {
   uint16_t r[16];
   for (int i = 0; i < 16; i++)
     r[i] = mask >> i & 1 ? static_cast<const uint16_t*>(p)[i] : uint16_t{0};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r));
 }
-inline void half_mask_storeu_epi16(void* p, __mmask16 mask, __m256i x) {
+VLMFAST_EMULATED void half_mask_storeu_epi16(void* p, __mmask16 mask, __m256i x) {
   uint16_t r[16];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(r), x);
   for (int i = 0; i < 16; i++)
     if (mask >> i & 1) static_cast<uint16_t*>(p)[i] = r[i];
 }
-inline __m512i cvtepu16_epi32(__m256i x) {
+VLMFAST_EMULATED __m512i cvtepu16_epi32(__m256i x) {
   uint16_t from[16];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(from), x);
   Lanes<uint32_t> r;
   for (int i = 0; i < 16; i++) r.lane[i] = from[i];
   return register_of<__m512i>(r);
 }
-inline __m256i cvtepi32_epi16(__m512i x) {
+VLMFAST_EMULATED __m256i cvtepi32_epi16(__m512i x) {
   const auto from = lanes_of<uint32_t>(x);
   uint16_t r[16];
   for (int i = 0; i < 16; i++) r[i] = static_cast<uint16_t>(from.lane[i]);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r));
 }
-inline __m512 cvtph_ps(__m256i x) {
+VLMFAST_EMULATED __m512 cvtph_ps(__m256i x) {
   __m128i half[2];
   std::memcpy(half, &x, 32);
   const __m256 r[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
   return loadu_ps(r);
 }
 template <int kRounding>
-inline __m256i cvtps_ph(__m512 x) {
+VLMFAST_EMULATED __m256i cvtps_ph(__m512 x) {
   __m256 half[2];
   std::memcpy(half, &x, 64);
   const __m128i r[2] = {_mm256_cvtps_ph(half[0], kRounding), _mm256_cvtps_ph(half[1], kRounding)};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r));
 }
-inline __m256i cvtneps_pbh(__m512 x) {
+VLMFAST_EMULATED __m256i cvtneps_pbh(__m512 x) {
   const auto from = lanes_of<float>(x);
   uint16_t r[16];
   for (int i = 0; i < 16; i++) r[i] = to_bf16(from.lane[i]);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(r));
 }
 // The lanes of `low`, then those of `high`.
-inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
+VLMFAST_EMULATED __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
   const auto first = lanes_of<float>(low), second = lanes_of<float>(high);
   Lanes<uint16_t> r;
   for (int i = 0; i < 16; i++) {
@@ -334,7 +338,7 @@ inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
   return register_of<__m512i>(r);
 }
 // Two products a lane, the second of each pair added first.
-inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+VLMFAST_EMULATED __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   auto r = lanes_of<float>(sum);
   const auto x = lanes_of<uint16_t>(a), y = lanes_of<uint16_t>(b);
   for (int i = 0; i < 16; i++)
@@ -345,6 +349,8 @@ inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 }
 
 }  // namespace vlmfast::emulation
+
+#pragma GCC pop_options
 
 #define _mm512_setzero_ps() ::vlmfast::emulation::set1_ps(0.f)
 #define _mm512_set1_ps(...) ::vlmfast::emulation::set1_ps(__VA_ARGS__)
