@@ -241,7 +241,7 @@ def attend(
         if SEVERAL:
             scores = tl.where(sees[:, None], scores, float("-inf"))
         weights, decay, row_max, row_sum = online_softmax_step(
-            scores, row_max, row_sum, scale * LOG2E, False
+            scores, row_max, row_sum, scale * LOG2E
         )
         value_tiles = load_rows(
             value, value_strides, columns, num_latents, DV, VALUE_PIECES, UNIT, True
@@ -531,7 +531,7 @@ def cross_attention_bwd_key_value_kernel(
                 num_tokens,
             )
             scores = inner_products(key_tiles, query_tiles, PRECISION)
-            weights = shifted_exp2(scores, shift[None, :], scale * LOG2E, False)
+            weights = shifted_exp2(scores, shift[None, :], scale * LOG2E)
             weights = tl.where((columns < length)[:, None], weights, 0.0)
             grad_weights = inner_products(value_tiles, grad_out_tiles, PRECISION)
             grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype.element_ty)
@@ -658,7 +658,7 @@ def add_query_gradient(
             value, value_strides, columns, num_latents, DV, VALUE_PIECES, UNIT, True
         )
         scores = inner_products(query_tiles, key_tiles, PRECISION)
-        weights = shifted_exp2(scores, shift[:, None], scale * LOG2E, False)
+        weights = shifted_exp2(scores, shift[:, None], scale * LOG2E)
         weights = tl.where((columns < num_latents)[None, :], weights, 0.0)
         grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None])

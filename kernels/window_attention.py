@@ -576,9 +576,7 @@ def window_attention_fwd_kernel(
                 SHIFTED,
                 PRECISION,
             )
-            weights, decay, row_max, row_sum = online_softmax_step(
-                scores, row_max, row_sum, 1.0, True
-            )
+            weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, 1.0)
             if DROPOUT:
                 keep = dropout_keep(
                     dropout_seed,
@@ -1034,7 +1032,7 @@ def window_attention_bwd_query_kernel(
                     SHIFTED,
                     PRECISION,
                 )
-                _, _, shift, row_sum = online_softmax_step(scores, shift, row_sum, 1.0, True)
+                _, _, shift, row_sum = online_softmax_step(scores, shift, row_sum, 1.0)
             inverse_sum = 1.0 / row_sum
             tl.store(row_scale + statistics, inverse_sum, mask=exists)
         else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import vlmfast
 import vlmfast.functional as VF
@@ -546,3 +547,24 @@ def test_wrong_scale_and_backend():
         VF.image_cross_attention(*qkv(), PHI, scale="1")
     with pytest.raises(ValueError, match="backend: expected one of"):
         VF.image_cross_attention(*qkv(), PHI, backend="opencl")
+
+
+@pytest.mark.parametrize("which", ["out", "logsumexp", "both"])
+def test_checkpoints_that_are_not_reentrant(which):
+    tensors = [x.requires_grad_() for x in qkv()]
+
+    def loss(query, key, value):
+        out, logsumexp = VF.image_cross_attention(query, key, value, PHI, return_lse=True)
+        visible = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+        terms = {"out": out.sin(), "logsumexp": visible.sin()}
+        return sum(x.sum() for name, x in terms.items() if which in (name, "both"))
+
+    plain, again = (
+        torch.autograd.grad(call(), tensors, allow_unused=True)
+        for call in (
+            lambda: loss(*tensors),
+            lambda: checkpoint(loss, *tensors, use_reentrant=False),
+        )
+    )
+    for x, y in zip(plain, again, strict=True):
+        assert torch.equal(x, y)

@@ -2,6 +2,10 @@
 
 import gc
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
@@ -287,6 +292,9 @@ SHAPES = [
     # Constant along a row a bias changes nothing: its gradient is a sum that cancels wholly.
     dense_case("bias of one number", (2, 2, 20, 32), mask=normal_bias(1, 1, 1, 1), bias_dtype=None),
     dense_case("bias over queries", (2, 2, 20, 32), mask=normal_bias(1, 2, 20, 1), bias_dtype=None),
+    dense_case(
+        "bias over queries, many keys", (1, 2, 20, 32), (1, 2, 300), mask=normal_bias(1, 2, 20, 1)
+    ),
     dense_case("bias over batches", (3, 2, 20, 32), mask=normal_bias(3, 1, 20, 20)),
     dense_case("bias, grouped heads", (2, 4, 20, 32), (2, 2, 30), mask=normal_bias(1, 4, 20, 30)),
     dense_case("causal mask", (2, 2, 70, 32), mask=random_mask(1, 1, 70, 70), is_causal=True),
@@ -512,7 +520,42 @@ def test_gradients_with_a_single_key(cpu_isa):
     assert_close(grad_value, grad_out.sum(2, keepdim=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.3}], ids=str)
+def test_rows_of_a_bias_s_gradient_cancel(options, dtype, cpu_isa):
+    """What is the same for all keys changes nothing, also where a bias holds it for each of them:
+    300 keys are several blocks, and the output's rounding must not show in the sums."""
+    case = dense_case("", (1, 1, 150, 32), (1, 1, 300), mask=normal_bias(1, 1, 150, 1), **options)
+
+    def by_a_whole_bias(inputs):
+        bias = inputs["attn_mask"].expand(1, 1, 150, 300)
+        return case.kernel({**inputs, "attn_mask": bias}, "cpu")
+
+    assert_keeps_budget(case, dtype, kernel=by_a_whole_bias)
+
+
+def test_gradient_of_a_bias_over_queries_is_that_of_the_logsumexp(cpu_isa):
+    query, key, value = (normal(2, 3, n, 8) for n in (5, 120, 120))
+    for shape in ((2, 3, 5, 1), (1, 3, 1, 1), (1, 1, 5, 1)):
+        bias = normal(*shape)
+        bias[:, :, -1:] = -math.inf  # hides its rows: nothing of theirs counts
+        args = arguments(query, key, value, bias)
+        grad_logsumexp = normal(2, 3, 5)
+        gradient = BACKWARD(*backward_arguments(args, normal(2, 3, 5, 8), grad_logsumexp))[3]
+        seen = grad_logsumexp.masked_fill(bias[..., 0].expand(2, 3, 5) == -math.inf, 0.0)
+        assert_close(gradient, seen.unsqueeze(3).sum_to_size(shape))
+
+
+def huge_case(name, query_shape, key_shape, **options):
+    """Logits of 1e9 and beyond: one key of a row has all the weight."""
+    return dense_case(name, query_shape, key_shape, scale=1e9, **options)
+
+
 EXTREMES = [
+    huge_case("logits of billions", (1, 2, 40, 16), (1, 2, 50)),
+    huge_case("logits of billions, many keys", (1, 2, 40, 16), (1, 2, 300)),
+    huge_case("logits of billions, causal", (1, 2, 130, 16), (1, 2, 130), is_causal=True),
+    huge_case("logits of billions, one key", (1, 2, 40, 16), (1, 2, 1)),
     # Far beyond what exp takes: the softmax is one-hot.
     dense_case("huge logits", (1, 2, 40, 16), (1, 2, 50), scale=100.0),
     dense_case("huge negative scale", (1, 2, 40, 16), (1, 2, 50), scale=-100.0),
@@ -604,3 +647,73 @@ def test_memory_of_a_long_sequence():
     """L = S = 32768, d = 64: an L x S buffer of bytes alone would be 1 GiB."""
     added = peak_memory(MEMORY_SETUP, "scaled_dot_product_attention(*inputs).sum().backward()")
     assert added < 256
+
+
+def test_sizes_without_work_take_no_time():
+    """2**27 batch elements without queries, or without keys, or without either."""
+    many = normal(1, 1, 1, 8).expand(2**27, 1, 1, 8)
+    empty = many[:, :, :0]
+    for query, key in ((empty, empty), (empty, many)):
+        start = time.process_time()
+        args = arguments(query, key, key)
+        out, logsumexp = FORWARD(*args)
+        assert out.shape == query.shape and logsumexp.shape == (2**27, 1, 0)
+        BACKWARD(*backward_arguments(args, out, None, (True, False, False)))
+        assert time.process_time() - start < 1.0
+
+
+def test_sizes_that_cannot_be_served_are_named():
+    x = normal(1, 1, 1, 8)
+    for shape in ((1, 1, 2**30, 8), (1, 2**30, 1, 8)):
+        with pytest.raises(RuntimeError, match="query, key, value: expected at most"):
+            FORWARD(*arguments(x.expand(shape), x.expand(shape), x.expand(shape)))
+    with pytest.raises(RuntimeError, match=r"cannot allocate.*\(1048576, 32, 536870912, 8\)"):
+        shape = (2**20, 2**5, 2**29, 8)
+        FORWARD(*arguments(x.expand(shape), x.expand(shape), x.expand(shape)))
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from vlmfast.ops import flash_attention as ops
+
+torch.set_num_threads(2)
+x = torch.zeros(1, 1, 1, 1).expand(4, 1, 96, 65536)  # keys are packed: 24 MiB
+value = torch.zeros(4, 1, 96, 1)
+arguments = (None, None, None, 0, 0, 0, 1.0, 0.0, None)
+ops.FORWARD["cpu"](x[..., :8], x[..., :8], value, *arguments)  # starts the threads
+used = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), -1))
+try:
+    ops.FORWARD["cpu"](x, x, value, *arguments)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_threads_without_memory_say_so():
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux's /proc")
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "out of memory: cannot allocate" in child.stdout, child.stdout + child.stderr
+    assert "bytes of scratch for each of 2 threads" in child.stdout
+
+
+@pytest.mark.parametrize("which", ["out", "logsumexp", "both"])
+def test_checkpoints_that_are_not_reentrant(which):
+    args = sample("packed", True)
+
+    def loss(query, key, value):
+        out, logsumexp = FORWARD(query, key, value, *args[3:])
+        terms = {"out": out.sin(), "logsumexp": logsumexp[..., :5].sin()}
+        return sum(x.sum() for name, x in terms.items() if which in (name, "both"))
+
+    plain, again = (
+        torch.autograd.grad(call(), args[:3], allow_unused=True)
+        for call in (
+            lambda: loss(*args[:3]),
+            lambda: checkpoint(loss, *args[:3], use_reentrant=False),
+        )
+    )
+    for x, y in zip(plain, again, strict=True):
+        assert torch.equal(x, y)

@@ -23,11 +23,6 @@ constexpr int kFewRows = kLanes / 4;
 // Up to so many queries of an image do not average rounding away. In backward their softmax is
 // computed afresh, and scores are summed up kPartWords words at a time.
 constexpr int kImpreciseRows = 8, kPartWords = 16;
-// Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
-// rounding of the inputs.
-template <class T>
-constexpr float kImpreciseLogsumexp = sizeof(T) == 4 ? 16.f : 1024.f;
-
 template <int n>
 struct Groups {
   static constexpr int value = n;
@@ -216,23 +211,6 @@ VLMFAST_INLINE void store_scaled(T* target, const float* source, int columns, Ve
   for (; d + kLanes <= columns; d += kLanes)
     store_first(target + d, load(source + d) * scale, kLanes);
   if (d < columns) store_first(target + d, load(source + d) * scale, columns - d);
-}
-
-// The factor that scores still need before exp2. As maxima are those of rounded products, an exact
-// product could exceed them by what rounding takes, and that overflows where logits are huge: there
-// scores are multiplied here, and rounded likewise.
-template <int kGroups>
-VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* subtracted) {
-  constexpr float kHuge = 1 << 20;
-  Vec most = zero();
-  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-    const Vec size = max(subtracted[g], zero() - subtracted[g]);
-    most = max(select_eq(size, broadcast(kInfinity), zero(), size), most);
-  }
-  if (!(horizontal_max(most) > kHuge)) return factor;
-  for (int i = 0; i < n * kGroups * kLanes; i += kLanes)
-    store(scores + i, load(scores + i) * broadcast(factor));
-  return 1.f;
 }
 
 // Running maxima (log2 units) and sums of exponentials of a tile's rows.
@@ -709,18 +687,6 @@ struct Backward {
     scratch_size = arena.used;
   }
 
-  // exp(-logsumexp) as share * exp2(-top). Rows that see nothing get weights of exp2(-inf) = 0.
-  // False where rounding has taken too much of the logsumexp.
-  static VLMFAST_INLINE bool split(float logsumexp, float* top, float* share) {
-    *top = kInfinity;
-    *share = 1.f;
-    if (logsumexp == -kInfinity) return true;
-    *top = logsumexp * kLog2E;
-    const float rest = __builtin_fmaf(logsumexp, kLog2E, -*top) + logsumexp * kLog2ELow;
-    *share = 1.f - rest * (float)kLn2;
-    return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
-  }
-
   // Scores of `count` packed queries, from n packed latents on; grad_scores may hold parts of them.
   template <int kGroups, class Ahead>
   VLMFAST_INLINE void scores_of(int count, const Operand& latents, int n, Vec* most,
@@ -799,7 +765,7 @@ struct Backward {
         top[i] = rows.tops[held_row + token];
         share[i] = rows.sums[held_row + token];
       } else {
-        precise &= split(logsumexp, top + i, share + i);
+        precise &= split_logsumexp<T>(logsumexp, top + i, share + i);
       }
       if (logsumexp == -kInfinity)
         delta[i] = 0.f;
@@ -1084,7 +1050,8 @@ struct Backward {
         problem.logsumexp +
         ((int64_t)task.batch * problem.heads + task.head * problem.group) * problem.tokens;
     bool precise = problem.tokens > kImpreciseRows;
-    for (int64_t i = 0; i < held; i++) precise &= split(logsumexp[i], rows.tops + i, rows.sums + i);
+    for (int64_t i = 0; i < held; i++)
+      precise &= split_logsumexp<T>(logsumexp[i], rows.tops + i, rows.sums + i);
     if (precise) return;
     rows.clear(held);
     for (int image = 0; image < problem.images; image++)
@@ -1099,7 +1066,7 @@ struct Backward {
       });
     for (int64_t i = 0; i < held; i++) {
       if (rows.sums[i] == 0.f)
-        split(-kInfinity, rows.tops + i, rows.sums + i);
+        split_logsumexp<T>(-kInfinity, rows.tops + i, rows.sums + i);
       else
         rows.sums[i] = 1.f / rows.sums[i];
     }

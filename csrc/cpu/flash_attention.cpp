@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <tuple>
 #include <vector>
@@ -70,10 +71,10 @@ void describe(const Inputs& in, FlashAttentionProblem* problem) {
                 " heads to be a multiple of the ", key_heads, " heads of key");
   VLMFAST_CHECK(in.query.size(3) > 0, "query: expected a head dimension of at least 1, got 0");
   constexpr int64_t most = 1 << 29;
-  VLMFAST_CHECK(
-      length <= most && keys <= most && in.query.size(3) <= 65536 && in.value.size(3) <= 65536,
-      "query, key, value: expected lengths of at most ", most,
-      " and head dimensions of at most 65536");
+  VLMFAST_CHECK(heads <= most && length <= most && keys <= most && in.query.size(3) <= 65536 &&
+                    in.value.size(3) <= 65536,
+                "query, key, value: expected at most ", most, " heads, lengths of at most ", most,
+                " and head dimensions of at most 65536");
   VLMFAST_CHECK(in.causal >= kNone && in.causal <= kBottomRight, "causal: expected 0, 1 or 2, got ",
                 in.causal);
   VLMFAST_CHECK(in.dropout_p >= 0 && in.dropout_p <= 1,
@@ -113,22 +114,30 @@ void describe(const Inputs& in, FlashAttentionProblem* problem) {
   if (in.dropout_p > 0) problem->dropout_seed = read_dropout_seed(in.dropout_seed);
 }
 
+// Where no query meets a key, however many batch elements there are: everything is 0, and no task
+// need say so.
+bool has_no_scores(const Inputs& in) {
+  return in.query.size(0) == 0 || in.query.size(1) == 0 || in.query.size(2) == 0 ||
+         in.key.size(2) == 0;
+}
+
 // A run of queries that sees one run of keys: a batch element, or a packed sequence.
 struct Segment {
-  int batch, q_begin, q_end, k_begin, k_end, causal_shift;
+  int64_t batch;
+  int q_begin, q_end, k_begin, k_end, causal_shift;
 };
 
 std::vector<Segment> segments(const Inputs& in) {
   std::vector<Segment> result;
   const int length = static_cast<int>(in.query.size(2)), keys = static_cast<int>(in.key.size(2));
-  const auto add = [&](int batch, int q0, int q1, int k0, int k1) {
+  const auto add = [&](int64_t batch, int q0, int q1, int k0, int k1) {
     const int shift = in.causal == kNone
                           ? kNotCausal
                           : k0 - q0 + (in.causal == kBottomRight ? (k1 - k0) - (q1 - q0) : 0);
     result.push_back({batch, q0, q1, k0, k1, shift});
   };
   if (!in.cu_seqlens_q) {
-    for (int b = 0; b < in.query.size(0); b++) add(b, 0, length, 0, keys);
+    for (int64_t b = 0; b < in.query.size(0); b++) add(b, 0, length, 0, keys);
     return result;
   }
   const auto* q = static_cast<const int32_t*>(in.cu_seqlens_q->const_data_ptr());
@@ -190,6 +199,11 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
   Tensor logsumexp = empty({query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
   problem.out = strided(out);
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  if (has_no_scores(in)) {
+    torch::stable::zero_(out);
+    std::fill_n(problem.logsumexp, logsumexp.numel(), -std::numeric_limits<float>::infinity());
+    return {out, logsumexp};
+  }
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
   const FlashAttentionKernel& run = VLMFAST_CURRENT_VARIANT(flash_attention_kernel);
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
@@ -252,7 +266,7 @@ struct MaskUnits {
 MaskUnits mask_units(std::vector<FlashAttentionTask>* tasks, const Tensor& mask) {
   const bool by_batch = mask.size(0) != 1, by_head = mask.size(1) != 1, by_key = mask.size(3) != 1;
   std::vector<std::vector<int64_t>> exclusive;
-  std::map<std::tuple<int, int, int>, size_t> unit_of;
+  std::map<std::tuple<int64_t, int, int>, size_t> unit_of;
   for (size_t i = 0; i < tasks->size(); i++) {
     const auto& task = (*tasks)[i];
     const auto [at, is_new] = unit_of.try_emplace(
@@ -273,6 +287,28 @@ MaskUnits mask_units(std::vector<FlashAttentionTask>* tasks, const Tensor& mask)
     shared[unit].push_back(static_cast<int64_t>(i));
   }
   return {shared, true};
+}
+
+// The gradient of a mask that all keys share. What it adds to a row of logits changes no weight but
+// the logsumexp alone, and only that of rows that see a key.
+Tensor row_mask_gradient(const Tensor& mask, const Tensor& query, const float* logsumexp,
+                         const float* grad_logsumexp) {
+  const int64_t sizes[4] = {mask.size(0), mask.size(1), mask.size(2), 1};
+  Tensor result = zeros(sizes, ScalarType::Float);
+  if (grad_logsumexp != nullptr) {
+    std::vector<double> sums(mask.numel());
+    const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2);
+    const int64_t row_step = sizes[2] != 1, head_step = sizes[1] != 1 ? sizes[2] : 0,
+                  batch_step = sizes[0] != 1 ? sizes[1] * sizes[2] : 0;
+    int64_t row = 0;
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t h = 0; h < heads; h++)
+        for (int64_t i = 0; i < length; i++, row++)
+          if (logsumexp[row] != -std::numeric_limits<float>::infinity())
+            sums[b * batch_step + h * head_step + i * row_step] += grad_logsumexp[row];
+    std::copy(sums.begin(), sums.end(), static_cast<float*>(result.mutable_data_ptr()));
+  }
+  return torch::stable::to(result, mask.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
@@ -312,8 +348,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
     problem.grad_key = strided(grad_key);
     problem.grad_value = strided(grad_value);
   }
-  const bool wants_mask = mask_grad && mask && problem.mask_dtype != ElementType::kBool;
   Tensor grad_mask = mask ? nothing(*mask) : nothing(query);
+  bool wants_mask = mask_grad && mask && problem.mask_dtype != ElementType::kBool;
+  if (wants_mask && mask->size(3) == 1) {
+    grad_mask = row_mask_gradient(*mask, query, problem.logsumexp, problem.grad_logsumexp);
+    wants_mask = false;
+  }
+  if (has_no_scores(in)) {
+    if (wants_mask) grad_mask = torch::stable::new_zeros(*mask, mask->sizes());
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value}) torch::stable::zero_(*grad);
+    return {grad_query, grad_key, grad_value, grad_mask};
+  }
+  problem.exact_delta = wants_mask && problem.dtype != ElementType::kFloat;
 
   const FlashAttentionKernel& run = VLMFAST_CURRENT_VARIANT(flash_attention_kernel);
   const int key_heads = static_cast<int>(key.size(1));
@@ -362,8 +408,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
   if (problem.grad_query_splits != nullptr) {
     for_each_task(batch * heads * length, 0, [&](const Claim& claim, float*) {
       const int64_t row = claim.task;
-      run.sum_splits(problem, splits, static_cast<int>(row / length / heads),
-                     static_cast<int>(row / length % heads), row % length);
+      run.sum_splits(problem, splits, row / length / heads, row / length % heads, row % length);
     });
   }
   return {grad_query, grad_key, grad_value, grad_mask};

@@ -25,7 +25,8 @@ struct FlashAttentionProblem {
 // Rows [q_begin, q_end) of one query head against keys [k_begin, k_end). Key j is visible to query
 // i iff j <= i + causal_shift, which is kNotCausal where every key is.
 struct FlashAttentionTask {
-  int batch, head;  // a key head in backward, a query head in forward
+  int64_t batch;
+  int head;  // a key head in backward, a query head in forward
   int q_begin, q_end, k_begin, k_end;
   int causal_shift;
   // Backward alone:
@@ -46,6 +47,7 @@ struct FlashAttentionBackward : FlashAttentionProblem {
   const float* grad_logsumexp;  // (B, Hq, L) or nullptr
   Strided grad_query, grad_key, grad_value;
   bool wants_query, wants_key_value;
+  bool exact_delta;  // `out` is rounded too coarsely for the gradient of the mask
   float* grad_query_splits =
       nullptr;  // (splits, B, Hq, L, D) fp32 where keys are split over tasks, else nullptr
   int64_t grad_query_split_size = 0;
@@ -63,7 +65,8 @@ struct FlashAttentionKernel {
   int64_t (*backward_scratch)(const FlashAttentionBackward&);
   void (*backward)(const FlashAttentionBackward&, const FlashAttentionTask& task,
                    const FlashAttentionTask& next, float* scratch);
-  void (*sum_splits)(const FlashAttentionBackward&, int splits, int batch, int head, int64_t row);
+  void (*sum_splits)(const FlashAttentionBackward&, int splits, int64_t batch, int64_t head,
+                     int64_t row);
   int queries_per_tile;
 };
 

@@ -14,10 +14,6 @@ namespace {
 
 constexpr int kBlock = 96;
 constexpr int kMaxTile = kMaxGroups * kLanes;
-// Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
-// rounding of the inputs; see Backward::row_statistics.
-template <class T>
-constexpr float kImpreciseLogsumexp = sizeof(T) == 4 ? 16.f : 1024.f;
 
 // How much of the second-level cache a packed panel may take, in floats.
 constexpr int64_t kForwardPanel = 96 * 1024;
@@ -64,7 +60,7 @@ Philox dropout(const FlashAttentionProblem& problem) {
 }
 
 template <class T>
-VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int batch, int head, int row) {
+VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int64_t batch, int head, int row) {
   return {tensor.at<T>(batch, head, row), tensor.stride[2], tensor.stride[3]};
 }
 
@@ -217,8 +213,10 @@ struct Scores {
           top[g] = max(top[g], x);
         }
     }
-    if (most != nullptr)
+    if (most != nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g] * broadcast(*factor);
+      *factor = remaining_factor<kGroups>(scores, n, *factor, most);
+    }
     return true;
   }
 };
@@ -374,8 +372,7 @@ struct Forward {
     const RowStatistics statistics = exponentiate_row<Words>(scores, n, problem.scale * kLog2E);
     float log_sum = statistics.sum == 0.f ? 1.f : statistics.sum;
     log2_in_place(&log_sum, 1);
-    problem
-        .logsumexp[((int64_t)task.batch * problem.heads + task.head) * problem.query_length + row] =
+    problem.logsumexp[(task.batch * problem.heads + task.head) * problem.query_length + row] =
         (float)(((double)statistics.top + log_sum) * kLn2);
     round_weights<Words>(scores, n);
     combine_rows<Words>(scores, panel.values.rows, panel.values.stride,
@@ -401,7 +398,7 @@ struct Forward {
     }
     log2_in_place(logs, kWidth);
     float* logsumexp = problem.logsumexp +
-                       ((int64_t)task.batch * problem.heads + task.head) * problem.query_length +
+                       (task.batch * problem.heads + task.head) * problem.query_length +
                        first_query;
     // A row of nothing but the lowest mask was clamped there in log2 units.
     for (int i = 0; i < count; i++)
@@ -506,7 +503,7 @@ struct Backward {
   float *keys, *values, *key_pairs, *grad_keys, *grad_values;
   float *query, *grad_out, *query_rows, *grad_out_rows, *scores, *grad_scores, *exact_grad_scores,
       *left, *grad_left, *mask_tile, *keep;
-  float *grad_query, *temporary_keys;
+  float *grad_query, *temporary_rows;
   int64_t grad_query_tile;
   int64_t scratch_size;
 
@@ -520,7 +517,7 @@ struct Backward {
     value_vectors = (p.value_dim + kLanes - 1) / kLanes;
     const int64_t per_key = words + value_words + (kPairs ? columns / 2 : 0) +
                             (p.wants_key_value ? (vectors + value_vectors) * kLanes : 0);
-    const int tiles = Tiling(p.queries_most, p.causal, false).tiles * p.group;
+    const int64_t tiles = (int64_t)Tiling(p.queries_most, p.causal, false).tiles * p.group;
     const int64_t panel = tiles <= 2 ? kBackwardPanel / 8 : kBackwardPanel;
     keys_at_once = panel_keys(panel, per_key, p.keys_most);
     grad_query_tile = (int64_t)columns * kMaxTile;
@@ -544,27 +541,46 @@ struct Backward {
     grad_left = kPairs ? arena.take(kBlock * kMaxTile / 2) : grad_scores;
     mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
-    temporary_keys = arena.take((int64_t)kBlock * words);
+    temporary_rows = arena.take((int64_t)kBlock * maximum(words, value_words));
     const bool many_panels = keys_at_once < p.keys_most || p.grad_query_splits != nullptr;
-    grad_query = arena.take(
-        grad_query_tile *
-        (many_panels ? (int64_t)Tiling(p.queries_most, p.causal, false).tiles * p.group : 1));
+    grad_query = arena.take(grad_query_tile * (many_panels ? tiles : 1));
     scratch_size = arena.used;
   }
 
   VLMFAST_INLINE int64_t first_row(const Scores<Words, T>& tile) const {
-    return ((int64_t)tile.task.batch * problem.heads + tile.head) * problem.query_length +
-           tile.first_query;
+    return (tile.task.batch * problem.heads + tile.head) * problem.query_length + tile.first_query;
   }
 
-  // grad_out . out - grad_logsumexp of each row, and the logsumexp in log2 units as `top` +
-  // `log_sum`.
+  // delta = grad_out . out - grad_logsumexp of each row, whose weights are exp2(score - top) *
+  // share.
   template <int kGroups>
   VLMFAST_INLINE void row_values(const Scores<Words, T>& tile, Rows<T> grad, float* delta,
-                                 float* top, float* log_sum) const {
+                                 float* top, float* share) const {
     constexpr int kWidth = kGroups * kLanes;
-    const T* out = problem.out.at<T>(tile.task.batch, tile.head, tile.first_query);
     const int64_t row = first_row(tile);
+    bool precise = true;
+    for (int i = 0; i < kWidth; i++)
+      precise &= split_logsumexp<T>(i < tile.count ? problem.logsumexp[row + i] : -kInfinity,
+                                    top + i, share + i);
+    if (problem.exact_delta) {
+      row_statistics<kGroups, true>(tile, top, share, delta);
+    } else {
+      output_products<kGroups>(tile, grad, delta);
+      if (!precise) row_statistics<kGroups, false>(tile, top, share, nullptr);
+    }
+    for (int i = 0; i < kWidth; i++) {
+      if (top[i] == kInfinity)
+        delta[i] = 0.f;
+      else if (problem.grad_logsumexp != nullptr)
+        delta[i] -= problem.grad_logsumexp[row + i];
+    }
+  }
+
+  // grad_out . out of each row.
+  template <int kGroups>
+  VLMFAST_INLINE void output_products(const Scores<Words, T>& tile, Rows<T> grad,
+                                      float* products) const {
+    const T* out = problem.out.at<T>(tile.task.batch, tile.head, tile.first_query);
     for (int g = 0; g < kGroups; g++) {
       Vec sums[kLanes];
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) sums[i] = zero();
@@ -580,68 +596,76 @@ struct Backward {
               grads, load_words<Words>(out + at * problem.out.stride[2] + d, n), sums[i]);
         }
       }
-      store(delta + g * kLanes, sum_of_lanes(sums));
+      store(products + g * kLanes, sum_of_lanes(sums));
     }
-    float logsumexp[kWidth];
-    for (int i = 0; i < kWidth; i++) {
-      logsumexp[i] = i < tile.count ? problem.logsumexp[row + i] : -kInfinity;
-      top[i] = logsumexp[i] * kLog2E;
-      log_sum[i] = __builtin_fmaf(logsumexp[i], kLog2E, -top[i]) + logsumexp[i] * kLog2ELow;
-    }
-    if (problem.grad_logsumexp != nullptr)
-      for (int i = 0; i < tile.count; i++) delta[i] -= problem.grad_logsumexp[row + i];
-    Vec largest = zero();
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      // Lanes without a query, and queries that see no key, get weights of exp2(-inf) = 0.
-      const Vec x = load(logsumexp + g * kLanes), hidden = broadcast(-kInfinity);
-      store(delta + g * kLanes, select_eq(x, hidden, zero(), load(delta + g * kLanes)));
-      store(top + g * kLanes, select_eq(x, hidden, broadcast(kInfinity), load(top + g * kLanes)));
-      store(log_sum + g * kLanes, select_eq(x, hidden, zero(), load(log_sum + g * kLanes)));
-      const Vec seen = select_eq(x, hidden, zero(), x);
-      largest = max(max(seen, zero() - seen), largest);
-    }
-    const bool imprecise = horizontal_max(largest) > kImpreciseLogsumexp<T>;
-    if (imprecise) row_statistics<kGroups>(tile, top, log_sum);
   }
 
-  // A large |logsumexp| (a row of masks as low as -1e9 or the lowest float has one) loses log(sum)
-  // to rounding: compute the row's maximum and sum afresh and keep them apart.
-  template <int kGroups>
-  void row_statistics(const Scores<Words, T>& tile, float* top, float* log_sum) const {
-    constexpr int kWidth = kGroups * kLanes;
+  // Computes `top` and `share` of the rows that see a key afresh: a large |logsumexp| (a row of
+  // masks as low as -1e9 or the lowest float has one) loses log(sum) to rounding. With kDelta also
+  // delta = sum(P * dP), of the very weights that `gradients_of_part` will take: as grad_out . out
+  // it lacks what rounding took from out, and the rows of dS would not sum to 0.
+  template <int kGroups, bool kDelta>
+  void row_statistics(const Scores<Words, T>& tile, float* top, float* share, float* delta) const {
+    constexpr int kWidth = kGroups * kLanes, kDegree = kDelta ? 5 : Words::kExpDegree;
     const FlashAttentionTask& task = tile.task;
-    Vec most[kGroups], sum[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity),
-                                                     sum[g] = zero();
+    const int key_head = tile.head / problem.group;
+    const Vec scale = broadcast(kept_scale(problem.dropout_p));
+    Vec most[kGroups], sum[kGroups], products[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      most[g] = broadcast(-kInfinity);
+      sum[g] = products[g] = zero();
+    }
     const int end = tile.visible_end(task.all_k_end);
     for (int key = task.all_k_begin; key < end; key += kBlock) {
-      const int n = minimum(kBlock, end - key);
-      const Rows<T> rows = rows_of<T>(problem.key, task.batch, tile.head / problem.group, key);
-      pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, temporary_keys);
+      const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep);
+      pack_rows<Words>(rows_of<T>(problem.key, task.batch, key_head, key), n, padded,
+                       problem.head_dim, words, temporary_rows);
       float factor;
       Vec block_most[kGroups];
-      if (!tile.template block<kGroups>({temporary_keys, words}, words, key, n, scores, &factor,
+      if (!tile.template block<kGroups>({temporary_rows, words}, words, key, n, scores, &factor,
                                         block_most))
         continue;
+      if constexpr (kDelta) {
+        pack_rows<Words>(rows_of<T>(problem.value, task.batch, key_head, key), n, padded,
+                         problem.value_dim, value_words, temporary_rows);
+        multiply_rows<Words, kGroups>(grad_out, temporary_rows, value_words, value_words, n,
+                                      grad_scores, nullptr, tile.ahead);
+        if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
+      }
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
         const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
-        sum[g] = sum[g] * exp2<5>(most[g] - subtracted);
+        const Vec rescale = exp2<5>(most[g] - subtracted);
+        Vec block_sum = zero(), block_products = zero();
+        for (int j = 0; j < n; j++) {
+          const int at = j * kWidth + g * kLanes;
+          const Vec weight = exp2<kDegree>(fms(broadcast(factor), load(scores + at), subtracted));
+          block_sum = block_sum + weight;
+          if constexpr (kDelta) {
+            const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
+            block_products = fma(kept, load(grad_scores + at), block_products);
+          }
+        }
+        sum[g] = fma(sum[g], rescale, block_sum);
+        products[g] = fma(products[g], rescale, block_products);
         most[g] = next;
-        for (int j = 0; j < n; j++)
-          sum[g] =
-              sum[g] + exp2<Words::kExpDegree>(fms(
-                           broadcast(factor), load(scores + j * kWidth + g * kLanes), subtracted));
       }
     }
-    float tops[kWidth], logs[kWidth];
+    float tops[kWidth], shares[kWidth];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      const Vec inverse = broadcast(1.f) / sum[g];
       store(tops + g * kLanes, most[g]);
-      store(logs + g * kLanes, select_eq(sum[g], zero(), broadcast(1.f), sum[g]));
+      store(shares + g * kLanes, inverse);
+      if constexpr (kDelta) store(delta + g * kLanes, products[g] * inverse);
     }
-    log2_in_place(logs, kWidth);
     for (int i = 0; i < tile.count; i++)
-      if (top[i] != kInfinity) top[i] = tops[i], log_sum[i] = logs[i];
+      if (top[i] != kInfinity) top[i] = tops[i], share[i] = shares[i];
+  }
+
+  template <int kGroups>
+  VLMFAST_INLINE void keep_of_block(const Scores<Words, T>& tile, int key, int n) const {
+    dropout(problem).keep(key, n, tile.first_query, kGroups * kLanes,
+                          (uint32_t)(tile.task.batch * problem.heads + tile.head), keep);
   }
 
   // Where one block holds every key of the rows, neither logsumexp nor out is needed: turns scores
@@ -713,13 +737,18 @@ struct Backward {
     }
   }
 
-  template <int kGroups>
+  // kDegree: of exp2; 5 where delta was computed with it.
+  template <int kGroups, int kDegree>
   VLMFAST_NOINLINE void gradients_of_part(int n, int padded, float factor, const float* delta,
-                                          const float* top, const float* log_sum) const {
+                                          const float* top, const float* share) const {
+    Vec tops[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) tops[g] = load(top + g * kLanes);
+    const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, tops));
     gradients<kGroups>(n, padded, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
-      return exp2<Words::kExpDegree>(
-          fms(broadcast(factor), load(scores + at), load(top + g * kLanes)) -
-          load(log_sum + g * kLanes));
+      // Where large terms cancel, a score may exceed the logsumexp that the forward pass, adding in
+      // another order, took from the same terms.
+      const Vec exponent = fms(f, load(scores + at), load(top + g * kLanes));
+      return exp2<kDegree>(min(zero(), exponent)) * load(share + g * kLanes);
     });
   }
 
@@ -741,15 +770,7 @@ struct Backward {
     float* base = problem.grad_mask + task.unit * problem.grad_mask_unit_size +
                   task.batch * stride[0] + tile.head * stride[1] + tile.first_query * stride[2] +
                   key * stride[3];
-    if (stride[3] == 0) {  // first along the keys: the sum of a row of dS is next to nothing
-      float rows[kWidth];
-      for (int g = 0; g < kGroups; g++) {
-        Vec sum = zero();
-        for (int j = 0; j < n; j++) sum = sum + load(exact_grad_scores + j * kWidth + g * kLanes);
-        store(rows + g * kLanes, sum);
-      }
-      for (int i = 0; i < tile.count; i++) base[i * stride[2]] += rows[i];
-    } else if (stride[2] == 0) {
+    if (stride[2] == 0) {
       for (int j = 0; j < n; j++) {
         Vec sum = zero();
         for (int g = 0; g < kGroups; g++)
@@ -794,10 +815,10 @@ struct Backward {
         pack_row_pairs<Words>(grad_in, count, kWidth, problem.value_dim, value_vectors * kLanes,
                               grad_out_rows);
       }
-      float delta[kWidth], top[kWidth], log_sum[kWidth];
+      float delta[kWidth], top[kWidth], share[kWidth];
       const bool whole = task.all_k_begin == panel.begin &&
                          tile.visible_end(task.all_k_end) == end && end - panel.begin <= kBlock;
-      if (!whole) row_values<kGroups>(tile, grad_in, delta, top, log_sum);
+      if (!whole) row_values<kGroups>(tile, grad_in, delta, top, share);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(1.f);
       for (int key = panel.begin; key < end; key += kBlock) {
         const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep),
@@ -809,15 +830,15 @@ struct Backward {
           continue;
         multiply_rows<Words, kGroups>(grad_out, panel.values.from(at).rows, panel.values.stride,
                                       value_words, n, grad_scores, nullptr, panel.ahead);
-        if (keep != nullptr)
-          dropout(problem).keep(key, n, first_query, kWidth,
-                                (uint32_t)(task.batch * problem.heads + head), keep);
+        if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
         if (whole) {
           float inverse[kWidth];
           whole_rows<kGroups>(tile, n, factor, most, delta, inverse);
           gradients_of_whole_rows<kGroups>(n, padded, delta, inverse);
+        } else if (problem.exact_delta) {
+          gradients_of_part<kGroups, 5>(n, padded, factor, delta, top, share);
         } else {
-          gradients_of_part<kGroups>(n, padded, factor, delta, top, log_sum);
+          gradients_of_part<kGroups, Words::kExpDegree>(n, padded, factor, delta, top, share);
         }
         if (problem.grad_mask != nullptr) add_grad_mask<kGroups>(task, tile, key, n);
         if (problem.wants_key_value) {
@@ -837,10 +858,9 @@ struct Backward {
     if (!panel.is_last || !problem.wants_query) return;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factors[g] = broadcast(problem.scale);
     if (problem.grad_query_splits != nullptr) {
-      float* target =
-          problem.grad_query_splits + task.split * problem.grad_query_split_size +
-          (((int64_t)task.batch * problem.heads + head) * problem.query_length + first_query) *
-              problem.head_dim;
+      float* target = problem.grad_query_splits + task.split * problem.grad_query_split_size +
+                      ((task.batch * problem.heads + head) * problem.query_length + first_query) *
+                          problem.head_dim;
       store_transposed<kGroups>(grad_query_sum, factors, Rows<float>{target, problem.head_dim, 1},
                                 count, problem.head_dim);
     } else {
@@ -880,9 +900,7 @@ struct Backward {
     float delta = horizontal_sum(products);
     if (problem.grad_logsumexp != nullptr)
       delta -=
-          problem
-              .grad_logsumexp[((int64_t)task.batch * problem.heads + head) * problem.query_length +
-                              row];
+          problem.grad_logsumexp[(task.batch * problem.heads + head) * problem.query_length + row];
     for (int j = 0; j < n; j += kLanes)
       store(grad_scores + j, load(scores + j) * (load(grad_scores + j) - broadcast(delta)));
     if (problem.wants_key_value) {
@@ -920,20 +938,21 @@ struct Backward {
   // time would drive what this task works with out of the cache.
   VLMFAST_INLINE Prefetcher prefetcher(const FlashAttentionTask& task,
                                        const FlashAttentionTask& next, const Panel& panel,
-                                       const Tiling& tiling, int tile) const {
+                                       const Tiling& tiling, int64_t tile) const {
     Prefetcher result;
     if (!problem.prefetch) return result;
-    const int tiles = tiling.tiles * problem.group, n = panel.end - panel.begin;
+    const int64_t tiles = (int64_t)tiling.tiles * problem.group;
+    const int n = panel.end - panel.begin;
     const bool is_last = tile + 1 == tiles;
-    const auto add_queries = [&](const Strided& tensor, const FlashAttentionTask& of, int t,
+    const auto add_queries = [&](const Strided& tensor, const FlashAttentionTask& of, int64_t t,
                                  int width) VLMFAST_INLINE_LAMBDA {
-      const int head = of.head * problem.group + t / tiling.tiles,
-                first = tiling.first_vector(t % tiling.tiles) * kLanes,
+      const int head = of.head * problem.group + (int)(t / tiling.tiles),
+                first = tiling.first_vector((int)(t % tiling.tiles)) * kLanes,
                 count = minimum(kMaxTile + 1, of.q_end - of.q_begin - first);
       result.add(rows_of<T>(tensor, of.batch, head, of.q_begin + first), count, width);
     };
     const FlashAttentionTask& of = is_last && panel.is_last ? next : task;
-    const int coming = is_last ? 0 : tile + 1;
+    const int64_t coming = is_last ? 0 : tile + 1;
     add_queries(problem.query, of, coming, problem.head_dim);
     add_queries(problem.grad_out, of, coming, problem.value_dim);
     add_queries(problem.out, of, coming, problem.value_dim);
@@ -989,8 +1008,9 @@ struct Backward {
           const int first_query = task.q_begin + first * kLanes,
                     head = task.head * problem.group + h;
           const int count = minimum(groups * kLanes, task.q_end - first_query);
-          float* sum = grad_query + (many_panels ? (h * tiling.tiles + t) * grad_query_tile : 0);
-          panel.ahead = prefetcher(task, next, panel, tiling, h * tiling.tiles + t);
+          float* sum =
+              grad_query + (many_panels ? ((int64_t)h * tiling.tiles + t) * grad_query_tile : 0);
+          panel.ahead = prefetcher(task, next, panel, tiling, (int64_t)h * tiling.tiles + t);
           switch (groups) {
             case 1:
               tile<1>(task, panel, head, first_query, count, h + t == 0, sum);
@@ -1052,14 +1072,14 @@ void backward(const FlashAttentionBackward& problem, const FlashAttentionTask& t
 }
 
 // The gradient of one row of queries from its `splits` partial sums, added in order.
-void sum_splits(const FlashAttentionBackward& problem, int splits, int batch, int head,
+void sum_splits(const FlashAttentionBackward& problem, int splits, int64_t batch, int64_t head,
                 int64_t row) {
   with_types(problem.dtype, [&](auto, auto element) {
     using T = decltype(element);
     T* out = problem.grad_query.at<T>(batch, head, row);
     const float* partial =
         problem.grad_query_splits +
-        (((int64_t)batch * problem.heads + head) * problem.query_length + row) * problem.head_dim;
+        ((batch * problem.heads + head) * problem.query_length + row) * problem.head_dim;
     for (int d = 0; d < problem.head_dim; d += kLanes) {
       const int n = minimum(kLanes, problem.head_dim - d);
       Vec sum = zero();

@@ -6,8 +6,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <thread>
+
+#include "checks.h"
 
 namespace vlmfast::cpu {
 
@@ -20,13 +21,14 @@ class Scratch {
     return scratch;
   }
 
+  // nullptr where there is no memory left.
   float* get(int64_t floats) {
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    if (bytes > size_) {
+    if (bytes > size_ || !data_) {
       size_ = 0;
-      data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
+      data_.reset();  // before the next is asked for, not beside it
+      data_.reset(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+      if (data_) size_ = bytes;
     }
     return data_.get();
   }
@@ -52,6 +54,25 @@ constexpr Int divide_up(Int n, Int step) {
   return (n + step - 1) / step;
 }
 
+// Calls work(first, last, scratch) on torch's threads, for ranges that make up [0, workers). Of an
+// exception that leaves one of those threads only its failure would be told: a thread without
+// memory leaves the work to others, and the call fails here.
+template <class Work>
+void run_workers(int64_t workers, int64_t scratch_floats, const Work& work) {
+  std::atomic<bool> lacks_memory{false};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    Scratch& scratch = Scratch::of_this_thread();
+    if (float* buffer = scratch.get(scratch_floats))
+      work(first, last, buffer);
+    else
+      lacks_memory.store(true, std::memory_order_relaxed);
+    scratch.trim();
+  });
+  VLMFAST_CHECK(!lacks_memory.load(), "out of memory: cannot allocate ",
+                scratch_floats * static_cast<int64_t>(sizeof(float)),
+                " bytes of scratch for each of ", workers, " threads");
+}
+
 // A task, and what the thread that claimed it ran before (-1: nothing) and runs afterwards, which
 // it may prefetch for (where it runs no more: the last task).
 struct Claim {
@@ -67,9 +88,7 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body,
   const int64_t groups = divide_up(tasks, group_size);
   const int64_t workers = std::min<int64_t>(groups, torch::stable::get_num_threads());
   std::atomic<int64_t> unclaimed{workers};
-  const auto work = [&](int64_t first_worker, int64_t last_worker) {
-    Scratch& scratch = Scratch::of_this_thread();
-    float* buffer = scratch.get(scratch_floats);
+  const auto work = [&](int64_t first_worker, int64_t last_worker, float* scratch) {
     int64_t previous = -1;
     for (int64_t worker = first_worker; worker < last_worker; worker++) {
       for (int64_t group = worker; group < groups;) {
@@ -77,15 +96,14 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body,
         const int64_t end = std::min((group + 1) * group_size, tasks);
         for (int64_t task = group * group_size; task < end; task++) {
           const int64_t next = task + 1 < end ? task + 1 : following * group_size;
-          body(Claim{previous, task, std::min(next, tasks - 1)}, buffer);
+          body(Claim{previous, task, std::min(next, tasks - 1)}, scratch);
           previous = task;
         }
         group = following;
       }
     }
-    scratch.trim();
   };
-  torch::stable::parallel_for(0, workers, 1, work);
+  run_workers(workers, scratch_floats, work);
 }
 
 // Lets blocks of work pass through the same stages, each in the order of the blocks.
@@ -113,15 +131,12 @@ template <class Body>
 void for_each_in_order(int64_t blocks, int64_t scratch_floats, const Body& body) {
   const int64_t workers = std::min<int64_t>(blocks, torch::stable::get_num_threads());
   std::atomic<int64_t> unclaimed{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    Scratch& scratch = Scratch::of_this_thread();
-    float* buffer = scratch.get(scratch_floats);
+  run_workers(workers, scratch_floats, [&](int64_t, int64_t, float* scratch) {
     for (;;) {
       const int64_t block = unclaimed.fetch_add(1, std::memory_order_relaxed);
       if (block >= blocks) break;
-      body(block, buffer);
+      body(block, scratch);
     }
-    scratch.trim();
   });
 }
 

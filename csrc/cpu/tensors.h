@@ -9,6 +9,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "checks.h"
 #include "cpu/types.h"
@@ -83,6 +84,13 @@ inline uint64_t read_dropout_seed(const MaybeTensor& seed) {
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
 }
 
+template <size_t kDims>
+std::string shape_of(const std::array<int64_t, kDims>& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return text.empty() ? "()" : text + ")";
+}
+
 // An uninitialised tensor in the memory of the CPU whose dimensions lie there in the order
 // `memory`, outermost first. Unlike new_empty it neither looks an operator up by name nor goes
 // through torch's dispatcher.
@@ -91,16 +99,19 @@ Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
              const std::array<int, kDims>& memory) {
   std::array<int64_t, kDims> strides;
   int64_t stride = 1;
+  bool fits = true;
   for (size_t i = kDims; i-- > 0;) {
     strides[memory[i]] = stride;
-    stride *= std::max<int64_t>(sizes[memory[i]], 1);
+    fits &= !__builtin_mul_overflow(stride, std::max<int64_t>(sizes[memory[i]], 1), &stride);
   }
+  VLMFAST_CHECK(fits, "out of memory: cannot allocate a tensor of shape ", shape_of(sizes));
   AtenTensorHandle handle;
   const auto status = aoti_torch_empty_strided(
       kDims, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle);
-  VLMFAST_CHECK(status == AOTI_TORCH_SUCCESS, "cannot allocate a tensor of ", stride, " elements");
+  VLMFAST_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory: cannot allocate a tensor of shape ",
+                shape_of(sizes));
   return Tensor(handle);
 }
 

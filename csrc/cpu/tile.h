@@ -412,6 +412,25 @@ VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec secon
   store(rows + (j * kGroups + g) * kLanes, first);
 }
 
+// The factor that scores still need before exp2. A maximum is a product rounded, which exact
+// products exceed or miss by what rounding took: by so much, where logits are huge, that exp2
+// overflows or all weights vanish. There scores are multiplied here, rounded likewise, and no
+// longer exceed it.
+template <int kGroups>
+VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* most) {
+  constexpr float kLarge = 1024.f;  // up to there rounding takes at most 2^-14
+  if (factor == 1.f) return factor;
+  Vec largest = zero();
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    const Vec size = max(most[g], zero() - most[g]);
+    largest = max(select_eq(size, broadcast(kInfinity), zero(), size), largest);
+  }
+  if (!(horizontal_max(largest) > kLarge)) return factor;
+  for (int i = 0; i < n * kGroups * kLanes; i += kLanes)
+    store(scores + i, load(scores + i) * broadcast(factor));
+  return 1.f;
+}
+
 // scores[row][kGroups * kLanes] become exp2(factor * score - most), times `kept` (or nullptr), in
 // words of Words; their sums over the rows, before `kept`, are added to `sum`.
 template <class Words, int kGroups>
@@ -705,6 +724,24 @@ VLMFAST_INLINE Philox philox(double dropout_p, uint64_t seed) {
 // What the weights that dropout keeps are multiplied by.
 VLMFAST_INLINE float kept_scale(double dropout_p) {
   return dropout_p >= 1 ? 0.f : (float)(1 / (1 - dropout_p));
+}
+
+// Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
+// rounding of inputs of type T.
+template <class T>
+constexpr float kImpreciseLogsumexp = sizeof(T) == 4 ? 16.f : 1024.f;
+
+// exp(-logsumexp) as share * exp2(-top). Rows that see nothing get weights of exp2(-inf) = 0. False
+// where rounding has taken too much of the logsumexp.
+template <class T>
+VLMFAST_INLINE bool split_logsumexp(float logsumexp, float* top, float* share) {
+  *top = kInfinity;
+  *share = 1.f;
+  if (logsumexp == -kInfinity) return true;
+  *top = logsumexp * kLog2E;
+  const float rest = __builtin_fmaf(logsumexp, kLog2E, -*top) + logsumexp * kLog2ELow;
+  *share = 1.f - rest * (float)kLn2;
+  return !(__builtin_fabsf(logsumexp) > kImpreciseLogsumexp<T>);
 }
 
 // Runs `body` with the word and element types of tensors of a dtype.

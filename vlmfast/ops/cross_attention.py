@@ -81,10 +81,12 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> Any:
+            # Once: a non-reentrant checkpoint recomputes what is saved, and drops it when it is read.
+            saved = ctx.saved_tensors
+            out = saved[3]
             if grad_out is None:
                 if grad_logsumexp is None:
                     return (None,) * 9
-                out = ctx.saved_tensors[3]
                 grad_out = out.new_zeros(()).expand(out.shape)
             if grad_logsumexp is not None:
                 grad_logsumexp = grad_logsumexp.contiguous()
@@ -93,7 +95,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
                 backward_op,
                 grad_out,
                 grad_logsumexp,
-                *ctx.saved_tensors,
+                *saved,
                 ctx.scale,
                 needs_query,
                 needs_key or needs_value,
