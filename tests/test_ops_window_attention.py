@@ -1,6 +1,9 @@
 """The operators, and through them the CPU kernels, in every instruction set of this machine."""
 
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
-from tools.memory import peak_memory
+from tools.memory import ROOT, peak_memory
 from vlmfast.functional import shifted_window_attention
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.window_attention import window_attention as reference
@@ -460,6 +463,28 @@ run(8)
 def test_memory_of_a_large_window_without_bias():
     """The logits of one head, or a bias of zeros, would be 64 MiB."""
     assert peak_memory(MEMORY_SETUP, "run(64)") < 48
+
+
+MANY_WINDOWS = """
+import signal
+import torch
+from vlmfast.ops.window_attention import BACKWARD
+
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+torch.set_num_threads(1)
+qkv, grad = (torch.zeros(channels).expand(1, 65536, 65536, -1) for channels in (3, 1))
+args = grad, qkv, None, None, None, torch.ones(1), None, grad, grad
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+BACKWARD["cpu"](*args, 1, 1, 1, 0, 0, True, 1.0, 0.0, 0.0, None, False, False, True, False)
+"""
+
+
+def test_more_windows_than_32_bits_count():
+    """2^32 of them would take an hour: the alarm must find the process alive."""
+    child = subprocess.run(
+        [sys.executable, "-c", MANY_WINDOWS], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert child.returncode == -signal.SIGALRM, child.stderr
 
 
 def test_operators_guard_memory_against_any_caller():

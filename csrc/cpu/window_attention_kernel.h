@@ -47,7 +47,7 @@ template <class T, int kTensors>
 struct Window {
   T** rows;        // [tokens][kTensors]
   float* regions;  // [padded_tokens]
-  bool wraps, has_padding;
+  bool wraps;
   bool* is_padding;  // [tokens]
 
   static constexpr int kFloatsPerPointer = (sizeof(T*) + sizeof(float) - 1) / sizeof(float);
@@ -92,10 +92,10 @@ struct Map {
 template <class T, int kTensors>
 VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t index,
                              const Map<T> (&maps)[kTensors], Window<T, kTensors>* window) {
-  const int windows = problem.windows_down * problem.windows_across;
-  const int64_t image = index / windows;
-  const int down = (int)(index % windows) / problem.windows_across;
-  const int across = (int)(index % windows) % problem.windows_across;
+  const int64_t windows = (int64_t)problem.windows_down * problem.windows_across;
+  const int64_t image = index / windows, at = index % windows;
+  const int down = (int)(at / problem.windows_across);
+  const int across = (int)(at % problem.windows_across);
   const Side rows(problem.height, problem.windows_down, problem.window_height, problem.shift_height,
                   problem.wrap_padded);
   const Side columns(problem.width, problem.windows_across, problem.window_width,
@@ -103,7 +103,6 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   const int top = down * problem.window_height, left = across * problem.window_width;
   window->wraps = (problem.shift_height > 0 && down == problem.windows_down - 1) ||
                   (problem.shift_width > 0 && across == problem.windows_across - 1);
-  window->has_padding = false;
   int64_t stride[kTensors];
   VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) stride[t] = maps[t].tensor.stride[2];
   int token = 0;
@@ -124,7 +123,6 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
       }
       window->regions[token] = region + (columns.came_round(left + j) ? 1.f : 0.f);
       window->is_padding[token] = padding;
-      window->has_padding |= padding;
     }
   }
   for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
@@ -145,8 +143,9 @@ class WindowPrefetcher {
         first_(column * (int64_t)sizeof(T)),
         last_(first_ + columns * (int64_t)sizeof(T) - 1),
         at_(first_) {
-    parts_ = (int)((end_ - row_) * ((last_ - first_) / kPart + 1));
-    steps_ = maximum(products * tiling.tiles * (tiling.tokens / kRowStep) * (words / kWordStep), 1);
+    parts_ = (end_ - row_) * ((last_ - first_) / kPart + 1);
+    steps_ = (int64_t)products * tiling.tiles * (tiling.tokens / kRowStep) * (words / kWordStep);
+    if (steps_ < 1) steps_ = 1;
   }
 
   VLMFAST_INLINE void step() {
@@ -164,7 +163,7 @@ class WindowPrefetcher {
   static constexpr int64_t kPart = 512;  // bytes: more requests at once would stall the core
   const char *const *row_, *const *end_;
   int64_t first_, last_, at_;
-  int parts_, steps_, due_ = 0;
+  int64_t parts_, steps_, due_ = 0;
 };
 
 // 1 / max(|x|, 1e-12) from |x|^2.
