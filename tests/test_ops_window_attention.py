@@ -254,6 +254,20 @@ def test_extreme_logits_keep_the_budget(case, dtype, cpu_isa):
     assert_keeps_budget(case, dtype)
 
 
+# Most keys are equal, so are their terms in every sum over keys, and so is what rounding takes.
+PADDED = [
+    window_case("zeros", (1, 5, 5), 2, 32, (10, 16), cosine=True, bias_std=None, pad_value=False),
+    window_case("values", (1, 2, 5), 2, 32, (10, 16), cosine=True, bias_std=None),
+    window_case("one token", (1, 1, 1), 2, 32, (7, 7)),
+    window_case("one token, cosine", (1, 1, 1), 2, 32, (12, 12), cosine=True, bias_std=None),
+]
+
+
+@pytest.mark.parametrize("case", PADDED, ids=lambda case: case.name)
+def test_windows_that_are_mostly_padding_keep_the_budget(case, cpu_isa):
+    assert_keeps_budget(case, torch.float32)
+
+
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_row_of_the_lowest_bias_is_a_mean(sign, cpu_isa):
     case = window_case("", (1, 7, 7), 2, 16, (7, 7), bias_std=None, pad_value=False)

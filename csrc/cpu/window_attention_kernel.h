@@ -12,6 +12,9 @@ namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
 constexpr int kMaxTile = kMaxGroups * kLanes;
+// Sums over keys are made of sums of so many. In a window that is mostly padding most terms are
+// equal, and in one long sum their roundings would all go the same way.
+constexpr int kRun = 8;
 constexpr float kSmallestNorm = 1e-12f;  // of torch.nn.functional.normalize
 
 // How the queries of a window are spread over the lanes: in tiles of nearly equal size, and a last
@@ -511,10 +514,15 @@ struct Forward {
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
-    if (keep != nullptr)
-      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, keep);
-    else
-      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, nullptr);
+    // Pairs of rows become one, so that runs of them would leave gaps; their sums may be rougher.
+    const int step = Words::kElements == 1 ? kRun : n;
+    for (int j = 0; j < n; j += step) {
+      const int run = minimum(step, n - j);
+      if (keep != nullptr)
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, keep + j * kWidth);
+      else
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, nullptr);
+    }
     weighted_sum<Words, kGroups>(scores, values, value_columns,
                                  (n + Words::kElements - 1) / Words::kElements, value_columns, sums,
                                  nullptr);
@@ -699,21 +707,30 @@ struct Backward {
     const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
     Vec sum[kGroups], delta[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = delta[g] = zero();
-    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = j * kWidth + g * kLanes;
-        const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
-        Vec grad = load(grad_scores + at);
-        if (!kPlain && keep != nullptr) {
-          grad = grad * (load(keep + at) * kept_factor);
-          store(grad_scores + at, grad);
+    for (int begin = 0; begin < n; begin += kRun) {
+      const int end = minimum(begin + kRun, n);
+      Vec run_sum[kGroups], run_delta[kGroups];
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) run_sum[g] = run_delta[g] = zero();
+      for (int j = begin; j < end; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          const int at = j * kWidth + g * kLanes;
+          const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
+          Vec grad = load(grad_scores + at);
+          if (!kPlain && keep != nullptr) {
+            grad = grad * (load(keep + at) * kept_factor);
+            store(grad_scores + at, grad);
+          }
+          store(scores + at, p);
+          run_sum[g] = run_sum[g] + p;
+          run_delta[g] = fma(p, grad, run_delta[g]);
         }
-        store(scores + at, p);
-        sum[g] = sum[g] + p;
-        delta[g] = fma(p, grad, delta[g]);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        sum[g] = sum[g] + run_sum[g];
+        delta[g] = delta[g] + run_delta[g];
       }
+    }
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      delta[g] = delta[g] / sum[g];  // rounded once: the error of delta is that of every key
       sum[g] = broadcast(1.f) / sum[g];
-      delta[g] = delta[g] * sum[g];
     }
     for (int j = 0; j < n; j += kRows) {
       Vec weight[kRows][kGroups], grad[kRows][kGroups];
@@ -780,9 +797,7 @@ struct Backward {
                             vectors);
     outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, n, overwrite, grad_keys,
                             vectors);
-    weighted_sum<Words, kGroups>(grad_scores, key_pairs, columns,
-                                 (n + Words::kElements - 1) / Words::kElements, columns, grad_query,
-                                 nullptr);
+    sum_grad_query<kGroups>();
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] = broadcast(problem.scale);
     if (key_factors != nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
@@ -791,6 +806,21 @@ struct Backward {
     }
     store_transposed<kGroups>(grad_query, factor, window.of(kGradQuery, column, first_query), count,
                               dim);
+  }
+
+  // The gradients of a tile's queries, but for their factor. That of a logit scale is a sum over
+  // them in which most cancels out: it wants runs.
+  template <int kGroups>
+  VLMFAST_INLINE void sum_grad_query() const {
+    constexpr int kWidth = kGroups * kLanes;
+    const int rows = (tiling.tokens + Words::kElements - 1) / Words::kElements;
+    const int step = problem.grad_logit_scale == nullptr ? rows : 2 * kRun;
+    Vec ones[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) ones[g] = broadcast(1.f);
+    for (int r = 0; r < rows; r += step)
+      weighted_sum<Words, kGroups>(grad_scores + r * kWidth, key_pairs + (int64_t)r * columns,
+                                   columns, minimum(step, rows - r), columns, grad_query,
+                                   r == 0 ? nullptr : ones);
   }
 
   // Calls body(column, x) with the fp32 vectors of a column of the packed queries.
