@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
 from tools.memory import ROOT, peak_memory
+from tools.window_attention import with_lengths
 from vlmfast.functional import shifted_window_attention
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.window_attention import window_attention as reference
@@ -266,6 +267,22 @@ PADDED = [
 @pytest.mark.parametrize("case", PADDED, ids=lambda case: case.name)
 def test_windows_that_are_mostly_padding_keep_the_budget(case, cpu_isa):
     assert_keeps_budget(case, torch.float32)
+
+
+COSINES = [
+    window_case("with a last query", (1, 7, 9), 2, 24, (7, 7), (3, 3), cosine=True),
+    window_case("in tiles", (1, 5, 9), 1, 32, (8, 6), (3, 3), cosine=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COSINES, ids=lambda case: case.name)
+def test_cosines_do_not_depend_on_lengths(case, dtype, cpu_isa):
+    """Powers of two change no digit of a cosine, however little of their squares float32 holds."""
+    half = [(12, 12), (-10, 12)]
+    exponents = [(60, 60), (100, 100), (120, 120), (120, -30), (0, 120), (-30, -30)]
+    for longer in half if dtype == torch.float16 else exponents:
+        assert_keeps_budget(case, dtype, kernel=with_lengths(case, *longer, "cpu"))
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
