@@ -1,6 +1,9 @@
 """The operators, and through them the CPU kernels, in every instruction set of this machine."""
 
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.budget import assert_keeps_budget
-from tools.memory import peak_memory
+from tools.memory import ROOT, peak_memory
+from tools.window_attention import with_lengths
 from vlmfast.functional import shifted_window_attention
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.window_attention import window_attention as reference
@@ -251,6 +255,36 @@ def test_extreme_logits_keep_the_budget(case, dtype, cpu_isa):
     assert_keeps_budget(case, dtype)
 
 
+# Most keys are equal, so are their terms in every sum over keys, and so is what rounding takes.
+PADDED = [
+    window_case("zeros", (1, 5, 5), 2, 32, (10, 16), cosine=True, bias_std=None, pad_value=False),
+    window_case("values", (1, 2, 5), 2, 32, (10, 16), cosine=True, bias_std=None),
+    window_case("one token", (1, 1, 1), 2, 32, (7, 7)),
+    window_case("one token, cosine", (1, 1, 1), 2, 32, (12, 12), cosine=True, bias_std=None),
+]
+
+
+@pytest.mark.parametrize("case", PADDED, ids=lambda case: case.name)
+def test_windows_that_are_mostly_padding_keep_the_budget(case, cpu_isa):
+    assert_keeps_budget(case, torch.float32)
+
+
+COSINES = [
+    window_case("with a last query", (1, 7, 9), 2, 24, (7, 7), (3, 3), cosine=True),
+    window_case("in tiles", (1, 5, 9), 1, 32, (8, 6), (3, 3), cosine=True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COSINES, ids=lambda case: case.name)
+def test_cosines_do_not_depend_on_lengths(case, dtype, cpu_isa):
+    """Powers of two change no digit of a cosine, however little of their squares float32 holds."""
+    half = [(12, 12), (-10, 12)]
+    exponents = [(60, 60), (100, 100), (120, 120), (120, -30), (0, 120), (-30, -30)]
+    for longer in half if dtype == torch.float16 else exponents:
+        assert_keeps_budget(case, dtype, kernel=with_lengths(case, *longer, "cpu"))
+
+
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_row_of_the_lowest_bias_is_a_mean(sign, cpu_isa):
     case = window_case("", (1, 7, 7), 2, 16, (7, 7), bias_std=None, pad_value=False)
@@ -460,6 +494,28 @@ run(8)
 def test_memory_of_a_large_window_without_bias():
     """The logits of one head, or a bias of zeros, would be 64 MiB."""
     assert peak_memory(MEMORY_SETUP, "run(64)") < 48
+
+
+MANY_WINDOWS = """
+import signal
+import torch
+from vlmfast.ops.window_attention import BACKWARD
+
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+torch.set_num_threads(1)
+qkv, grad = (torch.zeros(channels).expand(1, 65536, 65536, -1) for channels in (3, 1))
+args = grad, qkv, None, None, None, torch.ones(1), None, grad, grad
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+BACKWARD["cpu"](*args, 1, 1, 1, 0, 0, True, 1.0, 0.0, 0.0, None, False, False, True, False)
+"""
+
+
+def test_more_windows_than_32_bits_count():
+    """2^32 of them would take an hour: the alarm must find the process alive."""
+    child = subprocess.run(
+        [sys.executable, "-c", MANY_WINDOWS], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert child.returncode == -signal.SIGALRM, child.stderr
 
 
 def test_operators_guard_memory_against_any_caller():

@@ -59,9 +59,13 @@ void check(const Inputs& in) {
     VLMFAST_CHECK(in.query.size(3) % 3 == 0,
                   "query: expected 3 * channels without key and value, got ", in.query.size(3));
   }
-  constexpr int64_t most_tokens = 1 << 14, most = 1 << 24;
-  VLMFAST_CHECK(in.query.size(1) <= most && in.query.size(2) <= most && in.channels() <= most,
-                "query: expected sizes of at most ", most);
+  // Kernels count places of a side, with the window that ends it, and channels of a tile in int.
+  constexpr int64_t most_tokens = 1 << 14, most_channels = 1 << 24, most = 1 << 30;
+  VLMFAST_CHECK(in.query.size(1) <= most && in.query.size(2) <= most,
+                "query: expected a map of at most ", most, " tokens a side, got ", in.query.size(1),
+                " x ", in.query.size(2));
+  VLMFAST_CHECK(in.channels() <= most_channels, "query: expected at most ", most_channels,
+                " channels, got ", in.channels());
   VLMFAST_CHECK(in.num_heads >= 1 && in.channels() > 0 && in.channels() % in.num_heads == 0,
                 "num_heads: expected a number that divides ", in.channels(), ", got ",
                 in.num_heads);

@@ -12,7 +12,11 @@ namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
 constexpr int kMaxTile = kMaxGroups * kLanes;
-constexpr float kSmallestNorm = 1e-12f;  // of torch.nn.functional.normalize
+// Sums over keys are made of sums of so many. In a window that is mostly padding most terms are
+// equal, and in one long sum their roundings would all go the same way.
+constexpr int kRun = 8;
+constexpr float kSmallestNorm = 1e-12f;       // of torch.nn.functional.normalize
+constexpr float kShortestInverse = 0x1p-32f;  // of norms of rows that are taken as they are
 
 // How the queries of a window are spread over the lanes: in tiles of nearly equal size, and a last
 // one, which would have a vector to itself, apart (7 x 7 = 3 x 16 + 1).
@@ -47,7 +51,7 @@ template <class T, int kTensors>
 struct Window {
   T** rows;        // [tokens][kTensors]
   float* regions;  // [padded_tokens]
-  bool wraps, has_padding;
+  bool wraps;
   bool* is_padding;  // [tokens]
 
   static constexpr int kFloatsPerPointer = (sizeof(T*) + sizeof(float) - 1) / sizeof(float);
@@ -92,10 +96,10 @@ struct Map {
 template <class T, int kTensors>
 VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t index,
                              const Map<T> (&maps)[kTensors], Window<T, kTensors>* window) {
-  const int windows = problem.windows_down * problem.windows_across;
-  const int64_t image = index / windows;
-  const int down = (int)(index % windows) / problem.windows_across;
-  const int across = (int)(index % windows) % problem.windows_across;
+  const int64_t windows = (int64_t)problem.windows_down * problem.windows_across;
+  const int64_t image = index / windows, at = index % windows;
+  const int down = (int)(at / problem.windows_across);
+  const int across = (int)(at % problem.windows_across);
   const Side rows(problem.height, problem.windows_down, problem.window_height, problem.shift_height,
                   problem.wrap_padded);
   const Side columns(problem.width, problem.windows_across, problem.window_width,
@@ -103,7 +107,6 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
   const int top = down * problem.window_height, left = across * problem.window_width;
   window->wraps = (problem.shift_height > 0 && down == problem.windows_down - 1) ||
                   (problem.shift_width > 0 && across == problem.windows_across - 1);
-  window->has_padding = false;
   int64_t stride[kTensors];
   VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) stride[t] = maps[t].tensor.stride[2];
   int token = 0;
@@ -124,7 +127,6 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
       }
       window->regions[token] = region + (columns.came_round(left + j) ? 1.f : 0.f);
       window->is_padding[token] = padding;
-      window->has_padding |= padding;
     }
   }
   for (; token % kLanes != 0; token++) window->regions[token] = 0.f;
@@ -145,8 +147,9 @@ class WindowPrefetcher {
         first_(column * (int64_t)sizeof(T)),
         last_(first_ + columns * (int64_t)sizeof(T) - 1),
         at_(first_) {
-    parts_ = (int)((end_ - row_) * ((last_ - first_) / kPart + 1));
-    steps_ = maximum(products * tiling.tiles * (tiling.tokens / kRowStep) * (words / kWordStep), 1);
+    parts_ = (end_ - row_) * ((last_ - first_) / kPart + 1);
+    steps_ = (int64_t)products * tiling.tiles * (tiling.tokens / kRowStep) * (words / kWordStep);
+    if (steps_ < 1) steps_ = 1;
   }
 
   VLMFAST_INLINE void step() {
@@ -164,7 +167,7 @@ class WindowPrefetcher {
   static constexpr int64_t kPart = 512;  // bytes: more requests at once would stall the core
   const char *const *row_, *const *end_;
   int64_t first_, last_, at_;
-  int parts_, steps_, due_ = 0;
+  int64_t parts_, steps_, due_ = 0;
 };
 
 // 1 / max(|x|, 1e-12) from |x|^2.
@@ -182,6 +185,73 @@ VLMFAST_NOINLINE void inverse_norms(const float* rows, int words, int n_rows, fl
   for (int j = 0; j < n_rows; j += kLanes) store(out + j, inverse_norm(load(out + j)));
 }
 
+// Copies of rows whose squares or products might leave the range of float32, as nothing does of
+// what cosines are made of: each is divided by the power of two that leaves its largest element
+// below 4. Elements are only ever made smaller.
+template <class T, int kStep>
+struct ShrunkRows {
+  T* data;         // [rows][columns]
+  T** pointers;    // [rows][kStep]
+  float* factors;  // [rows]: what the rows were multiplied by
+
+  void take(Arena* arena, int rows, int columns) {
+    data = (T*)arena->take((int64_t)rows * columns);
+    pointers = (T**)arena->take((int64_t)rows * kStep * (sizeof(T*) / sizeof(float)));
+    factors = arena->take(round_up(rows, kLanes));
+  }
+
+  VLMFAST_NOINLINE ScatteredRows<T, kStep> copy(ScatteredRows<T, kStep> rows, int n_rows,
+                                                int columns) const {
+    for (int i = 0; i < n_rows; i++) {
+      const T* from = rows.row(i);
+      T* to = data + (int64_t)i * columns;
+      Vec most = zero();
+      for (int d = 0; d < columns; d += kLanes) {
+        const Vec x = load_first(from + d, minimum(kLanes, columns - d));
+        most = max(most, max(x, zero() - x));
+      }
+      factors[i] = factor(horizontal_max(most));
+      pointers[i * kStep] = to;
+      for (int d = 0; d < columns; d += kLanes) {
+        const int n = minimum(kLanes, columns - d);
+        store_first(to + d, load_first(from + d, n) * broadcast(factors[i]), n);
+      }
+    }
+    return {pointers, 0};
+  }
+
+ private:
+  static VLMFAST_INLINE float factor(float most) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &most, sizeof bits);
+    bits = (uint32_t)minimum(127, maximum(1, 255 - (int)(bits >> 23))) << 23;
+    __builtin_memcpy(&most, &bits, sizeof bits);
+    return most;
+  }
+};
+
+// Whether any of n vectors of inverse norms is that of a row to be shrunk.
+VLMFAST_INLINE bool any_is_long(const Vec* inverse, int n) {
+  Vec least = broadcast(1.f);
+  for (int i = 0; i < n; i++) least = min(inverse[i], least);
+  return horizontal_max(zero() - least) > -kShortestInverse;
+}
+
+// The packed rows' inverse norms; where some are too long, `rows` and `packed` become shrunk
+// copies. Gives whether they did.
+template <class Words, class T, int kStep>
+VLMFAST_INLINE bool norms_of_rows(ScatteredRows<T, kStep>* rows, int n_rows, int columns, int words,
+                                  const ShrunkRows<T, kStep>& copies, float* packed, float* out) {
+  inverse_norms<Words>(packed, words, n_rows, out);
+  Vec least = broadcast(1.f);
+  for (int j = 0; j < n_rows; j += kLanes) least = min(load(out + j), least);
+  if (!any_is_long(&least, 1)) return false;
+  *rows = copies.copy(*rows, n_rows, columns);
+  pack_rows<Words>(*rows, n_rows, n_rows, columns, words, packed);
+  inverse_norms<Words>(packed, words, n_rows, out);
+  return true;
+}
+
 // The squared norms of a tile's queries, from pack_transposed.
 template <class Words, int kGroups>
 VLMFAST_INLINE void square_norms(const float* query, int words, Vec* squares) {
@@ -190,6 +260,21 @@ VLMFAST_INLINE void square_norms(const float* query, int words, Vec* squares) {
       const Vec q = load(query + (w * kGroups + g) * kLanes);
       squares[g] = Words::multiply_add(q, q, squares[g]);
     }
+}
+
+// These and the inverse norms; where some are too long, `rows` and `packed` become shrunk copies.
+// Gives whether they did.
+template <class Words, int kGroups, class T, int kStep>
+VLMFAST_INLINE bool norms_of_queries(ScatteredRows<T, kStep>* rows, int n_rows, int columns,
+                                     int words, const ShrunkRows<T, kStep>& copies, float* packed,
+                                     Vec* square, Vec* inverse) {
+  for (bool are_copies = false;; are_copies = true) {
+    square_norms<Words, kGroups>(packed, words, square);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) inverse[g] = inverse_norm(square[g]);
+    if (are_copies || !any_is_long(inverse, kGroups)) return are_copies;
+    *rows = copies.copy(*rows, n_rows, columns);
+    pack_transposed<Words, kGroups>(*rows, n_rows, columns, 1.f, packed);
+  }
 }
 
 // out[j][:] = weights[j] * row, of `vectors` vectors.
@@ -453,6 +538,7 @@ struct Forward {
   int words, value_columns, row_words;
   float *biases, *keys, *values, *key_factors, *query, *scores, *keep, *sums, *row, *row_scores;
   mutable Window<T, kTensors> windows[2];
+  ShrunkRows<T, kTensors> key_copies, query_copies;  // where there are cosines
   T* sink;
   int64_t scratch_size;
 
@@ -475,6 +561,10 @@ struct Forward {
     row_scores = arena.take(padded);
     sink = (T*)arena.take((int64_t)p.heads * p.head_dim);
     for (auto& window : windows) window.take(&arena, tiling);
+    if (p.logit_scale != nullptr) {
+      key_copies.take(&arena, tiling.tokens, p.head_dim);
+      query_copies.take(&arena, kMaxTile, p.head_dim);
+    }
     scratch_size = arena.used;
   }
 
@@ -496,26 +586,33 @@ struct Forward {
     const int column = head * problem.head_dim, n = tiling.tokens;
     const int first_query = first * kLanes,
               count = minimum(kWidth, tiling.tiled_queries() - first_query);
-    const auto rows = window.of(kQuery, column, first_query);
+    auto rows = window.of(kQuery, column, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, 1.f, query);
     Vec factor[kGroups], most[kGroups], sum[kGroups];
     if (problem.logit_scale == nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
           broadcast(problem.scale * kLog2E);
     } else {
-      square_norms<Words, kGroups>(query, words, factor);
+      Vec square[kGroups];
+      norms_of_queries<Words, kGroups>(&rows, count, problem.head_dim, words, query_copies, query,
+                                       square, factor);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
-          inverse_norm(factor[g]) * broadcast(problem.logit_scale[head] * kLog2E);
+          factor[g] * broadcast(problem.logit_scale[head] * kLog2E);
     }
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = zero();
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
           .keep(0, n, first_query, kWidth, dropout_row, keep);
-    if (keep != nullptr)
-      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, keep);
-    else
-      exponentiate<Words, kGroups>(scores, n, 1.f, most, sum, nullptr);
+    // Pairs of rows become one, so that runs of them would leave gaps; their sums may be rougher.
+    const int step = Words::kElements == 1 ? kRun : n;
+    for (int j = 0; j < n; j += step) {
+      const int run = minimum(step, n - j);
+      if (keep != nullptr)
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, keep + j * kWidth);
+      else
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, nullptr);
+    }
     weighted_sum<Words, kGroups>(scores, values, value_columns,
                                  (n + Words::kElements - 1) / Words::kElements, value_columns, sums,
                                  nullptr);
@@ -535,11 +632,12 @@ struct Forward {
   VLMFAST_NOINLINE void last_query(const Window<T, kTensors>& window, const Logits<Words>& logits,
                                    int head, uint32_t dropout_row, float* logsumexp) const {
     const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
-    pack_rows<Words>(window.of(kQuery, column, q), 1, 1, problem.head_dim, row_words, row);
+    auto rows = window.of(kQuery, column, q);
+    pack_rows<Words>(rows, 1, 1, problem.head_dim, row_words, row);
     float factor = problem.scale * kLog2E;
     if (problem.logit_scale != nullptr) {
       float norm[kLanes];
-      inverse_norms<Words>(row, words, 1, norm);
+      norms_of_rows<Words>(&rows, 1, problem.head_dim, row_words, query_copies, row, norm);
       factor = norm[0] * problem.logit_scale[head] * kLog2E;
     }
     logits.last(row, factor, row_scores);
@@ -562,11 +660,12 @@ struct Forward {
   void run_head(const Window<T, kTensors>& window, int64_t index, int head, const float* bias,
                 WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens;
-    pack_rows<Words>(window.of(kKey, column), n, tiling.padded_tokens, problem.head_dim, words,
-                     keys);
+    auto key_rows = window.of(kKey, column);
+    pack_rows<Words>(key_rows, n, tiling.padded_tokens, problem.head_dim, words, keys);
     pack_row_pairs<Words>(window.of(kValue, column), n, round_up(n, Words::kElements),
                           problem.head_dim, value_columns, values);
-    if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
+    if (key_factors != nullptr)
+      norms_of_rows<Words>(&key_rows, n, problem.head_dim, words, key_copies, keys, key_factors);
     const Logits<Words> logits{tiling,      keys, key_factors,
                                words,       bias, window.wraps ? window.regions : nullptr,
                                problem.mask};
@@ -623,6 +722,7 @@ struct Backward {
       *keep, *grad_query;
   float *row, *grad_row, *exact_row, *exact_grad_row, *row_scores, *row_grads;
   mutable Window<T, kTensors> windows[2];
+  ShrunkRows<T, kTensors> key_copies, query_copies;  // where there are cosines
   T *sink, *zeros;
   int64_t scratch_size;
 
@@ -664,6 +764,10 @@ struct Backward {
     sink = (T*)arena.take((int64_t)p.heads * p.head_dim);
     zeros = (T*)arena.take((int64_t)p.heads * p.head_dim);
     for (auto& window : windows) window.take(&arena, tiling);
+    if (p.logit_scale != nullptr) {
+      key_copies.take(&arena, tiling.tokens, p.head_dim);
+      query_copies.take(&arena, kMaxTile, p.head_dim);
+    }
     scratch_size = arena.used;
   }
 
@@ -700,21 +804,30 @@ struct Backward {
     const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
     Vec sum[kGroups], delta[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = delta[g] = zero();
-    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = j * kWidth + g * kLanes;
-        const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
-        Vec grad = load(grad_scores + at);
-        if (!kPlain && keep != nullptr) {
-          grad = grad * (load(keep + at) * kept_factor);
-          store(grad_scores + at, grad);
+    for (int begin = 0; begin < n; begin += kRun) {
+      const int end = minimum(begin + kRun, n);
+      Vec run_sum[kGroups], run_delta[kGroups];
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) run_sum[g] = run_delta[g] = zero();
+      for (int j = begin; j < end; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+          const int at = j * kWidth + g * kLanes;
+          const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
+          Vec grad = load(grad_scores + at);
+          if (!kPlain && keep != nullptr) {
+            grad = grad * (load(keep + at) * kept_factor);
+            store(grad_scores + at, grad);
+          }
+          store(scores + at, p);
+          run_sum[g] = run_sum[g] + p;
+          run_delta[g] = fma(p, grad, run_delta[g]);
         }
-        store(scores + at, p);
-        sum[g] = sum[g] + p;
-        delta[g] = fma(p, grad, delta[g]);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        sum[g] = sum[g] + run_sum[g];
+        delta[g] = delta[g] + run_delta[g];
       }
+    }
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      delta[g] = delta[g] / sum[g];  // rounded once: the error of delta is that of every key
       sum[g] = broadcast(1.f) / sum[g];
-      delta[g] = delta[g] * sum[g];
     }
     for (int j = 0; j < n; j += kRows) {
       Vec weight[kRows][kGroups], grad[kRows][kGroups];
@@ -745,24 +858,24 @@ struct Backward {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
     const int first_query = first * kLanes,
               count = minimum(kWidth, tiling.tiled_queries() - first_query);
-    const auto query_in = window.of(kQuery, column, first_query);
+    auto query_in = window.of(kQuery, column, first_query);
     const auto grad_in = window.of(kGradOut, column, first_query);
     pack_transposed<Words, kGroups>(query_in, count, dim, 1.f, query);
     pack_transposed<Words, kGroups>(grad_in, count, dim, 1.f, grad_out);
-    pack_row_pairs<Words>(query_in, count, kWidth, dim, vectors * kLanes, query_rows);
-    pack_row_pairs<Words>(grad_in, count, kWidth, dim, vectors * kLanes, grad_out_rows);
+    bool are_copies = false;
     Vec factor[kGroups], inverse[kGroups], square[kGroups], most[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) inverse[g] = broadcast(1.f);
     if (key_factors == nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
           broadcast(problem.scale * kLog2E);
     } else {
-      square_norms<Words, kGroups>(query, words, square);
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        inverse[g] = inverse_norm(square[g]);
-        factor[g] = inverse[g] * broadcast(problem.logit_scale[head] * kLog2E);
-      }
+      are_copies = norms_of_queries<Words, kGroups>(&query_in, count, dim, words, query_copies,
+                                                    query, square, inverse);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
+          inverse[g] * broadcast(problem.logit_scale[head] * kLog2E);
     }
+    pack_row_pairs<Words>(query_in, count, kWidth, dim, vectors * kLanes, query_rows);
+    pack_row_pairs<Words>(grad_in, count, kWidth, dim, vectors * kLanes, grad_out_rows);
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
     with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
       multiply_rows<Words, kGroups, decltype(rows)::kCount>(grad_out, values, words, words, n,
@@ -781,17 +894,32 @@ struct Backward {
                             vectors);
     outer_accumulate<Words>(grad_left, kDepth, query_rows, kDepth, n, overwrite, grad_keys,
                             vectors);
-    weighted_sum<Words, kGroups>(grad_scores, key_pairs, columns,
-                                 (n + Words::kElements - 1) / Words::kElements, columns, grad_query,
-                                 nullptr);
+    sum_grad_query<kGroups>();
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] = broadcast(problem.scale);
     if (key_factors != nullptr) {
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
-          broadcast(problem.logit_scale[head]);
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+        factor[g] = broadcast(problem.logit_scale[head]);
+        if (are_copies) factor[g] = factor[g] * load(query_copies.factors + g * kLanes);
+      }
       project_queries<kGroups>(square, inverse, grad_logit_scale);
     }
     store_transposed<kGroups>(grad_query, factor, window.of(kGradQuery, column, first_query), count,
                               dim);
+  }
+
+  // The gradients of a tile's queries, but for their factor. That of a logit scale is a sum over
+  // them in which most cancels out: it wants runs.
+  template <int kGroups>
+  VLMFAST_INLINE void sum_grad_query() const {
+    constexpr int kWidth = kGroups * kLanes;
+    const int rows = (tiling.tokens + Words::kElements - 1) / Words::kElements;
+    const int step = problem.grad_logit_scale == nullptr ? rows : 2 * kRun;
+    Vec ones[kGroups];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) ones[g] = broadcast(1.f);
+    for (int r = 0; r < rows; r += step)
+      weighted_sum<Words, kGroups>(grad_scores + r * kWidth, key_pairs + (int64_t)r * columns,
+                                   columns, minimum(step, rows - r), columns, grad_query,
+                                   r == 0 ? nullptr : ones);
   }
 
   // Calls body(column, x) with the fp32 vectors of a column of the packed queries.
@@ -850,17 +978,19 @@ struct Backward {
                                    Vec* grad_logit_scale) const {
     const int column = head * problem.head_dim, n = tiling.tokens, q = n - 1;
     const int dim = problem.head_dim;
-    pack_rows<Words>(window.of(kQuery, column, q), 1, 1, dim, row_words, row);
+    auto query_in = window.of(kQuery, column, q);
+    pack_rows<Words>(query_in, 1, 1, dim, row_words, row);
     pack_rows<Words>(window.of(kGradOut, column, q), 1, 1, dim, row_words, grad_row);
-    load_exact_row(window.of(kQuery, column, q), exact_row);
-    load_exact_row(window.of(kGradOut, column, q), exact_grad_row);
-    float inverse = 1.f, factor = problem.scale;
+    float inverse = 1.f, factor = problem.scale, shrinking = 1.f;
     if (key_factors != nullptr) {
       float norm[kLanes];
-      inverse_norms<Words>(row, words, 1, norm);
+      if (norms_of_rows<Words>(&query_in, 1, dim, row_words, query_copies, row, norm))
+        shrinking = query_copies.factors[0];
       inverse = norm[0];
       factor = problem.logit_scale[head];
     }
+    load_exact_row(query_in, exact_row);
+    load_exact_row(window.of(kGradOut, column, q), exact_grad_row);
     logits.last(row, factor * inverse * kLog2E, row_scores);
     multiply_row<Words>(grad_row, values, words, words, n, row_grads);
     float most;
@@ -897,7 +1027,7 @@ struct Backward {
     float* gradient = exact_grad_row;
     combine_rows<Words>(row_grads, key_pairs, columns,
                         (n + Words::kElements - 1) / Words::kElements, dim, gradient);
-    store_row(exact_row, gradient, factor, window.of(kGradQuery, column, q).row(0),
+    store_row(exact_row, gradient, factor * shrinking, window.of(kGradQuery, column, q).row(0),
               grad_logit_scale);
   }
 
@@ -929,13 +1059,19 @@ struct Backward {
   }
 
   VLMFAST_NOINLINE void store_keys_and_values(const Window<T, kTensors>& window,
-                                              const WindowAttentionTask& task, int head) const {
+                                              const WindowAttentionTask& task, int head,
+                                              ScatteredRows<T, kTensors> keys_in,
+                                              const float* key_shrinking) const {
     const int column = head * problem.head_dim, dim = problem.head_dim;
-    const float factor = key_factors == nullptr ? problem.scale : problem.logit_scale[head];
     for (int j = 0; j < tiling.tokens; j++) {
       float* grad_key = grad_keys + (int64_t)j * vectors * kLanes;
       float* grad_value = grad_values + (int64_t)j * vectors * kLanes;
-      if (key_factors != nullptr) load_exact_row(window.of(kKey, column, j), exact_row);
+      float factor = problem.scale;
+      if (key_factors != nullptr) {
+        load_exact_row({keys_in.rows + j * kTensors, keys_in.column}, exact_row);
+        factor = problem.logit_scale[head];
+        if (key_shrinking != nullptr) factor *= key_shrinking[j];
+      }
       store_row(exact_row, grad_key, factor, window.of(kGradKey, column, j).row(0), nullptr);
       for (int d = 0; d < dim; d += kLanes)
         store_first(window.of(kGradValue, column, j).row(0) + d, load(grad_value + d),
@@ -953,12 +1089,15 @@ struct Backward {
   void run_head(const Window<T, kTensors>& window, const WindowAttentionTask& task, int64_t index,
                 int head, const float* bias, float* grad_bias, WindowPrefetcher& ahead) const {
     const int column = head * problem.head_dim, n = tiling.tokens, dim = problem.head_dim;
-    const auto key_rows = window.of(kKey, column);
+    auto key_rows = window.of(kKey, column);
     const auto value_rows = window.of(kValue, column);
     pack_rows<Words>(key_rows, n, tiling.padded_tokens, dim, words, keys);
     pack_rows<Words>(value_rows, n, tiling.padded_tokens, dim, words, values);
+    const float* key_shrinking = nullptr;  // where keys are copies
+    if (key_factors != nullptr &&
+        norms_of_rows<Words>(&key_rows, n, dim, words, key_copies, keys, key_factors))
+      key_shrinking = key_copies.factors;
     if (kPairs) pack_row_pairs<Words>(key_rows, n, round_up(n, 2), dim, columns, key_pairs);
-    if (key_factors != nullptr) inverse_norms<Words>(keys, words, n, key_factors);
     const Logits<Words> logits{tiling,      keys, key_factors,
                                words,       bias, window.wraps ? window.regions : nullptr,
                                problem.mask};
@@ -977,7 +1116,7 @@ struct Backward {
     if (problem.grad_logit_scale != nullptr)
       problem.grad_logit_scale[(int64_t)task.split * problem.heads + head] +=
           horizontal_sum(grad_logit_scale);
-    if (wants_products) store_keys_and_values(window, task, head);
+    if (wants_products) store_keys_and_values(window, task, head, key_rows, key_shrinking);
   }
 
   void run(const WindowAttentionTask& task, const WindowAttentionTask& next,
