@@ -170,6 +170,21 @@ def test_idefics_refuses_a_mask_of_fewer_images_as_before():
         last_hidden_state(model, inputs)
 
 
+def test_masks_of_images_shorter_than_the_text_are_named():
+    for make_model, make_inputs, name in (
+        (make_idefics, words_and_images, "image_attention_mask"),
+        (make_mllama, words_and_tiles, "cross_attention_mask"),
+    ):
+        model, inputs = make_model().eval(), make_inputs(0)
+        inputs[name] = inputs[name][:, : TOKENS - 2]
+        with pytest.raises(RuntimeError, match="size"):
+            last_hidden_state(model, inputs)
+        vlmfast.patch(model)
+        says = rf"{name}: expected a row for each of {TOKENS} tokens of {BATCH} texts, got"
+        with pytest.raises(ValueError, match=says):
+            last_hidden_state(model, inputs)
+
+
 def test_idefics_rows_without_an_image_are_left_as_they_are():
     model = make_idefics().eval()
     vlmfast.patch(model)

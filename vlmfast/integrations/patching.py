@@ -122,7 +122,7 @@ def patch(
             report.skipped.append(PatchEntry(path, name, f"{rule.family} is not asked for"))
         elif filter is not None and not filter(path, module):
             report.skipped.append(PatchEntry(path, name, "left out by the filter"))
-        elif (why := rule.refusal(module)) is not None:
+        elif (why := rule.refusal(module) or rule.refusal_within(parent, module)) is not None:
             report.skipped.append(PatchEntry(path, name, why))
             obstacles.append(report.skipped[-1])
         elif rule.bypassed_by(parent) and all(step.module is not parent for step in steps):

@@ -49,6 +49,7 @@ class Rule:
     what: the replacement, as the report names it.
     recognises: whether the rule is about this module.
     refusal: why this module must stay as it is, or None.
+    refusal_within: why this module must stay because of its parent, or None: (parent, module).
     replace: changes the module in place and returns the function that changes it back, which must
         survive pickle and deepcopy together with the module.
     bypassed_by: whether a parent of the module may compute without calling it. Unless that parent
@@ -64,6 +65,7 @@ class Rule:
     replace: Callable[[nn.Module], Callable[[nn.Module], None]]
     bypassed_by: Callable[[nn.Module], bool] = lambda parent: False
     covers: tuple[str, ...] = ()
+    refusal_within: Callable[[nn.Module, nn.Module], str | None] = lambda parent, module: None
 
 
 @dataclass

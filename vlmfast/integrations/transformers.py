@@ -20,13 +20,17 @@ matrix of logits. Their output holds the logits all the same: they are computed 
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
+import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +49,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput, _get_vector_norm
 from transformers.models.idefics import modeling_idefics
 from transformers.models.idefics import perceiver as idefics_perceiver
 from transformers.models.mllama import modeling_mllama
+from transformers.models.pix2struct import modeling_pix2struct
 from transformers.models.siglip.modeling_siglip import SiglipOutput
 from transformers.models.swin import modeling_swin
 from transformers.models.swin2sr import modeling_swin2sr
@@ -102,6 +107,25 @@ CROSS_FAMILY = "cross_attention"
 IMAGE_MASK = "vlmfast_image_mask"
 LOSS_FAMILY = "contrastive_loss"
 
+# Set on the layers of an encoder that does not hand on to them that it returns their weights.
+WEIGHTS_WANTED = "_vlmfast_weights_wanted"
+
+
+# Keywords that reach an attention function and that neither sdpa nor an eager one reads.
+_READ_BY_NONE = frozenset(
+    (
+        # What the mask says already, or the layer that cuts packed sequences apart. Flash attention
+        # alone reads them.
+        *("position_ids", "cache_position", "sliding_window"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic"),
+        # What a model is to return, or how it takes its loss.
+        *("use_cache", "return_dict", "num_items_in_batch"),
+        *("output_hidden_states", "output_router_logits"),
+    )
+)
+# Keywords that attention_forward understands.
+_UNDERSTOOD = frozenset(("output_attentions", "position_bias"))
+
 
 def attention_forward(
     module: nn.Module,
@@ -117,42 +141,52 @@ def attention_forward(
     """What transformers calls an attention function: (B, heads, L, D) in, (B, L, heads, D) out.
 
     The probabilities are computed, and returned, only if `output_attentions` asks for them; then
-    the model's own eager function does all of the work. What sdpa alone knows (a position bias, a
-    paged cache) is left to transformers' sdpa function.
+    the model's own eager function does all of the work. Whatever else a layer hands over (a paged
+    cache, a soft cap, sinks, the choice of an indexer) is for the function that it called before.
     """
     config = _model_config(module)
     _check_implementation(config)
+    eager = config._attn_implementation == "eager"
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # Made for sdpa, a mask that is only causal is None; made for eager, None masks nothing. One
     # query is the last token of a cache and sees all keys.
-    is_causal = (
-        is_causal
-        and config._attn_implementation != "eager"
-        and attention_mask is None
-        and query.shape[2] > 1
-    )
+    is_causal = is_causal and not eager and attention_mask is None and query.shape[2] > 1
 
     arguments = {"scaling": scaling, "dropout": dropout, **kwargs}
-    if kwargs.get("output_attentions") or _weights_are_recorded():
-        bias = _additive_mask(attention_mask, query, key, is_causal)
-        return _eager_function(type(module))(module, query, key, value, bias, **arguments)
-    unsupported = [name for name in ("cache", "softcap") if kwargs.get(name) is not None]
+    if (
+        kwargs.get("output_attentions")
+        or getattr(module, WEIGHTS_WANTED, False)
+        or _weights_are_recorded()
+    ):
+        if not eager:
+            attention_mask = _additive_mask(attention_mask, query, key, is_causal)
+        return _eager_function(type(module))(module, query, key, value, attention_mask, **arguments)
     backend = getattr(module, BACKEND, None)
-    if unsupported and backend is not None:
+    unknown = [
+        name
+        for name, argument in kwargs.items()
+        if argument is not None and name not in _READ_BY_NONE and name not in _UNDERSTOOD
+    ]
+    if unknown and backend is not None:
         raise NotImplementedError(
-            f"{type(module).__name__}: no backend computes {', '.join(unsupported)}, and "
+            f"{type(module).__name__}: no backend computes {', '.join(unknown)}, and "
             f"{backend!r} is forced"
         )
-    if unsupported:
+    if unknown and eager:
+        return _eager_function(type(module))(module, query, key, value, attention_mask, **arguments)
+    if unknown:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **arguments
         )
+    if eager and attention_mask is not None and not attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)  # eager functions add whatever it is
     position_bias = kwargs.get("position_bias")  # T5 and its kin; it gets its gradient
-    if position_bias is not None and attention_mask is None:
-        attention_mask = position_bias
-    elif position_bias is not None:
-        attention_mask = create_position_bias_mask(position_bias, attention_mask, False, query, key)
+    if position_bias is not None:
+        attention_mask = create_position_bias_mask(
+            position_bias, attention_mask, is_causal, query, key
+        )
+        is_causal = False
     out = VF.scaled_dot_product_attention(
         query,
         key,
@@ -179,6 +213,7 @@ class _RestoreConfig:
 
     def __call__(self, module: nn.Module) -> None:
         module.config = self.original
+        vars(module).pop(WEIGHTS_WANTED, None)
         if self.cls is not None:
             forget_media(module)
             module.__class__ = self.cls
@@ -211,6 +246,7 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
     """
 
     backend: str | None = None
+    image_mask = "image_attention_mask"  # the name by which users know it
 
     def forward(
         self,
@@ -304,6 +340,7 @@ class MllamaTextCrossAttention(modeling_mllama.MllamaTextCrossAttention):
     """
 
     backend: str | None = None
+    image_mask = "cross_attention_mask"
 
     def forward(
         self,
@@ -424,6 +461,11 @@ def _attend_to_images(
 ) -> Tensor:
     """From projections to the input of the output projection, (B, T, heads * head_dim)."""
     shape = (query.shape[0], query.shape[2], sees.shape[-1])
+    if sees.shape[0] not in (1, shape[0]) or sees.shape[1] not in (1, shape[1]):
+        raise ValueError(
+            f"{module.image_mask}: expected a row for each of {shape[1]} tokens of {shape[0]} "
+            f"texts, got {tuple(sees.shape[:2])[::-1]}"
+        )
 
     def make() -> CrossAttentionPlan:
         index = sees.bool().expand(shape)
@@ -495,6 +537,17 @@ def _take_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     }
 
 
+def _tell_of_weights(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before Pix2Struct's encoder runs, which collects weights that it does not ask its layers for.
+
+    On eager they return them always.
+    """
+    given = {**dict(zip(_PIX2STRUCT_ARGUMENTS, args, strict=False)), **kwargs}
+    for layer in encoder.layer:
+        if MARK in vars(layer.attention):
+            setattr(layer.attention, WEIGHTS_WANTED, bool(given.get("output_attentions")))
+
+
 def _hook_model(
     hooks: dict[str, Callable[..., Any]], module: nn.Module
 ) -> Callable[[nn.Module], None]:
@@ -532,7 +585,14 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     theirs = next(base for base in cls.__mro__ if not base.__module__.startswith("vlmfast."))
-    return _forward(theirs).__globals__["eager_attention_forward"]
+    forward = _forward(theirs)
+    return forward.__globals__[_eager_name(forward)]
+
+
+def _eager_name(forward: Callable[..., Any]) -> str:
+    """The eager function that a layer names, as eager_attention_forward; "" if it names none."""
+    names = (name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
+    return next(names, "")
 
 
 def _uses_interface(module: nn.Module) -> bool:
@@ -543,7 +603,8 @@ def _uses_interface(module: nn.Module) -> bool:
 
 _EAGER_ARGUMENTS = {
     *("module", "query", "key", "value", "attention_mask"),
-    *("scaling", "dropout", "is_causal", "kwargs"),
+    *("query_states", "key_states", "value_states"),
+    *("scaling", "dropout", "is_causal", "position_bias", "kwargs"),
 }
 
 
@@ -552,16 +613,32 @@ def _refusal(module: nn.Module) -> str | None:
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         return f"attn_implementation is {implementation!r}; only sdpa and eager are replaced"
-    if "eager_attention_forward" not in code_names(type(module).forward):
+    cls = type(module)
+    forward = _forward(cls)
+    if not _eager_name(forward):
         return "no eager_attention_forward to return attention weights"
-    if implementation == "eager":
-        if not _library_supports_sdpa(type(module)):
-            return "its models do not support sdpa, so its eager attention is not the standard one"
-        parameters = inspect.signature(_eager_function(type(module))).parameters
-        special = sorted(set(parameters) - _EAGER_ARGUMENTS)
-        if special:
-            return f"its eager attention takes {', '.join(special)}"
+    functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    theirs = functions.get_interface(implementation, None)
+    if theirs is not (sdpa_attention_forward if implementation == "sdpa" else None):
+        return f"{implementation!r} is registered as a function that is not transformers' own"
+    why = _notices_name(cls, implementation)  # type: ignore[arg-type]  # classes are hashable
+    if why is None and implementation == "eager":
+        why = _unlike_softmax(_eager_function(cls))
+    if why is None and not _library_supports_sdpa(cls):
+        why = "its models do not support sdpa: they may read the weights of any layer"
+    return why
+
+
+def _weights_used_by(parent: nn.Module, module: Any) -> str | None:
+    """Why a layer must go on returning its weights, which sdpa never does and eager always."""
+    name = type(parent).__name__
+    if name in _RETURNS_WEIGHTS and module.config._attn_implementation == "eager":
+        return f"{name} around it returns its weights, whether they are asked for or not"
     return None
+
+
+# Modules of transformers that hand out the weights of their attention layer unasked.
+_RETURNS_WEIGHTS = ("Kosmos2ImageToTextProjection", "Kosmos2_5ImageToTextProjection")
 
 
 def _library_supports_sdpa(cls: type[nn.Module]) -> bool:
@@ -574,6 +651,135 @@ def _library_supports_sdpa(cls: type[nn.Module]) -> bool:
         and value._supports_sdpa
         for value in vars(home).values()
     )
+
+
+# Functions that ask a config no more than whether its implementation is flash attention.
+_ASKS_FOR_FLASH = ("is_flash_attention_requested", "get_max_seqlen")
+
+
+@cache
+def _notices_name(cls: type[nn.Module], implementation: str) -> str | None:
+    """Why a layer would compute something else if its config named our function, or None.
+
+    It may look its attention function up by that name, and must. Whatever else its code does with
+    the name has to come out the same for ours, and its config must stay with it.
+    """
+    looks_up = False
+    for method in _methods(cls):
+        for name in code_names(method):
+            helper = method.__globals__.get(name)
+            if name not in _ASKS_FOR_FLASH and "_attn_implementation" in _names_of(helper):
+                return f"{name}, which it calls, asks for the name of the implementation"
+        if "config" not in code_names(method):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, SyntaxError):
+            return f"the source of its {method.__name__} is not at hand"
+        holder = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Attribute) and node.attr == "config"):
+                continue
+            around = holder[node]
+            if isinstance(around, ast.Attribute) and around.attr != "_attn_implementation":
+                continue
+            if isinstance(around, ast.Attribute):
+                use = holder[around]
+                if _is_lookup(use):
+                    looks_up = True
+                elif not _same_answer(use, implementation):
+                    return f"its code asks for the implementation: {ast.unparse(use)}"
+            elif not _asks_for_flash(around) and not _reads_one_setting(around):
+                return f"its code hands its config on: {ast.unparse(around)}"
+    return None if looks_up else "it looks its attention function up in a way of its own"
+
+
+def _methods(cls: type[nn.Module]) -> Iterator[Any]:
+    """The functions of a layer that run after it is built, torch's own left out."""
+    for name in dir(cls):
+        method = inspect.getattr_static(cls, name)
+        if isinstance(method, (staticmethod, classmethod)):
+            method = method.__func__
+        method = inspect.unwrap(method) if inspect.isfunction(method) else None
+        if method and name != "__init__" and not method.__module__.startswith("torch."):
+            yield method
+
+
+def _names_of(value: Any) -> frozenset[str]:
+    return code_names(value) if inspect.isfunction(value) else frozenset()
+
+
+def _is_lookup(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "ALL_ATTENTION_FUNCTIONS.get_interface"
+        and len(node.args) == 2
+    )
+
+
+def _same_answer(node: ast.AST, implementation: str) -> bool:
+    """Whether a comparison with the name of the implementation comes out the same for ours."""
+    if not (isinstance(node, ast.Compare) and len(node.ops) == 1):
+        return False
+    try:
+        value = ast.literal_eval(node.comparators[0])
+    except ValueError:
+        return False
+    match node.ops[0]:
+        case ast.Eq() | ast.NotEq():
+            return (implementation == value) is (value == NAME)
+        case ast.In() | ast.NotIn():
+            return (implementation in value) is (NAME in value)
+    return False
+
+
+def _asks_for_flash(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in _ASKS_FOR_FLASH
+
+
+def _reads_one_setting(node: ast.AST) -> bool:
+    """getattr or hasattr of anything but the name of the implementation."""
+    return (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("getattr", "hasattr")
+        and isinstance(node.args[1], ast.Constant)
+        and "_attn_implementation" not in str(node.args[1].value)
+    )
+
+
+@cache
+def _unlike_softmax(eager: Callable[..., Any]) -> str | None:
+    """Why an eager function is not softmax attention that adds whatever mask it gets, or None.
+
+    It is run on small tensors, under a module that knows no more than any attention layer does.
+    """
+    parameters = inspect.signature(eager).parameters
+    special = sorted(set(parameters) - _EAGER_ARGUMENTS)
+    if special:
+        return f"its eager attention takes {', '.join(special)}"
+    module = SimpleNamespace(training=False, num_key_value_groups=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    # Logits of about 30 and a scale that is not the usual one: a cap, a clamp or a sink shows.
+    query, key, value = 10 * normal(1, 2, 3, 8), normal(1, 2, 4, 8), normal(1, 2, 4, 8)
+    masks = (None, normal(1, 1, 3, 4), normal(1, 1, 3, 4) > 0)
+    biases = (None, normal(1, 2, 3, 4)) if "position_bias" in parameters else (None,)
+    for mask, bias in itertools.product(masks, biases):
+        arguments = {} if bias is None else {"position_bias": bias}
+        try:
+            out, weights = eager(module, query, key, value, mask, scaling=0.9, **arguments)
+        except Exception as error:
+            return f"its eager attention needs more than any: {error}"
+        added = sum(term for term in (mask, bias) if term is not None)
+        expected = torch.softmax(0.9 * query @ key.mT + added, -1)
+        # Most take their softmax in float32, whatever they are given.
+        same = partial(torch.allclose, rtol=1e-5, atol=1e-5)
+        if not (same(weights, expected) and same(out, (expected @ value).transpose(1, 2))):
+            return "its eager attention is not softmax(query @ key.T * scale + mask) @ value"
+    return None
 
 
 def _replace(module: nn.Module) -> Callable[[nn.Module], None]:
@@ -609,9 +815,15 @@ class SwinLayer(modeling_swin.SwinLayer):
                 return super().forward(  # type: ignore[return-value]
                     hidden_states, input_dimensions, always_partition=always_partition, **kwargs
                 )
+        position_bias = attention.relative_position_bias
+        window = position_bias.window_size[0]
+        if not always_partition and min(input_dimensions) < window:
+            raise ValueError(
+                f"input_dimensions: expected a map of at least one window of {window} x {window} "
+                f"tokens, got {' x '.join(map(str, input_dimensions))}"
+            )
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
-        position_bias = attention.relative_position_bias
         attended = _attend_windows(
             self,
             self.layernorm_before(hidden_states).unflatten(1, tuple(input_dimensions)),
@@ -739,6 +951,7 @@ def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
 
 _IDEFICS_ARGUMENTS = _arguments(modeling_idefics.IdeficsModel)
 _MLLAMA_ARGUMENTS = _arguments(modeling_mllama.MllamaModel)
+_PIX2STRUCT_ARGUMENTS = _arguments(modeling_pix2struct.Pix2StructVisionEncoder)
 _BLIP_TEXT_FITS = _arguments(modeling_blip_text.BlipTextSelfAttention) == _arguments(
     BlipTextSelfAttention
 )
@@ -1084,10 +1297,18 @@ RULES = (
     swap_class(LOSS_FAMILY, OriginalSiglipModel, SiglipModel, refusal=_loss_refusal),
     Rule(
         family=FAMILY,
+        what="tells its layers when it is to return their weights",
+        recognises=lambda module: type(module) is modeling_pix2struct.Pix2StructVisionEncoder,
+        refusal=lambda module: None,
+        replace=partial(_hook_model, {"": _tell_of_weights}),
+    ),
+    Rule(
+        family=FAMILY,
         what=f"attention function {NAME!r}",
         recognises=_uses_interface,
         refusal=_refusal,
         replace=_replace,
+        refusal_within=_weights_used_by,
     ),
     leave_alone(
         FAMILY,
