@@ -546,3 +546,15 @@ def test_wrong_scale_and_backend():
         VF.image_cross_attention(*qkv(), PHI, scale="1")
     with pytest.raises(ValueError, match="backend: expected one of"):
         VF.image_cross_attention(*qkv(), PHI, backend="opencl")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("bits", [False, True])
+def test_traced_calls_take_other_values(bits):
+    def inputs():
+        index = torch.rand(2, 21, 3) < 0.3 if bits else in_order()
+        return [*(x.detach() for x in qkv()), index]
+
+    traced = torch.jit.trace(VF.image_cross_attention, tuple(inputs()))
+    others = inputs()
+    assert_close(traced(*others), VF.image_cross_attention(*others))
