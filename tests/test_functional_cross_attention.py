@@ -568,3 +568,15 @@ def test_checkpoints_that_are_not_reentrant(which):
     )
     for x, y in zip(plain, again, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("bits", [False, True])
+def test_traced_calls_take_other_values(bits):
+    def inputs():
+        index = torch.rand(2, 21, 3) < 0.3 if bits else in_order()
+        return [*(x.detach() for x in qkv()), index]
+
+    traced = torch.jit.trace(VF.image_cross_attention, tuple(inputs()))
+    others = inputs()
+    assert_close(traced(*others), VF.image_cross_attention(*others))

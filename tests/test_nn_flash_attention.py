@@ -460,3 +460,21 @@ def test_autocast_casts_all_but_float64():
 
 def test_package_offers_it():
     assert vlmfast.nn.MultiheadAttention is vnn.MultiheadAttention
+
+
+def test_a_longer_causal_mask_is_a_hint():
+    """Models keep the mask of their longest sequence; with the flag torch does not look at it."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
+    ours = vnn.MultiheadAttention(32, 4, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 7, 32)
+    mask = nn.Transformer.generate_square_subsequent_mask(20)
+    out, expected = (
+        layer(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        for layer in (ours, theirs)
+    )
+    torch.testing.assert_close(out, expected)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attn_mask: expected shape \(7, 7\)"):
+        ours(x, x, x, padding, attn_mask=mask, is_causal=True, need_weights=False)

@@ -267,6 +267,13 @@ def test_symbolic_tracing_of_unpatched_models_stays_possible():
     assert len(vlmfast.patch(traced).replaced) == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_says_why_not(model):
+    vlmfast.patch(model)
+    with pytest.raises(RuntimeError, match=r"vlmfast\.unpatch before, or torch\.jit\.trace"):
+        torch.jit.script(model)
+
+
 def test_data_parallel_wrapper(model, x, tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1

@@ -112,6 +112,8 @@ def cross_attention_plan(
     """
     _check_index(image_index)
     several = image_index.dtype == torch.bool
+    if torch.jit.is_tracing() and isinstance(num_images, Tensor):  # what sizes are there
+        num_images = int(num_images)
     if not isinstance(num_images, (int, torch.SymInt)) or isinstance(num_images, bool):
         reject_type("num_images", "an integer", type(num_images).__name__)
     if num_images < 0:

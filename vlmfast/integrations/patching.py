@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
@@ -82,8 +82,8 @@ def patch(
             nothing else is then said of it, by `strict` either.
         inference: also replace every torch.nn.Linear by one that keeps its weight packed for
             oneDNN, which pays on the CPU where no gradient is asked for (elsewhere it computes as
-            before). Takes the memory of the weights once more, and does not notice what is
-            written to them through `.data`: so for inference alone.
+            before). Takes the memory of the weights once more, and does not notice writes to them
+            that torch does not record, as through `.data`: so for inference alone.
 
     Returns:
         A `PatchReport`: `replaced` and `skipped`, one (path, what, why) for each layer.
@@ -167,6 +167,7 @@ def unpatch(model: nn.Module) -> None:
         done = module.__dict__[MARK]
         delattr(module, MARK)
         delattr(module, BACKEND)
+        delattr(module, _BEFORE_SCRIPTING)
         done.restore(module)
 
 
@@ -179,7 +180,19 @@ def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
     )
     setattr(module, MARK, done)
     setattr(module, BACKEND, backend)
+    setattr(module, _BEFORE_SCRIPTING, _refuse_scripting)
     return done
+
+
+# What torch.jit.script asks of each module first.
+_BEFORE_SCRIPTING = "__prepare_scriptable__"
+
+
+def _refuse_scripting() -> NoReturn:
+    raise RuntimeError(
+        "torch.jit.script compiles the code of a library's layers, not of those that vlmfast.patch "
+        "put in their place: vlmfast.unpatch before, or torch.jit.trace"
+    )
 
 
 def _check_families(families: Iterable[str] | None, known: tuple[str, ...]) -> frozenset[str]:

@@ -37,7 +37,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         query (L, N, E), key (S, N, kdim), value (S, N, vdim), N first if `batch_first`;
         key_padding_mask (N, S); attn_mask (L, S) or (N * num_heads, L, S); out as query.
         A boolean mask hides where it is True, a floating one is added to the logits.
-        `is_causal` is a hint that `attn_mask` is the causal mask: it then is not read.
+        `is_causal` is a hint that `attn_mask` is the causal mask: without key_padding_mask it is
+        then not read, and may be of any shape.
         Nested query, key and value run packed, without padding.
 
     Raises:
@@ -241,6 +242,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             reject("attn_mask", "the causal mask beside is_causal=True", None)
         padding_shape = (batch, keys) if batched else (keys,)
         _check_mask("key_padding_mask", key_padding_mask, padding_shape)
+        if is_causal and key_padding_mask is None:  # the mask itself is not used
+            _check_mask("attn_mask", attn_mask)
+            return
         _check_mask(
             "attn_mask", attn_mask, (queries, keys), (batch * self.num_heads, queries, keys)
         )
@@ -250,13 +254,14 @@ _INPUTS = ("query", "key", "value")
 
 
 def _check_mask(argument: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Whether it is a mask, and of one of these shapes, if any are given."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
         reject_type(argument, "a tensor or None", type(mask).__name__)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         reject_type(argument, "a bool or floating dtype", mask.dtype)
-    if tuple(mask.shape) not in shapes:
+    if shapes and tuple(mask.shape) not in shapes:
         reject(argument, "shape " + " or ".join(map(str, shapes)), tuple(mask.shape))
 
 
