@@ -7,8 +7,10 @@ import torch
 
 import vlmfast
 from tools.models import (
+    CHANGES,
     assert_patched_model_right,
     assert_same_in_float64,
+    assert_same_where_submodules_change,
     open_gates,
     spy_on_attention,
 )
@@ -536,3 +538,17 @@ def test_idefics2_perceiver():
 
     assert_patched_model_right(model, inputs)
     assert len(vlmfast.patch(model).replaced) == 2
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_submodules_of_idefics(change):
+    model = make_idefics(qk_layer_norms=True, resampler=True)
+    assert_same_where_submodules_change(model, change, words_and_images(0), last_hidden_state)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_submodules_of_blip(change):
+    model = make(BlipTextModel, BlipTextConfig(**SIZES, vocab_size=50, encoder_hidden_size=24))
+    inputs = {"encoder_hidden_states": torch.randn(BATCH, 5, 24), "is_decoder": True}
+    inputs["input_ids"] = words_and_images(0)["input_ids"]
+    assert_same_where_submodules_change(model, change, inputs, last_hidden_state)

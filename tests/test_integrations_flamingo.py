@@ -12,7 +12,13 @@ from torch import nn
 import vlmfast
 import vlmfast.nn as vnn
 from tools import open_flamingo, open_flamingo_v1
-from tools.models import assert_patched_model_right, open_gates, spy_on_attention
+from tools.models import (
+    CHANGES,
+    assert_patched_model_right,
+    assert_same_where_submodules_change,
+    open_gates,
+    spy_on_attention,
+)
 from vlmfast.integrations import flamingo
 
 WIDTH, MEDIA = 32, 3
@@ -271,3 +277,37 @@ def test_families():
     assert not report.replaced
     assert {e.why for e in report.skipped} == {"cross_attention is not asked for"}
     assert len(vlmfast.patch(model, families=["cross_attention"]).replaced) == len(LAYERS)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_submodules(change):
+    assert_same_where_submodules_change(make_palm(), change, text_with_images(0))
+
+
+@pytest.mark.parametrize("name", ["perceiver", "block"])
+def test_submodules_are_called_with_what_the_originals_call_them_with(name):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    media = torch.randn(2, 3, 9, WIDTH, generator=generator)
+    if name == "perceiver":
+        layer = layers.PerceiverAttention(**SIZES)
+        inputs = media, torch.randn(2, 3, 5, WIDTH, generator=generator)
+    else:
+        layer = layers.GatedCrossAttentionBlock(**SIZES)
+        inputs = torch.randn(2, 7, WIDTH, generator=generator), media
+    seen = []
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda module, args, out, path=path: seen.append((path, *args))
+            )
+    calls = []
+    for _ in range(2):
+        seen.clear()
+        layer(*inputs)
+        calls.append(sorted(seen, key=lambda call: call[0]))
+        vlmfast.patch(layer)
+    assert isinstance(layer, (vnn.PerceiverAttention, vnn.GatedCrossAttentionBlock))
+    for (path, x), (their_path, theirs) in zip(*calls, strict=True):
+        assert path == their_path
+        torch.testing.assert_close(x, theirs)

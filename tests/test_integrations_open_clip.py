@@ -4,7 +4,12 @@ import pytest
 import torch
 
 import vlmfast
-from tools.models import assert_patched_model_right, spy_on_attention
+from tools.models import (
+    CHANGES,
+    assert_patched_model_right,
+    assert_same_where_submodules_change,
+    spy_on_attention,
+)
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -204,3 +209,11 @@ def test_a_loss_obeys_its_backend():
     loss.world_size = 2
     with pytest.raises(ValueError, match="init_process_group"):
         loss(*features, torch.tensor(10.0))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_submodules(change):
+    torch.manual_seed(0)
+    norms = {"qk_norm": True, "inner_norm": True, "norm_layer": torch.nn.LayerNorm}
+    layer = Attention(32, 4, scale_heads=True, **norms)
+    assert_same_where_submodules_change(layer, change, {"x": torch.randn(2, 7, 32)})

@@ -9,9 +9,11 @@ from torch import nn
 import vlmfast
 import vlmfast.nn as vnn
 from tools.models import (
+    CHANGES,
     assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
+    assert_same_where_submodules_change,
     pictures,
     spy_on_attention,
     spy_on_windows,
@@ -512,11 +514,6 @@ def test_projections_of_another_kind(version):
         attention.qkv = Adapted(attention.qkv)
         if version == "v2":
             attention.qkv_bias_separate = True
-    if version == "v2":
-        # Its padded tokens get the adapter's bias as well, which separate biases do not know.
-        for block in BLOCKS[version]:
-            torch.nn.init.zeros_(model.get_submodule(block).attn.qkv.up.bias)
-            model.get_submodule(block).attn.qkv.up.bias.requires_grad_(False)
     assert_same(model, (52, 36))
 
 
@@ -594,3 +591,36 @@ def test_our_layer_takes_the_weights_of_timm():
     layer.load_state_dict(block.attn.state_dict(), strict=False)
     x = torch.randn(2, 16, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(layer.double()(x), block.double()._attn(x))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("fused", [True, False])
+def test_changed_submodules_of_attention(fused, change):
+    torch.manual_seed(0)
+    norm = {"qk_norm": True, "scale_norm": True, "norm_layer": torch.nn.LayerNorm}
+    layer = Attention(32, 4, qkv_bias=True, gated=True, **norm)
+    layer.fused_attn = fused
+    x = torch.randn(2, 7, 32)
+    assert_same_where_submodules_change(layer, change, {"x": x})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_submodules_of_swin(version, change):
+    for arguments in ({}, {"qkv_bias_separate": True})[: 1 + (version == "v2")]:
+        block = make_swin(version, img_size=32, **ANY_SIZE).get_submodule(BLOCKS[version][1])
+        vars(block.attn).update(arguments)
+        x = torch.randn(2, 7, 5, block.dim, generator=torch.Generator().manual_seed(0))
+        assert_same_where_submodules_change(block, change, {"x": x})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_whose_dropout_is_watched_is_left(fused):
+    """So are attention weights read, of timm's models: by a hook on what drops them out."""
+    layer = Attention(32, 4)
+    layer.fused_attn = fused
+    layer.attn_drop.register_forward_hook(lambda *_: None)
+    report = vlmfast.patch(layer)
+    assert len(report.replaced) == fused
+    if not fused:
+        why = "a hook on its attn_drop would not see what it sees now"
+        assert [entry.why for entry in report.skipped] == [why]

@@ -5,11 +5,19 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 import vlmfast.nn as vnn
-from tools.models import assert_as_right_as, assert_patched_model_right, spy_on_attention
+from tools.models import (
+    CHANGES,
+    assert_as_right_as,
+    assert_patched_model_right,
+    assert_same_where_submodules_change,
+    spy_on_attention,
+)
+from vlmfast.integrations.torch import Linear
 from vlmfast.verify.common import SEEDS, budget, relative_error
 
 WIDTH, HEADS, BATCH, TOKENS = 32, 4, 3, 7
@@ -347,6 +355,92 @@ def test_linear_whose_weights_torch_does_not_watch():
         assert torch.equal(mlp(x), original(x))
 
 
+def test_linear_whose_weights_other_processes_may_write_to(monkeypatch):
+    original = make_mlp()
+    mlp = copy.deepcopy(original)
+    vlmfast.patch(mlp, inference=True)
+    packed = spy_on_packing(monkeypatch)
+    with torch.no_grad():
+        mlp(torch.randn(5, 48))
+        assert len(packed) == 2
+        mlp.share_memory()
+        mlp(torch.randn(5, 48))
+        weight = mlp[0].weight.detach()
+        process = torch.multiprocessing.get_context("fork").Process(
+            target=torch.Tensor.zero_, args=(weight,)
+        )
+        process.start()
+        process.join()
+        assert not weight.any()
+        original[0].weight.zero_()
+    assert_linear_right(mlp, original)
+    assert len(packed) == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_linear_with_a_weight_that_is_computed(name):
+    """Once for each call: by pruning, as an attribute; by a parametrisation, as a property."""
+    original = make_mlp()
+    pruned = copy.deepcopy(original)
+    vlmfast.patch(pruned, inference=True)
+    for model in (pruned, original):
+        prune.l1_unstructured(model[0], name, 0.5)
+    x, computed = torch.randn(5, 48), []
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(x), original(x))
+
+    class Counts(nn.Module):
+        def forward(self, x):
+            computed.append(name)
+            return x
+
+    parametrized = make_mlp()
+    vlmfast.patch(parametrized, inference=True)
+    parametrize.register_parametrization(parametrized[0], name, Counts())
+    computed.clear()
+    with torch.no_grad():
+        parametrized(x)
+    assert len(computed) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_linear_on_padded_batches():
+    """torch.nn.TransformerEncoder hands its layers nested tensors."""
+    encoder = make_encoder().eval()
+    patched = copy.deepcopy(encoder)
+    vlmfast.patch(patched, inference=True)
+    with torch.inference_mode():
+        out, expected = (m(tokens(0), src_key_padding_mask=PADDING) for m in (patched, encoder))
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_packed_linear_is_quantised_as_the_original_is():
+    original = make_mlp()
+    patched = copy.deepcopy(original)
+    vlmfast.patch(patched, inference=True)
+    x = torch.randn(5, 48)
+    quantised = [
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        for model in (patched, original)
+    ]
+    assert type(quantised[0][0]) is type(quantised[1][0]) is not nn.Linear
+    assert torch.equal(quantised[0](x), quantised[1](x))
+    assert type(patched[0]) is Linear
+    vlmfast.unpatch(patched)
+    assert type(patched[0]) is nn.Linear and type(make_mlp()[0]) is nn.Linear
+
+
+def test_packed_linear_equals_only_the_class_that_it_stands_for():
+    class Other(Linear):
+        pass
+
+    assert Linear == nn.Linear and nn.Linear == Linear and Linear in {nn.Linear}
+    assert Linear != nn.Module and Other != nn.Linear and Other not in {nn.Linear, Linear}
+
+
 def test_operations_of_linear_are_counted():
     mlp = make_mlp()
     vlmfast.patch(mlp, inference=True)
@@ -369,7 +463,9 @@ def test_linear_under_autocast_and_with_gradients(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert mlp(x).dtype == torch.bfloat16
         assert_linear_right(mlp, original)
-    assert [weight.dtype for weight in packed] == [torch.bfloat16] * 2
+    # Where oneDNN has no bfloat16, nothing is packed.
+    dtypes = [torch.bfloat16] * 2 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    assert [weight.dtype for weight in packed] == dtypes
 
 
 def test_packed_linear_can_be_copied_and_saved(tmp_path):
@@ -383,3 +479,43 @@ def test_packed_linear_can_be_copied_and_saved(tmp_path):
         assert torch.equal(torch.load(tmp_path / "mlp.pt", weights_only=False)(x), out)
         with pytest.raises(RuntimeError, match="cannot be multiplied"):
             mlp(torch.randn(5, 47))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_changed_submodules(norm_first, change):
+    """In inference the original reads all weights, in training it calls all modules."""
+    layer = make_layer(norm_first=norm_first)
+    assert_same_where_submodules_change(layer, change, {"src": tokens(0)})
+
+
+def test_adapters_that_come_after_the_patch():
+    theirs = make_layer().eval()
+    ours = copy.deepcopy(theirs)
+    vlmfast.patch(ours)
+    for layer in (ours, theirs):
+        CHANGES["subclass"](layer.linear1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(0)), theirs(tokens(0)))
+    torch.testing.assert_close(ours(tokens(0)), theirs(tokens(0)))
+
+
+def test_dropout_that_the_fused_path_leaves_out():
+    theirs = make_layer(dropout=0.5).eval()
+    ours = copy.deepcopy(theirs)
+    vlmfast.patch(ours)
+    for layer in (ours, theirs):
+        layer.dropout.train()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(0)), theirs(tokens(0)))
+
+
+def test_layers_that_read_what_would_compute_something_else_are_left():
+    layer = make_layer()
+    CHANGES["subclass"](layer.linear2)
+    assert [entry.why for entry in vlmfast.patch(layer).skipped] == [
+        "in inference it reads the weights of its linear2, and does not call that "
+        "tools.models.AdaptedLinear",
+        "torch.nn.TransformerEncoderLayer around it stays, and goes past it in inference",
+    ]

@@ -8,9 +8,11 @@ import torch
 import vlmfast
 import vlmfast.nn as vnn
 from tools.models import (
+    CHANGES,
     assert_as_right_as,
     assert_patched_model_right,
     assert_same_in_float64,
+    assert_same_where_submodules_change,
     pictures,
     spy_on_attention,
     spy_on_windows,
@@ -248,3 +250,13 @@ def test_unpatched_swin_can_be_traced(version):
     vlmfast.patch(model)
     torch.testing.assert_close(extract(x), before)
     torch.testing.assert_close(model.features[:4](x), before["features.3"])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_changed_submodules(version, change):
+    layers = {"v1": torchvision_swin.ShiftedWindowAttention}
+    layers["v2"] = torchvision_swin.ShiftedWindowAttentionV2
+    layer = stir(layers[version](16, [4, 4], [2, 2], 2))
+    x = torch.randn(2, 7, 9, 16, generator=torch.Generator().manual_seed(0))
+    assert_same_where_submodules_change(layer, change, {"x": x})

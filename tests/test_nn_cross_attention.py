@@ -21,6 +21,7 @@ from tools.models import (
     open_gates,
     spy_on_attention,
 )
+from vlmfast.kept import Copied, Keeper
 
 BATCH, TOKENS, IMAGES, LATENTS, WIDTH, VISUAL = 3, 11, 2, 5, 32, 24
 SIZES = {"dim": WIDTH, "dim_head": 8, "heads": 4}
@@ -342,10 +343,6 @@ def other_media(layer, arguments):
     arguments[1] = arguments[1] * 2
 
 
-def equal_media_elsewhere(layer, arguments):
-    arguments[1] = arguments[1].clone()
-
-
 def media_of_another_shape(layer, arguments):
     arguments[1] = arguments[1].view(BATCH, 1, IMAGES * LATENTS, WIDTH)
 
@@ -379,15 +376,37 @@ def loaded_weights(layer, arguments):
     layer.load_state_dict({name: 2 * x for name, x in layer.state_dict().items()})
 
 
-def written_through_data_and_forgotten(layer, arguments):
+def weight_through_data(layer, arguments):
     layer.to_kv.weight.data.mul_(2)
-    layer.forget_media()
 
 
-def written_through_data_in_training(layer, arguments):
-    layer.train()
-    layer.to_kv.weight.data.mul_(2)
-    layer.eval()
+def media_through_data(layer, arguments):
+    arguments[1].data.add_(1)
+
+
+def weight_through_numpy(layer, arguments):
+    layer.to_kv.weight.detach().numpy()[3] = 1
+
+
+def media_through_numpy(layer, arguments):
+    arguments[1].numpy()[...] *= 2
+
+
+def media_through_dlpack(layer, arguments):
+    torch.from_dlpack(torch.utils.dlpack.to_dlpack(arguments[1])).mul_(2)
+
+
+def weight_by_a_fused_kernel(layer, arguments):
+    options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.5, "dampening": 0.0}
+    flags = {"nesterov": False, "maximize": False, "is_first_step": True}
+    weight = layer.to_kv.weight
+    torch._fused_sgd_([weight], [torch.ones_like(weight)], [], **options, **flags)
+
+
+def signs_of_zeros(layer, arguments):
+    layer.to_kv.weight.data.zero_()
+    layer(*arguments)
+    layer.to_kv.weight.data.neg_()
 
 
 def other_dtype(layer, arguments):
@@ -412,7 +431,6 @@ CHANGES = [
     media_in_place,
     media_through_a_view,
     other_media,
-    equal_media_elsewhere,
     media_of_another_shape,
     media_reordered,
     media_data_replaced,
@@ -421,8 +439,13 @@ CHANGES = [
     other_weight,
     other_projection,
     loaded_weights,
-    written_through_data_and_forgotten,
-    written_through_data_in_training,
+    weight_through_data,
+    media_through_data,
+    weight_through_numpy,
+    media_through_numpy,
+    media_through_dlpack,
+    weight_by_a_fused_kernel,
+    signs_of_zeros,
     other_dtype,
     optimiser(foreach=False),
     optimiser(foreach=True),
@@ -471,7 +494,6 @@ def test_hooks_on_all_modules_run_every_time(decoding):
 
 
 def test_kept_media_in_inference_mode(monkeypatch):
-    # Tensors made there have no version: they are compared by value.
     ours, _ = make_pair("MaskedCrossAttention", **SIZES)
     counted = Counted(monkeypatch, ours)
     with torch.inference_mode():
@@ -485,17 +507,44 @@ def test_kept_media_in_inference_mode(monkeypatch):
         assert projections == 1 and torch.equal(out, copy.deepcopy(ours)(**inputs))
 
 
-def test_layers_share_the_copy_of_media_made_in_inference_mode(monkeypatch):
-    layers = [make_pair("MaskedCrossAttention", **SIZES)[0] for _ in range(3)]
-    copied = []
-    clone = torch.Tensor.clone
-    monkeypatch.setattr(torch.Tensor, "clone", lambda x: copied.append(x.shape) or clone(x))
-    with torch.inference_mode():
-        inputs = text_and_media(0, media_locations=LOCATIONS)
+@pytest.mark.parametrize("which", ["media", "weight", "locations"])
+def test_writes_of_other_processes_are_seen(decoding, which):
+    layer, arguments, _ = decoding
+    arguments[2] = LOCATIONS.int()
+    written = {"media": arguments[1], "weight": layer.to_kv.weight, "locations": arguments[2]}
+    written = written[which].detach()
+    assert written.share_memory_().is_shared()
+    with torch.no_grad():
+        layer(*arguments)
+        process = torch.multiprocessing.get_context("fork").Process(
+            target=torch.Tensor.zero_, args=(written,)
+        )
+        process.start()
+        process.join()
+        assert not written.any()
+        assert torch.equal(layer(*arguments), fresh(layer, *arguments))
+
+
+def test_equal_media_elsewhere_are_the_same(decoding):
+    layer, arguments, counted = decoding
+    with torch.no_grad():
+        expected = layer(*arguments)
+        arguments[1] = arguments[1].clone()
+        out, projections = counted.during(lambda: layer(*arguments))
+    assert projections == 0 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("size", [8, 6, 1], ids=lambda size: f"{size} bytes")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_byte_is_compared(size, offset):
+    memory = torch.zeros(size + offset, dtype=torch.uint8)
+    source = memory[offset:]
+    keeper, made = Keeper(), []
+    for value, written in enumerate((0, 0, size - 1)):
+        source.data[written] = value
         for _ in range(2):
-            for layer in layers:
-                layer(**inputs)
-    assert copied.count(inputs["media"].shape) == 1
+            keeper.get(Copied, (source,), None, lambda: made.append(0))
+    assert len(made) == 3
 
 
 def test_what_inference_mode_kept_serves_training():
@@ -552,6 +601,16 @@ def test_traces_hold_the_projection(decoding):
         torch.testing.assert_close(traced(arguments[0], other), layer(arguments[0], other))
 
 
+@pytest.mark.parametrize("immediate", [True, False])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_layers_take_other_tokens_media_and_locations(immediate):
+    block, _ = make_pair("GatedCrossAttentionBlock", **SIZES, only_attend_immediate_media=immediate)
+    inputs = text_and_media(0, media_locations=LOCATIONS)
+    traced = torch.jit.trace(block, tuple(inputs.values()))
+    others = text_and_media(1, media_locations=LOCATIONS.flip(0)).values()
+    torch.testing.assert_close(traced(*others), block(*others))
+
+
 def test_one_plan_serves_all_layers(monkeypatch):
     layers = [make_pair("GatedCrossAttentionBlock", **SIZES)[0] for _ in range(3)]
     made = []
@@ -563,6 +622,7 @@ def test_one_plan_serves_all_layers(monkeypatch):
 
     monkeypatch.setattr(VF, "cross_attention_plan", counting)
     inputs, locations = text_and_media(0), LOCATIONS.clone()
+    layers[0].attn.forget_media()
     for _ in range(2):
         x = inputs["x"]
         for layer in layers:

@@ -465,6 +465,22 @@ def test_hooks_on_the_network_are_called_each_time(layer, x):
     assert len(seen) == 2
 
 
+@torch.no_grad()
+def test_a_network_of_another_class_runs_each_time(layer):
+    """It may be a function of more than its weights."""
+
+    class Scaled(nn.Sequential):
+        factor = 1.0
+
+        def forward(self, x):
+            return self.factor * super().forward(x)
+
+    layer.cpb_mlp.__class__ = Scaled
+    before = layer.get_relative_position_bias()
+    layer.cpb_mlp.factor = 2.0
+    assert not torch.equal(layer.get_relative_position_bias(), before)
+
+
 def test_copies_do_not_carry_what_is_kept(runs, layer, x):
     with torch.no_grad():
         expected = layer(x)

@@ -13,7 +13,12 @@ from torch import nn
 
 import vlmfast
 import vlmfast.nn as vnn
-from tools.models import measure, spy_on_attention, spy_on_windows
+from tools.models import (
+    assert_same_where_submodules_change,
+    measure,
+    spy_on_attention,
+    spy_on_windows,
+)
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -29,7 +34,14 @@ from torchvision.models.swin_transformer import (  # noqa: E402
 from torchvision.models.vision_transformer import (  # noqa: E402
     VisionTransformer as TorchvisionTransformer,
 )
-from transformers import Swinv2Config, Swinv2Model, ViTConfig, ViTModel  # noqa: E402
+from transformers import (  # noqa: E402
+    SwinConfig,
+    SwinModel,
+    Swinv2Config,
+    Swinv2Model,
+    ViTConfig,
+    ViTModel,
+)
 
 
 def timm_vit():
@@ -62,10 +74,10 @@ def torchvision_swin():
 class HuggingFaceSwin(nn.Module):
     """Its images in, one tensor out, as the others."""
 
-    def __init__(self):
+    def __init__(self, model=Swinv2Model, config=Swinv2Config):
         super().__init__()
         sizes = {"image_size": 32, "embed_dim": 16, "depths": [2], "num_heads": [2]}
-        self.model = Swinv2Model(Swinv2Config(**sizes, window_size=4, drop_path_rate=0.0))
+        self.model = model(config(**sizes, window_size=4, drop_path_rate=0.0))
 
     def forward(self, x):
         return self.model(x).last_hidden_state
@@ -458,3 +470,16 @@ def test_no_library_is_imported_unless_the_model_comes_from_it(library):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    "classes", [(SwinModel, SwinConfig), (Swinv2Model, Swinv2Config)], ids=["v1", "v2"]
+)
+def test_changed_submodules_of_transformers_swin(classes):
+    torch.manual_seed(0)
+    model = HuggingFaceSwin(*classes)
+    # What a padded token is comes of the biases, which are zero at the start.
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(2, 3, 24, 28, generator=torch.Generator().manual_seed(1))
+    assert_same_where_submodules_change(model, "subclass", {"x": images})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import vlmfast
 import vlmfast.functional as VF
@@ -233,3 +234,88 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in _tensors(item)]
     return []
+
+
+def _distort(out: Any) -> Any:
+    return out * 1.25 + 0.125 if isinstance(out, Tensor) and out.is_floating_point() else out
+
+
+def _distort_output(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    return _distort(out)
+
+
+def _distort_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(map(_distort, args))
+
+
+class _Distorted(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _distort(weight)
+
+
+def _subclass(module: nn.Module) -> None:
+    """What adapters do that are subclasses: more than the weights say."""
+    cls = type(module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _distort(cls.forward(self, *args, **kwargs))
+
+    module.__class__ = type(f"Adapted{cls.__name__}", (cls,), {"forward": forward})
+
+
+def _parametrize(module: nn.Module) -> None:
+    for name, _ in list(module.named_parameters(recurse=False)):
+        parametrize.register_parametrization(module, name, _Distorted())
+
+
+# What users do to the modules within a layer
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "subclass": _subclass,
+    "forward hook": lambda module: module.register_forward_hook(_distort_output),
+    "forward pre-hook": lambda module: module.register_forward_pre_hook(_distort_input),
+    "parametrisation": _parametrize,
+}
+
+
+def assert_same_where_submodules_change(
+    model: nn.Module,
+    change: str,
+    inputs: Inputs,
+    call: Call = lambda model, inputs: model(**inputs),
+) -> None:
+    """A patched model gives the numbers of its original whatever its innermost modules do.
+
+    All of them are changed, and then those of each class alone: so it shows what the original
+    calls, and of what it only reads the weights.
+    """
+    leaves = {
+        path: type(module)
+        for path, module in model.named_modules()
+        if path and not any(True for _ in module.children())
+    }
+    classes = list(dict.fromkeys(leaves.values()))
+    for changed in (classes, *([cls] for cls in classes)):
+        theirs = copy.deepcopy(model).eval()
+        for path, cls in leaves.items():
+            if cls in changed:
+                CHANGES[change](theirs.get_submodule(path))
+        ours = copy.deepcopy(theirs)
+        vlmfast.patch(ours)
+        ours.double(), theirs.double()
+        expected, result = (measure(m, inputs, call) for m in (theirs, ours))
+        assert result.keys() == expected.keys()
+        with torch.no_grad():
+            arguments = cast(inputs, torch.float64)
+            outputs = _tensors(call(theirs, arguments))
+            for repetition in range(2):  # the second time results may be kept
+                for index, out in enumerate(_tensors(call(ours, arguments))):
+                    result[f"inference {repetition} {index}"] = out
+                    expected[f"inference {repetition} {index}"] = outputs[index]
+        for name in expected:
+            torch.testing.assert_close(
+                result[name],
+                expected[name],
+                msg=lambda m, n=name, c=changed: f"{c}: {n}: {m}",
+            )

@@ -23,6 +23,7 @@ __all__ = [
     "computes_attention",
     "leave_alone",
     "swap_class",
+    "uncoverable",
 ]
 
 # The instance attributes that a replaced layer carries until `unpatch`.
@@ -104,7 +105,7 @@ def swap_class(
         if "forward" in vars(module):
             return "it has a forward of its own, not that of its class"
         for path, cls in covers.items():
-            why = _uncoverable(module, path, cls)
+            why = uncoverable(module, path, cls)
             if why is not None:
                 return why
         return refusal(module)
@@ -120,7 +121,7 @@ def swap_class(
     )
 
 
-def _uncoverable(layer: nn.Module, path: str, cls: type[nn.Module]) -> str | None:
+def uncoverable(layer: nn.Module, path: str, cls: type[nn.Module]) -> str | None:
     """Why a submodule of a layer must go on being called, or None."""
     try:
         covered = layer.get_submodule(path)

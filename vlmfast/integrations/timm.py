@@ -18,7 +18,7 @@ from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
+from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class, uncoverable
 from vlmfast.nn.window_attention import (
     bias_from_table,
     clamped_logit_scale,
@@ -56,7 +56,7 @@ class Attention(OriginalAttention):
             self.k_norm(key),
             value,
             attn_mask=attn_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=_attention_dropout(self),
             is_causal=is_causal,
             backend=self.backend,
         )
@@ -88,11 +88,12 @@ class SwinTransformerV2Block(swin_transformer_v2.SwinTransformerV2Block):
         if attn.q_bias is None:
             qkv, padding = attn.qkv(x), padding_value(attn.qkv, x)
         else:
-            padding = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            padding = bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
             if attn.qkv_bias_separate:
-                qkv = attn.qkv(x) + padding
+                qkv, padding = attn.qkv(x) + bias, padding_value(attn.qkv, x)
+                padding = bias if padding is None else padding + bias
             else:
-                qkv = F.linear(x, attn.qkv.weight, padding)
+                qkv = F.linear(x, attn.qkv.weight, bias)
         table = continuous_bias_table(attn.cpb_mlp, attn.relative_coords_table)
         bias = bias_from_table(table, attn.relative_position_index)
         logit_scale = clamped_logit_scale(attn.logit_scale)
@@ -128,11 +129,22 @@ def _attend_windows(
         bias,
         pad_value=pad_value,
         wrap="unpadded",
-        dropout_p=attn.attn_drop.p if attn.attn_drop.training else 0.0,
+        dropout_p=_attention_dropout(attn),
         backend=block.backend,
         **logits,
     )
     return attn.proj_drop(attn.proj(out))
+
+
+def _attention_dropout(attn: Any) -> float:
+    """The dropout of the attention weights; unless `fused_attn` is set, attn_drop is called."""
+    asked = attn if getattr(attn, "fused_attn", False) else attn.attn_drop
+    return attn.attn_drop.p if asked.training else 0.0
+
+
+def _called_dropout(attn: Any) -> str | None:
+    """Why attn_drop must go on being called, as it is unless `fused_attn` is set, or None."""
+    return None if attn.fused_attn else uncoverable(attn, "attn_drop", nn.Dropout)
 
 
 def _drops_pairs(network: nn.Module) -> bool:
@@ -162,18 +174,16 @@ def _bias_by_offsets(attn: Any) -> Tensor:
     key = ((-rows).clamp(min=0) * width)[:, None] + (-columns).clamp(min=0)
     pairs = query * (attn.window_size[0] * width) + key
     coordinates = every_pair[pairs.flatten()]
-    table = kept_table(network, coordinates, lambda: network(coordinates))
+    table = kept_table(network, coordinates, lambda: network(coordinates), plain=(Mlp,))
     index = relative_position_index(attn.window_size, every_pair.device)
     return bias_from_table(table, index)
 
 
 def _swap_block(original: Any, replacement: type[nn.Module], attention: type[nn.Module]) -> Any:
-    return swap_class(
-        WINDOW_FAMILY,
-        original,
-        replacement,
-        covers={"attn": attention, "attn.attn_drop": nn.Dropout},
-    )
+    covers = {"attn": attention, "attn.attn_drop": nn.Dropout}
+    if original is not swin_transformer_v2_cr.SwinTransformerV2CrBlock:
+        covers["attn.softmax"] = nn.Softmax
+    return swap_class(WINDOW_FAMILY, original, replacement, covers=covers)
 
 
 _BLOCK_ATTENTION = (
@@ -183,7 +193,7 @@ _BLOCK_ATTENTION = (
 )
 
 RULES = (
-    swap_class(FAMILY, OriginalAttention, Attention),
+    swap_class(FAMILY, OriginalAttention, Attention, refusal=_called_dropout),
     *map(
         _swap_block,
         (

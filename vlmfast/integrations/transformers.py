@@ -75,6 +75,7 @@ from vlmfast.nn.cross_attention import (
     forget_media,
     kept_key_value,
     kept_plan,
+    project_two,
 )
 from vlmfast.nn.window_attention import (
     bias_from_table,
@@ -283,10 +284,6 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
         out = _attend_to_images(self, query, key, value, sees, empty_rows="zero")
         return self.o_proj(out), None
 
-    def train(self, mode: bool = True) -> IdeficsAttention:
-        forget_media(self)
-        return super().train(mode)
-
     def _key_value(self, media: Tensor) -> KeyValue:
         """(B, heads, I * L, head_dim), kept while a model generates: it hands on the same media."""
         modules: tuple[nn.Module, ...] = (self.k_proj, self.v_proj)
@@ -320,15 +317,12 @@ class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
             return self.k_layer_norm(key) if self.qk_layer_norms else key, value
 
         query = heads(self.q_proj(latents))
+        modules: tuple[nn.Module, ...] = (self.k_proj, self.v_proj)
         if self.qk_layer_norms:
             query = self.q_layer_norm(query)
-        out = attend_to_two(
-            query,
-            key_value(context),
-            key_value(latents),
-            scale=self.qk_scale,
-            backend=self.backend,
-        )
+            modules = (*modules, self.k_layer_norm)
+        sources = project_two(context, latents, modules, key_value, plain=(nn.LayerNorm,))
+        out = attend_to_two(query, *sources, scale=self.qk_scale, backend=self.backend)
         return self.output_proj(out.flatten(-2))
 
 
@@ -1247,7 +1241,10 @@ RULES = (
     _swap_layer(
         modeling_swin.SwinLayer,
         SwinLayer,
-        covers={"attention": modeling_swin.SwinAttention},
+        covers={
+            "attention": modeling_swin.SwinAttention,
+            "attention.relative_position_bias": modeling_swin.SwinRelativePositionBias,
+        },
         refusal=_refuse_swin,
     ),
     _swap_layer(
@@ -1256,6 +1253,7 @@ RULES = (
         covers={
             "attention": modeling_swinv2.Swinv2Attention,
             "attention.self": modeling_swinv2.Swinv2SelfAttention,
+            "attention.self.dropout": nn.Dropout,
         },
     ),
     _swap_layer(
@@ -1264,6 +1262,7 @@ RULES = (
         covers={
             "attention": modeling_swin2sr.Swin2SRAttention,
             "attention.self": modeling_swin2sr.Swin2SRSelfAttention,
+            "attention.self.dropout": nn.Dropout,
         },
     ),
     leave_alone(
@@ -1292,6 +1291,7 @@ RULES = (
         modeling_blip_text.BlipTextSelfAttention,
         BlipTextSelfAttention,
         refusal=lambda module: None if _BLIP_TEXT_FITS else _OTHER_VERSION,
+        covers={"dropout": nn.Dropout},
     ),
     swap_class(LOSS_FAMILY, OriginalCLIPModel, CLIPModel, refusal=_loss_refusal),
     swap_class(LOSS_FAMILY, OriginalSiglipModel, SiglipModel, refusal=_loss_refusal),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,8 @@ from vlmfast.functional.common import (
     reject_type,
 )
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.nn.common import (
-    Keeper,
-    check_fits_weight,
-    has_hooks,
-    is_linear,
-    may_be_kept,
-    positive_int,
-)
+from vlmfast.kept import Copied, Keeper, Keepers, Watched, can_be_copied, can_be_watched
+from vlmfast.nn.common import check_fits_weight, has_hooks, is_linear, positive_int
 
 __all__ = [
     "GatedCrossAttentionBlock",
@@ -36,6 +29,7 @@ __all__ = [
     "forget_media",
     "kept_key_value",
     "kept_plan",
+    "project_two",
 ]
 
 KeyValue = tuple[Tensor, Tensor]
@@ -52,12 +46,9 @@ class MaskedCrossAttention(nn.Module):
     are those of flamingo-pytorch 0.1.2, and with `dim_visual` and `use_cached_media` those of
     OpenFlamingo; checkpoints load in both directions.
 
-    The projected media are kept and projected again only if the media or the weights are other
-    tensors than last time, or have been written to. So a step of decoding attends to one image and
-    projects nothing. They are not kept where a gradient to them is wanted, where a graph is traced,
-    where `to_kv` is not a plain linear layer, or on a GPU in inference mode or beside a process
-    group. What torch does not record, writes through `.data`, NumPy or a replayed CUDA graph,
-    cannot be seen: call `forget_media` after them.
+    On a CPU the projected media are kept, where no gradient is wanted and `to_kv` is a plain linear
+    layer, and projected again when the values of the media or of the weights are others. So a step
+    of decoding attends to one image and projects nothing.
 
     Args:
         dim: width of the text.
@@ -150,15 +141,13 @@ class MaskedCrossAttention(nn.Module):
         """Drops the kept projections of the media, and with them their memory."""
         forget_media(self)
 
-    def train(self, mode: bool = True) -> MaskedCrossAttention:
-        self.forget_media()
-        return super().train(mode)
-
     def _key_value(self, media: Tensor) -> KeyValue:
         """Key and value (B, heads, I, L, dim_head): views of one projection, kept if possible."""
 
         def project() -> KeyValue:
-            key_value = self.to_kv(media).unflatten(-1, (2, self.heads, -1))
+            # As one sequence, (B, I * L, dim_visual), which is how the originals call it
+            key_value = self.to_kv(media.flatten(1, 2)).unflatten(-1, (2, self.heads, -1))
+            key_value = key_value.unflatten(1, media.shape[1:3])
             key, value = key_value.permute(3, 0, 4, 1, 2, 5).unbind(0)
             return key, value
 
@@ -339,12 +328,10 @@ class PerceiverAttention(nn.Module):
             reject("latents", f"batch and images of x, {tuple(x.shape[:2])}", tuple(latents.shape))
         check_device("latents", latents, "x", x)
 
-        latents = self.norm_latents(latents)
+        features, latents = self.norm_media(x), self.norm_latents(latents)
         query = self.to_q(latents).flatten(0, 1).unflatten(-1, (self.heads, -1))
-        features = self._key_value(self.norm_media(x))
-        out = attend_to_two(
-            query, features, self._key_value(latents), scale=self.scale, backend=self.backend
-        )
+        sources = project_two(features, latents, (self.to_kv,), self._key_value)
+        out = attend_to_two(query, *sources, scale=self.scale, backend=self.backend)
         return self.to_out(out.flatten(-2).unflatten(0, x.shape[:2]))
 
     def _key_value(self, tokens: Tensor) -> KeyValue:
@@ -452,6 +439,26 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents)
 
 
+def project_two(
+    features: Tensor,
+    latents: Tensor,
+    modules: tuple[nn.Module, ...],
+    project: Callable[[Tensor], KeyValue],
+    plain: tuple[type[nn.Module], ...] = (),
+) -> tuple[KeyValue, KeyValue]:
+    """Key and value of two sources, (N, tokens, H, D) each, by `project`, which calls `modules`.
+
+    Each source is projected alone, if it shows nowhere: modules that are neither linear layers nor
+    of a class of `plain`, and those with hooks, get both sources as one tensor.
+    """
+    if _are_plain(modules, plain):
+        return project(features), project(latents)
+    key, value = project(torch.cat((features, latents), dim=-2))
+    sizes = [features.shape[-2], latents.shape[-2]]
+    (key, key_of_latents), (value, value_of_latents) = (x.split(sizes, 1) for x in (key, value))
+    return (key, value), (key_of_latents, value_of_latents)
+
+
 def attend_to_two(
     query: Tensor, first: KeyValue, second: KeyValue, *, scale: float, backend: str | None
 ) -> Tensor:
@@ -512,20 +519,22 @@ def kept_key_value(
     if torch.compiler.is_compiling():
         return project()
     sources = (media, *(p for module in modules for p in module.parameters()))
-    if (
-        all(is_linear(m) or type(m) in plain for m in modules)
-        and not any(map(has_hooks, modules))
-        and may_be_kept(*sources)
-    ):
-        keeper: Keeper[KeyValue] = _kept_media.setdefault(layer, Keeper())
-        return keeper.get(sources, _autocast_dtype(media), project)
-    _kept_media.pop(layer, None)
+    if _are_plain(modules, plain) and can_be_copied(*sources):
+        return _kept_media[layer].get(Copied, sources, None, project)
+    _kept_media.forget(layer)
     return project()
+
+
+def _are_plain(modules: tuple[nn.Module, ...], plain: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the modules are what their parameters say, and nobody watches them."""
+    return all(is_linear(m) or type(m) in plain for m in modules) and not any(
+        map(has_hooks, modules)
+    )
 
 
 def forget_media(layer: nn.Module) -> None:
     """Drops what `kept_key_value` has kept for a layer, and the plan that `kept_plan` has kept."""
-    _kept_media.pop(layer, None)
+    _kept_media.forget(layer)
     _last_plan.forget()
 
 
@@ -536,20 +545,15 @@ def kept_plan(
 
     They are handed the same mask one after the other, so only the last plan is kept.
     """
-    if torch.compiler.is_compiling() or not may_be_kept(source):
-        return make()
-    return _last_plan.get((source,), context, make)
+    if can_be_copied(source):
+        return _last_plan.get(Copied, (source,), context, make)
+    if can_be_watched(source):
+        return _last_plan.get(Watched, (source,), context, make)
+    return make()
 
 
-# Beside the modules rather than in them: copies and pickles of a module do not carry it.
-_kept_media: WeakKeyDictionary[nn.Module, Keeper[KeyValue]] = WeakKeyDictionary()
+_kept_media: Keepers[KeyValue] = Keepers()
 _last_plan: Keeper[CrossAttentionPlan] = Keeper()
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    device_type = tensor.device.type
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled else None
 
 
 def _check_sizes(dim: int, dim_head: int, heads: int) -> int:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +18,11 @@ from vlmfast.functional.common import (
     reject,
     reject_type,
 )
+from vlmfast.kept import Copied, Keepers, can_be_copied
 from vlmfast.nn.common import (
     check_fits_weight,
     has_hooks,
     is_linear,
-    may_be_kept,
     positive_int,
 )
 
@@ -125,16 +123,16 @@ class ShiftedWindowAttention(nn.Module):
         return bias_from_table(table, index)[None]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        return self._attend(_project(self.qkv, x), self.qkv.bias, logit_scale=None)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        self._check_input(x, weight)
+        return self._attend(_linear(x, self.qkv, weight, bias), bias, logit_scale=None)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
         check_floating_tensor("x", x)
-        dim = self.qkv.in_features
+        dim = weight.shape[1]
         if x.dim() != 4 or x.shape[3] != dim:
             reject("x", f"shape (batch, height, width, {dim})", tuple(x.shape))
-        # A parameter rather than the weight: that may be computed from it, each time it is read.
-        check_fits_weight("x", x, next(self.qkv.parameters()))
+        check_fits_weight("x", x, weight)
 
     def _attend(self, qkv: Tensor, qkv_bias: Tensor | None, logit_scale: Tensor | None) -> Tensor:
         height, width = qkv.shape[1:3]
@@ -154,7 +152,8 @@ class ShiftedWindowAttention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             backend=self.backend,
         )
-        return F.dropout(_project(self.proj, out), p=self.dropout, training=self.training)
+        out = _linear(out, self.proj, self.proj.weight, self.proj.bias)
+        return F.dropout(out, p=self.dropout, training=self.training)
 
 
 class ShiftedWindowAttentionV2(ShiftedWindowAttention):
@@ -229,12 +228,13 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         return bias_from_table(table, self.relative_position_index)[None]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+        weight = self.qkv.weight
         bias: Tensor | None = self.qkv.bias
+        self._check_input(x, weight)
         if bias is not None:
             query_bias, key_bias, value_bias = bias.chunk(3)
             bias = torch.cat([query_bias, torch.zeros_like(key_bias), value_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = F.linear(x, weight, bias)
         return self._attend(qkv, bias, clamped_logit_scale(self.logit_scale))
 
 
@@ -267,14 +267,15 @@ def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
     return bias.view(-1, tokens, tokens)
 
 
-def _project(projection: nn.Module, x: Tensor) -> Tensor:
-    """A projection by its weight, as torchvision does it, but by itself if it is a Linear.
+def _linear(x: Tensor, projection: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b with the weight and the bias of `projection`, as torchvision computes it.
 
-    One that keeps its weight packed is faster that way.
+    It calls no projection: a subclass of Linear may compute something else there, and hooks do not
+    run. Only a layer of `patch` that keeps its weight packed computes the product itself, faster.
     """
-    if isinstance(projection, nn.Linear):
-        return projection(x)
-    return F.linear(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+    if is_linear(projection):
+        return type(projection).forward(projection, x)
+    return F.linear(x, weight, bias)
 
 
 def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
@@ -298,74 +299,37 @@ def continuous_bias_table(network: nn.Module, coordinates: Tensor) -> Tensor:
     return kept_table(network, coordinates, compute)
 
 
-@dataclass
-class _Kept:
-    """A table, and what it was computed from: copies, so that any change of the values shows."""
-
-    layers: list[type[nn.Module]]
-    sources: list[Tensor]
-    autocast_dtype: torch.dtype | None
-    table: Tensor
+_kept_tables: Keepers[Tensor] = Keepers()
 
 
-# Beside the modules rather than in them: copies and pickles of a module do not carry it.
-_kept_tables: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
-
-
-def kept_table(network: nn.Module, coordinates: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+def kept_table(
+    network: nn.Module,
+    coordinates: Tensor,
+    compute: Callable[[], Tensor],
+    plain: tuple[type[nn.Module], ...] = (nn.Sequential,),
+) -> Tensor:
     """`compute()`, a function of `network` and `coordinates`, or its result of last time.
 
-    That is given only if it would be the same: every weight is compared by value, as a version
-    counter does not see what is written through `.data`. So results are kept on a CPU alone; on a
-    GPU, a comparison would synchronise. Nor are they kept where a gradient is needed, where
-    a graph is traced, or where the network is not one of plain layers.
+    Nothing is kept where the network is not of a class of `plain`, made of plain layers: it may be
+    a function of more than its parameters.
     """
-    sources = [coordinates, *network.parameters(), *network.buffers()]
-    if not _may_be_kept(network, sources):
+    sources = (coordinates, *network.parameters(), *network.buffers())
+    if not can_be_copied(*sources) or type(network) not in plain or has_hooks(network):
         return compute()
-    autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    layers = [type(layer) for layer in network.modules()]
-    kept = _kept_tables.get(network)
-    if (
-        kept is not None
-        and kept.autocast_dtype == autocast_dtype
-        and kept.layers == layers
-        and len(kept.sources) == len(sources)
-        and all(map(_equal, kept.sources, sources))
-    ):
-        return kept.table
-    table = compute()
-    copies = [source.detach().clone() for source in sources]
-    _kept_tables[network] = _Kept(layers, copies, autocast_dtype, table)
-    return table
+    layers = tuple(network._modules.values())
+    if not all(map(_is_plain, layers)):
+        return compute()
+    return _kept_tables[network].get(Copied, sources, (layers, *map(type, layers)), compute)
 
 
-_PLAIN_LAYERS = (nn.Linear, nn.ReLU, nn.Identity, nn.Dropout)
+_PLAIN_LAYERS = (nn.ReLU, nn.Identity, nn.Dropout)
 
 
-def _may_be_kept(network: nn.Module, sources: list[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or not may_be_kept(*sources):
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer gives the same for the same input and parameters, and nobody watches it."""
+    if layer is None or has_hooks(layer) or not (is_linear(layer) or type(layer) in _PLAIN_LAYERS):
         return False
-    if any(source.device.type != "cpu" for source in sources):
-        return False
-    for layer in network.modules():
-        if has_hooks(layer):
-            return False
-        if layer is not network and not _is_plain(layer):
-            return False
-        if isinstance(layer, nn.Dropout) and layer.training and layer.p > 0:
-            return False
-    return True
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is torch's, or ours in its place, and no subclass that may do anything."""
-    home = type(layer).__module__.partition(".")[0]
-    return isinstance(layer, _PLAIN_LAYERS) and home in ("torch", "vlmfast")
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    return not (isinstance(layer, nn.Dropout) and layer.training and layer.p > 0)
 
 
 def _two_ints(argument: str, pair: Any) -> list[int]:
