@@ -442,6 +442,59 @@ def another_loss(group):
     return VF.siglip_loss(*pairs(), 10.0, None, group=group)
 
 
+def another_scale(group):
+    return VF.clip_loss(*pairs(), 10.5, group=group)
+
+
+def another_scale_in_a_tensor(group):
+    return VF.clip_loss(*pairs(), torch.tensor(10.001), group=group)
+
+
+def another_bias(group):
+    return VF.siglip_loss(*pairs(), 10.0, -9.0, group=group)
+
+
+def siglip_call(group):
+    return VF.siglip_loss(*pairs(), 10.0, -10.0, group=group)
+
+
+def another_temperature(group):
+    return VF.ntxent_loss(*pairs(), 0.25, group=group)
+
+
+def ntxent_call(group):
+    return VF.ntxent_loss(*pairs(), 0.5, group=group)
+
+
+def another_scale_in_a_ring(group):
+    return VF.clip_loss(*pairs(), 11.0, group=Ring(group))
+
+
+def ring_call(group):
+    return VF.clip_loss(*pairs(), 10.0, group=Ring(group))
+
+
+def another_alpha(group):
+    return VF.itc_loss(*pairs(), 10.0, alpha=0.5, group=group)
+
+
+def itc_call(group):
+    return VF.itc_loss(*pairs(), 10.0, alpha=0.25, group=group)
+
+
+def another_backend(group):
+    return VF.clip_loss(*pairs(), 10.0, group=group, backend="reference")
+
+
+def another_backend_around(group):
+    with vlmfast.use_backend("reference"):
+        return VF.ntxent_loss(*pairs(), 0.5, group=group)
+
+
+def no_flag(group):
+    return VF.clip_loss(*pairs(), 10.0, group=group, local_loss="yes")
+
+
 def with_gradient(group):
     image, text = pairs()
     return VF.clip_loss(image.requires_grad_(), text, 10.0, group=group)
@@ -463,6 +516,7 @@ def outcome(group, call_on, other_call):
     return *raised, good_call(group).item()
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
     ("bad_call", "type_there", "says"),
     [
@@ -473,6 +527,7 @@ def outcome(group, call_on, other_call):
         (unknown_backend, "ValueError", "backend: expected one of"),
         (refusing_backend, "NotImplementedError", "cuda"),
         (bad_temperature, "ValueError", "temperature: expected a positive number"),
+        (no_flag, "TypeError", "local_loss: expected True or False"),
         (another_dim, "ValueError", r"group: expected the same call.*rank 1: .*'N', 9"),
         (another_dtype, "ValueError", r"group: expected the same call.*rank 1: .*bfloat16"),
         (another_contract, "ValueError", "group: expected the same call.*rank 1: .*False"),
@@ -481,10 +536,34 @@ def outcome(group, call_on, other_call):
         (with_gradient, "ValueError", "group: expected the same call.*rank 1: .*with gradient"),
     ],
 )
-def test_a_bad_call_on_one_rank_ends_on_every_rank(processes, bad_call, type_there, says):
-    results = processes.run(outcome, bad_call, good_call, ranks=range(3))
-    assert [kind for kind, *_ in results] == ["ValueError", type_there, "ValueError"]
+def test_a_bad_call_on_one_rank_ends_on_every_rank(processes, world, bad_call, type_there, says):
+    results = processes.run(outcome, bad_call, good_call, ranks=range(world))
+    assert [kind for kind, *_ in results] == ["ValueError", type_there, "ValueError"][:world]
     assert all(re.search(says, message, re.DOTALL) for _, message, _ in results), results
+    assert len({loss for *_, loss in results}) == 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("call", "other_call", "says"),
+    [
+        (another_scale, good_call, "10.5"),
+        (another_scale_in_a_tensor, good_call, "10.001"),
+        (another_bias, siglip_call, "-9.0"),
+        (another_temperature, ntxent_call, "4.0"),
+        (another_scale_in_a_ring, ring_call, "11.0"),
+        (another_alpha, itc_call, "0.5"),
+        (another_backend, good_call, "backend=reference"),
+        (another_backend_around, ntxent_call, "backend=reference"),
+    ],
+)
+def test_ranks_that_compute_other_losses_are_refused_on_every_rank(
+    processes, world, call, other_call, says
+):
+    results = processes.run(outcome, call, other_call, ranks=range(world))
+    for kind, message, _ in results:
+        assert kind == "ValueError"
+        assert re.search(f"group: expected the same call.*rank 1: .*{says}", message, re.DOTALL)
     assert len({loss for *_, loss in results}) == 1
 
 

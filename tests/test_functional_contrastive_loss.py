@@ -393,6 +393,20 @@ X, S = torch.randn(4, 8), 10.0
         (ValueError, "temperature: .*got nan", lambda: VF.ntxent_loss(X, X, float("nan"))),
         (ValueError, "temperature: .*got -1.0", lambda: VF.ntxent_loss(X, X, torch.tensor(-1.0))),
         (ValueError, r"z2: .*\(4, 8\), got \(3, 8\)", lambda: VF.ntxent_loss(X, X[:3])),
+        (ValueError, "logit_scale: expected a finite number", lambda: VF.clip_loss(X, X, 1e39)),
+        (
+            ValueError,
+            "logit_scale: .*got 1e.39",
+            lambda: VF.itc_loss(X, X, torch.tensor(1e39, dtype=torch.float64)),
+        ),
+        (ValueError, "logit_bias: expected a finite", lambda: VF.siglip_loss(X, X, S, 10**400)),
+        (ValueError, "temperature: .*reciprocal", lambda: VF.ntxent_loss(X, X, 1e-60)),
+        (
+            TypeError,
+            "logit_scale: .*strided",
+            lambda: VF.clip_loss(X, X, torch.ones(1).to_sparse()),
+        ),
+        (TypeError, "local_loss: .*got str", lambda: VF.clip_loss(X, X, S, local_loss="yes")),
         (ValueError, "alpha: .*got 1.5", lambda: VF.itc_loss(X, X, S, alpha=1.5)),
         (TypeError, "alpha: .*got str", lambda: VF.itc_loss(X, X, S, alpha="1")),
         (

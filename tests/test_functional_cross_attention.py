@@ -455,7 +455,10 @@ BITS = torch.ones(2, 21, 3, dtype=torch.bool)
         ([-PHI, 3], ValueError, "image_index: expected numbers of at least 0, got -1"),
         ([BITS, 4], ValueError, r"image_index: expected \(B, T, 4\)"),
         ([PHI, -1], ValueError, "num_images: expected at least 0, got -1"),
-        ([PHI, 3.0], TypeError, "num_images: expected an integer, got float"),
+        ([PHI, 2**63], ValueError, "num_images: expected at most"),
+        ([PHI.to(torch.float8_e5m2), 3], TypeError, "image_index: expected an integer dtype"),
+        ([PHI.to_sparse(), 3], TypeError, "image_index: expected a strided tensor"),
+        ([PHI, 3.0], TypeError, "num_images: expected an int, got float"),
         ([PHI, 3, "next"], ValueError, "mode: expected one of 'last', 'all_previous', got 'next'"),
         ([PHI, 3, None], TypeError, "mode: expected a string"),
         ([BITS, 3, "all_previous"], ValueError, "mode: expected 'last' where image_index is bool"),
@@ -488,6 +491,7 @@ def test_wrong_lengths(lengths, error, message):
     "arguments, error, message",
     [
         ([torch.zeros(2, 5)], TypeError, "media_locations: expected dtype torch.bool"),
+        ([torch.ones(2, 5).bool().to_sparse()], TypeError, "media_locations: expected a strided"),
         ([torch.zeros(5).bool()], ValueError, r"media_locations: expected shape \(B, T\)"),
         ([[True]], TypeError, "media_locations: expected a tensor"),
         ([torch.zeros(2, 5).bool(), "all_previous"], ValueError, "mode: expected one of 'last'"),
@@ -542,7 +546,40 @@ def test_wrong_arguments(name, change, error, message, backend):
         VF.image_cross_attention(*arguments.values(), backend=backend)
 
 
+PLAN_OF_ONE = VF.cross_attention_plan(PHI, 3)
+PLAN_OF_SEVERAL = VF.cross_attention_plan(BITS, 3, image_lengths=torch.full((2, 3), 6))
+
+
+@pytest.mark.parametrize("plan", [PLAN_OF_ONE, PLAN_OF_SEVERAL])
+@pytest.mark.parametrize("field", VF.CrossAttentionPlan._fields)
+def test_plans_made_by_hand_are_refused_by_the_member_that_is_wrong(plan, field):
+    good = getattr(plan, field)
+    if good is None:
+        good = torch.ones(2, 21, 3 if field == "visible" else 1, dtype=torch.int32)
+    wrong = [1, good.to_sparse(), good.float(), good.long(), good[:1], good[None]]
+    if field not in ("visible", "image_lengths"):
+        wrong += [None, torch.full_like(good, -7)]
+    for member in wrong:
+        with pytest.raises(
+            (TypeError, ValueError), match=rf"plan_or_image_index.*{field}|a plan f"
+        ):
+            VF.image_cross_attention(*qkv(), plan._replace(**{field: member}))
+
+
+def test_numbers_of_images_beyond_int64_overflow():
+    huge = torch.tensor([[0, 1, -(2**63)]]).view(torch.uint64)
+    wanted = VF.cross_attention_plan(torch.tensor([[0, 1, 4]]), 3, overflow="uniform")
+    for ours, theirs in zip(
+        VF.cross_attention_plan(huge, 3, overflow="uniform"), wanted, strict=True
+    ):
+        assert ours is theirs or torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="image_index: expected at most num_images"):
+        VF.cross_attention_plan(huge, 3, overflow="error")
+
+
 def test_wrong_scale_and_backend():
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        VF.image_cross_attention(*qkv(), PLAN_OF_ONE, scale=1e39)
     with pytest.raises(TypeError, match="scale: expected a number"):
         VF.image_cross_attention(*qkv(), PHI, scale="1")
     with pytest.raises(ValueError, match="backend: expected one of"):

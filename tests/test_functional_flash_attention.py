@@ -566,8 +566,37 @@ BAD_CALLS += [
         lambda: varlen(cu_k=ints(0, 7, 12), max_k=9),
     ),
     (ValueError, "max_seqlen_q: expected at least 4", lambda: varlen(max_q=3)),
-    (ValueError, "max_seqlen_k: expected a length of at least 0", lambda: varlen(max_k=-1)),
+    (ValueError, "max_seqlen_k: expected at least 0, got -1", lambda: varlen(max_k=-1)),
     (TypeError, "max_seqlen_k: expected an int, got float", lambda: varlen(max_k=5.0)),
+]
+
+MASK = torch.zeros(5, 7)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SPARSE = starts(4, 4).to_sparse()
+NESTED = torch.nested.nested_tensor([MASK, MASK[:3]])
+
+BAD_CALLS += [
+    *(
+        (TypeError, f"{name}: .*floating dtype of 16 to 64 bits, got {dtype}", call)
+        for dtype in FLOAT8
+        for name, call in (
+            ("query", lambda dtype=dtype: sdpa(Q.to(dtype), K.to(dtype), V.to(dtype))),
+            ("attn_mask", lambda dtype=dtype: sdpa(Q, K, V, MASK.to(dtype))),
+            ("attn_bias", lambda dtype=dtype: mea(X, X, X, torch.zeros(5, 5).to(dtype))),
+        )
+    ),
+    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, MASK.to_sparse())),
+    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, MASK.to_sparse_csr())),
+    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, NESTED)),
+    (TypeError, "cu_seqlens_q: expected a strided tensor", lambda: varlen(SPARSE)),
+    (TypeError, "cu_seqlens_k: expected a strided tensor", lambda: varlen(cu_k=NESTED.int())),
+    (ValueError, "max_seqlen_q: expected at most", lambda: varlen(max_q=2**63)),
+    (ValueError, "scale: expected a finite number.*got 1e.39", lambda: sdpa(Q, K, V, scale=1e39)),
+    (ValueError, "scale: expected a finite number", lambda: sdpa(Q, K, V, scale=10**400)),
+    (ValueError, "scale: expected a finite number", lambda: sdpa(Q, K, V, scale=math.nan)),
+    (TypeError, "scale: expected a number or None", lambda: sdpa(Q, K, V, scale=True)),
+    (TypeError, "is_causal: expected True or False", lambda: sdpa(Q, K, V, is_causal="no")),
+    (TypeError, "enable_gqa: expected True or False", lambda: sdpa(Q, K, V, enable_gqa=None)),
 ]
 
 mea = VF.memory_efficient_attention

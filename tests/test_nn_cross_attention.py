@@ -816,5 +816,16 @@ def test_bad_sizes(layer, sizes, error, message):
 def test_bad_sizes_of_single_layers():
     with pytest.raises(ValueError, match="dim_visual: expected at least 1, got 0"):
         vnn.MaskedCrossAttention(dim=WIDTH, dim_visual=0)
-    with pytest.raises(ValueError, match="num_latents: expected at least 1, got 0"):
-        vnn.PerceiverResampler(dim=WIDTH, num_latents=0)
+    for name in ("num_latents", "depth", "num_media_embeds", "max_num_media", "max_num_frames"):
+        for bad, error in (
+            (0, ValueError),
+            (-1, ValueError),
+            (2**63, ValueError),
+            (1.5, TypeError),
+        ):
+            with pytest.raises(error, match=f"{name}: expected"):
+                vnn.PerceiverResampler(dim=WIDTH, **{name: bad})
+    for bad, error in ((0, ValueError), (-1, ValueError), (1e300, ValueError), ("4", TypeError)):
+        for layer in (vnn.PerceiverResampler, vnn.GatedCrossAttentionBlock):
+            with pytest.raises(error, match="ff_mult: expected"):
+                layer(dim=WIDTH, ff_mult=bad)

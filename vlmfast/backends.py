@@ -192,9 +192,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
             first kernel that it reaches is explained.
 
     Raises:
+        TypeError: `fn` cannot be called.
         ValueError: `fn` returned without reaching a kernel of this package, or raised it itself
             because an argument is wrong.
     """
+    if not callable(fn):
+        raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
     outer = _state.explaining
     _state.explaining = True
     try:

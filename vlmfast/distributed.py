@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlmfast.functional import contrastive_loss as functional
-from vlmfast.functional.common import reject, reject_type
+from vlmfast.functional.common import may_read_values, reject, reject_type
 from vlmfast.ops import contrastive_loss as ops
 from vlmfast.reference.common import compute_dtype
 from vlmfast.reference.contrastive_loss import contrastive_loss as reference
@@ -110,7 +110,8 @@ def join(
     Raises:
         TypeError: `group` is no process group.
         ValueError: the group does not fit, an argument was refused on another rank, or the ranks
-            make different calls.
+            make different calls: of other shapes, scales or backends, or with other options. The
+            value of a scale on a GPU is compared with VLMFAST_CHECKS=1 alone.
     """
     group, ring = _process_group(group)
     error: Exception | None = None
@@ -179,11 +180,14 @@ def _check_devices(group: Any, inputs: Sequence[Any]) -> None:
 
 
 def _describe(value: Any) -> str:
-    """What must be equal on all ranks of a tensor: all but its first size; and of what else."""
+    """What must be equal on all ranks: of a tensor all but its first size, of a number itself."""
     if not isinstance(value, Tensor):
-        return repr(value)
+        return str(value)
     gradient = "with" if value.requires_grad and torch.is_grad_enabled() else "without"
-    return f"{value.dtype} {('N', *value.shape[1:])} {gradient} gradient"
+    if value.dim() > 0:
+        return f"{value.dtype} {('N', *value.shape[1:])} {gradient} gradient"
+    number = value.item() if may_read_values(value) else "a number"
+    return f"{value.dtype} {number} {gradient} gradient"
 
 
 def _exchange_numbers(group: Any, numbers: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -18,8 +18,10 @@ FLAGS = ("-DVLMFAST_EMULATE_AVX512", f"-I{ROOT / 'tests'}", "-Wno-psabi", "-O1")
 def build(directory: Path = ROOT / "build" / "emulated", flags: Sequence[str] = ()) -> Path:
     """Builds the extension below `directory`, with further compiler flags; returns its path."""
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext"]
-        + ["--build-lib", str(directory), "--build-temp", str(directory / "objects")],
+        [
+            *(sys.executable, "setup.py", "-q", "build_ext"),
+            *("--build-lib", str(directory), "--build-temp", str(directory / "objects")),
+        ],
         cwd=ROOT,
         env={**os.environ, "VLMFAST_CXX_FLAGS": " ".join([*FLAGS, *flags])},
         check=True,

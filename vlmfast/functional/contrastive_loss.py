@@ -12,10 +12,15 @@ from torch import Tensor
 
 from vlmfast import backends
 from vlmfast.functional import common
-from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
+from vlmfast.functional.common import (
+    check_alike,
+    check_flag,
+    check_floating_tensor,
+    reject,
+    reject_type,
+)
 from vlmfast.functional.flash_attention import scaled_dot_product_attention
 from vlmfast.ops import contrastive_loss as ops
-from vlmfast.ops.common import call
 from vlmfast.reference.common import compute_dtype
 from vlmfast.reference.contrastive_loss import contrastive_loss as reference
 
@@ -74,6 +79,8 @@ def clip_loss(
     """
 
     def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        check_flag("local_loss", local_loss)
+        check_flag("gather_with_grad", gather_with_grad)
         return _cast_and_check_towers(image_features, text_features, logit_scale, logit_bias)
 
     facts = ("clip_loss", local_loss, gather_with_grad)
@@ -181,9 +188,21 @@ def ntxent_loss(
     (2020).
     """
 
+    return named_ntxent_loss(("z1", z1), ("z2", z2), temperature, group, backend)
+
+
+def named_ntxent_loss(
+    one: tuple[str, Tensor],
+    other: tuple[str, Tensor],
+    temperature: Tensor | float,
+    group: Any,
+    backend: str | None,
+) -> Tensor:
+    """`ntxent_loss` of two views with the names that errors call them by."""
+
     def check() -> tuple[Tensor, Tensor, Tensor]:
-        views = _cast_and_check_pair(("z1", z1), ("z2", z2))
-        return *views, 1.0 / _check_temperature(temperature, views[0])
+        views = _cast_and_check_pair(one, other)
+        return *views, _check_temperature(temperature, views[0])
 
     (first, second, scale), ranks = _join(group, check, backend, "ntxent_loss")
     with common.no_autocast(first.device.type):
@@ -328,10 +347,10 @@ def _join(
 
     def check_all() -> tuple[Any, ...]:
         inputs = check()
-        choose(inputs[0], inputs[1], backend)
-        return inputs
+        return *inputs, f"backend={choose(inputs[0], inputs[1], backend)}"
 
-    return distributed.join(group, check_all, *facts)
+    inputs, ranks = distributed.join(group, check_all, *facts)
+    return inputs[:-1], ranks
 
 
 def _everyone(own: Tensor, ranks: Any) -> Tensor:
@@ -419,7 +438,7 @@ def statistics(
     args = (rows, columns, scale, bias, first_column, sigmoid, column_statistics)
     if chosen == "reference":
         return Statistics(*reference(*args))
-    return Statistics(*call(ops.FORWARD[chosen], *args))
+    return Statistics(*common.call(ops.FORWARD[chosen], args))
 
 
 def choose(rows: Tensor, columns: Tensor, backend: str | None) -> str:
@@ -491,27 +510,39 @@ def scalar(argument: str, value: Any, like: Tensor) -> Tensor:
     """
     dtype = compute_dtype(like.dtype)
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            reject_type(argument, "a number or a tensor of a floating dtype", value.dtype)
+        check_floating_tensor(argument, value)
         if value.numel() != 1:
             reject(argument, "a number or a tensor of one element", tuple(value.shape))
         if value.device.type != "cpu":  # a number on the CPU goes with any device, as in torch
             common.check_device(argument, value, "the features", like)
-        return value.reshape(()).to(device=like.device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        reject_type(argument, "a number or a tensor of one element", type(value).__name__)
-    return torch.full((), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
+        cast = value.reshape(()).to(device=like.device, dtype=dtype)
+        if value.dtype == torch.float64 and dtype != torch.float64:
+            _check_range(argument, value, cast)
+        return cast
+    value = common.check_number(argument, value, dtype, "a number or a tensor of one element")
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def _check_range(argument: str, value: Tensor, cast: Tensor) -> None:
+    """Raises ValueError where a finite number is infinite as it is used."""
+    if common.may_read_values(value) and bool(value.isfinite()) and not bool(cast.isfinite()):
+        most = torch.finfo(cast.dtype).max
+        reject(argument, f"a number of at most {most:.4g}", value.item())
 
 
 def _check_temperature(temperature: Any, like: Tensor) -> Tensor:
-    is_tensor = isinstance(temperature, Tensor)
+    """1 / temperature, the factor of the logits."""
     result = scalar("temperature", temperature, like)
-    if (not is_tensor and not temperature > 0) or (
-        is_tensor and common.may_read_values(temperature) and not temperature.item() > 0
-    ):
-        got = temperature.item() if is_tensor else temperature
-        reject("temperature", "a positive number", got)
-    return result
+    if not isinstance(temperature, Tensor):
+        got = temperature
+    elif common.may_read_values(temperature):
+        got = temperature.item()
+    else:
+        return 1.0 / result
+    dtype = compute_dtype(like.dtype)
+    if not got > 0 or not 1.0 / got <= torch.finfo(dtype).max:
+        reject("temperature", f"a positive number that has a reciprocal in {dtype}", got)
+    return 1.0 / result
 
 
 def _check_fraction(argument: str, value: Any) -> float:
@@ -534,9 +565,19 @@ def _cast_and_check_pair(
     for argument, tensor in ((name, x), (other_name, y)):
         if tensor.dim() != 2 or 0 in tensor.shape:
             reject(argument, "shape (N, D) of at least 1 each", tuple(tensor.shape))
+        _check_sizes(argument, tensor)
     if x.shape != y.shape:
         reject(other_name, f"the shape of {name}, {tuple(x.shape)}", tuple(y.shape))
     return x, y
+
+
+def _check_sizes(argument: str, features: Tensor) -> None:
+    """Raises ValueError where kernels could not count what there is."""
+    if torch.compiler.is_compiling():  # sizes that are free would be bound
+        return
+    if features.shape[0] > 1 << 29 or max(features.shape[1:]) > 1 << 16:
+        expected = "at most 2**29 rows, of at most 65536 queries and 65536 dimensions"
+        reject(argument, expected, tuple(features.shape))
 
 
 def _cast_and_check_towers(
@@ -581,6 +622,7 @@ def _cast_and_check_itc(
     if image.dim() not in (2, 3) or 0 in image.shape:
         expected = "shape (N, D) or (N, queries, D) of at least 1 each"
         reject("image_features", expected, tuple(image.shape))
+    _check_sizes("image_features", image)
     n, dim = image.shape[0], image.shape[-1]
     for name in names[1:]:
         tensor = cast[name]
@@ -588,6 +630,7 @@ def _cast_and_check_itc(
         size = "Q" if name.endswith("queue") else n
         if tuple(tensor.shape[1:]) != item or (size != "Q" and tensor.shape[0] != n):
             reject(name, f"shape {(size, *item)}", tuple(tensor.shape))
+        _check_sizes(name, tensor)
 
     def key(features: Tensor, modality: str) -> tuple[Tensor, Tensor, Tensor | None]:
         momentum, queue = cast.get(f"{modality}_momentum"), cast.get(f"{modality}_queue")

@@ -7,11 +7,19 @@ from torch import Tensor
 
 from vlmfast import backends
 from vlmfast.functional import common
-from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
+from vlmfast.functional.common import (
+    check_alike,
+    check_flag,
+    check_floating_tensor,
+    reject,
+    reject_type,
+)
 from vlmfast.ops import cross_attention as ops
-from vlmfast.ops.common import call, heads_inside_tokens
+from vlmfast.ops.common import heads_inside_tokens
 from vlmfast.reference import cross_attention as reference
 from vlmfast.reference.cross_attention import DENSE, UNIFORM, ZERO
+
+MOST_IMAGES = common.MOST_INT32 - 1  # Phi counts one more: no image
 
 _EMPTY_ROWS = {"zero": ZERO, "uniform": UNIFORM, "dense": DENSE}
 _OVERFLOW = {"zero": ZERO, "uniform": UNIFORM, "error": ZERO}
@@ -36,6 +44,9 @@ class CrossAttentionPlan(NamedTuple):
         return self.segments.shape[1]
 
 
+_MEMBERS = {field: f"plan_or_image_index.{field}" for field in CrossAttentionPlan._fields}
+
+
 def image_index(media_locations: Tensor, mode: str = "last") -> Tensor:
     """Phi: for each token the number of the image that it attends to.
 
@@ -57,8 +68,7 @@ def image_index(media_locations: Tensor, mode: str = "last") -> Tensor:
 
     Source: Alayrac et al., "Flamingo" (2022), section 2.1.3; OpenFlamingo.
     """
-    if not isinstance(media_locations, Tensor):
-        reject_type("media_locations", "a tensor", type(media_locations).__name__)
+    common.check_strided("media_locations", media_locations)
     if media_locations.dtype != torch.bool:
         reject_type("media_locations", "dtype torch.bool", media_locations.dtype)
     if media_locations.dim() != 2:
@@ -114,10 +124,7 @@ def cross_attention_plan(
     several = image_index.dtype == torch.bool
     if torch.jit.is_tracing() and isinstance(num_images, Tensor):  # what sizes are there
         num_images = int(num_images)
-    if not isinstance(num_images, (int, torch.SymInt)) or isinstance(num_images, bool):
-        reject_type("num_images", "an integer", type(num_images).__name__)
-    if num_images < 0:
-        reject("num_images", "at least 0", num_images)
+    num_images = common.check_integer("num_images", num_images, most=MOST_IMAGES)
     _check_choice("mode", mode, ("last", "all_previous"))
     _check_choice("empty_rows", empty_rows, _EMPTY_ROWS)
     _check_choice("overflow", overflow, _OVERFLOW)
@@ -128,9 +135,20 @@ def cross_attention_plan(
     if image_lengths is not None:
         image_lengths = _check_lengths(image_lengths, image_index, num_images)
     if not several and common.may_read_values(image_index):
-        _check_values(image_index, num_images, overflow)
+        _check_values("image_index", image_index, num_images, overflow)
+    return _make_plan(image_index, num_images, mode, empty_rows, overflow, image_lengths)
 
-    if several:
+
+def _make_plan(
+    image_index: Tensor,
+    num_images: int,
+    mode: str = "last",
+    empty_rows: str = "zero",
+    overflow: str = "zero",
+    image_lengths: Tensor | None = None,
+) -> CrossAttentionPlan:
+    """`cross_attention_plan` of arguments that are checked."""
+    if image_index.dtype == torch.bool:
         image_index = image_index.contiguous()
         empty = ~image_index.any(-1)
         kind = torch.where(empty, _EMPTY_ROWS[empty_rows], 1).int()
@@ -225,17 +243,26 @@ def image_cross_attention(
     """
     plan = plan_or_image_index
     tensors = (query, key, value)
-    if isinstance(plan, CrossAttentionPlan) and common.may_run_unchecked(backend, tensors, plan):
+    if (
+        isinstance(plan, CrossAttentionPlan)
+        and type(return_lse) is bool
+        and common.may_run_unchecked(
+            backend,
+            (*tensors, plan.image_index, plan.order, plan.segments),
+            (plan.visible, plan.image_lengths),
+        )
+    ):
         results = _attend_unchecked(*tensors, plan, scale)
         if results is not None:
             return results if return_lse else results[0]
     query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1])
+    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
+    check_flag("return_lse", return_lse)
     plan = _check_plan(plan_or_image_index, query, key.shape[2])
     chosen = backends.choose("cross_attention", backend, query.device.type, query, key, value)
     args = (query, key, value, *plan, scale)
     if chosen != "reference":
-        out, logsumexp = call(ops.FORWARD[chosen], *args)
+        out, logsumexp = common.call(ops.FORWARD[chosen], args, _MEMBERS)
     else:
         with common.no_autocast(query.device.type):
             out, logsumexp = reference.cross_attention(*args)
@@ -254,9 +281,15 @@ def _attend_unchecked(
     head_dim = query.shape[3]
     if head_dim == 0 or value.shape[4] == 0:
         return None
+    tokens, images, visible = query.shape[2], value.shape[2], plan.visible
+    if plan.order.shape != (query.shape[0], tokens if visible is None else tokens * images):
+        return None
+    if visible is not None and (  # which the operator does not read
+        visible.dtype != torch.bool or visible.shape != (query.shape[0], tokens, images)
+    ):
+        return None
+    scale = common.plain_scale(scale, head_dim)
     if scale is None:
-        scale = common.softmax_scale(None, head_dim)
-    elif type(scale) is not float:
         return None
     return common.call_unchecked(ops.FORWARD["cpu"], query, key, value, *plan, scale)
 
@@ -299,21 +332,48 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
         if plan.dim() == 3 and plan.shape[2] != images:
             reject(name, f"a bit for each of key's {images} images", tuple(plan.shape))
         common.check_device(name, plan, "query", query)
-        return cross_attention_plan(plan, images)
+        if plan.dtype != torch.bool and common.may_read_values(plan):
+            _check_values(name, plan, images, "zero")
+        return _make_plan(plan, images)
+    _check_members(plan, query)
     if plan.image_index.shape != tokens:
         reject(name, f"a plan for {tokens} tokens, as query has", tuple(plan.image_index.shape))
     if plan.num_images != images:
         reject(name, f"a plan for {images} images, as key has", plan.num_images)
-    for tensor in plan:
-        if tensor is not None:
-            common.check_device(name, tensor, "query", query)
+    shapes = {
+        "visible": (*tokens, images),
+        "order": (tokens[0], tokens[1] * (1 if plan.visible is None else images)),
+        "segments": (tokens[0], images, 3),
+        "image_lengths": (tokens[0], images),
+    }
+    for field, shape in shapes.items():
+        tensor = getattr(plan, field)
+        if tensor is not None and tensor.shape != shape:
+            reject(_MEMBERS[field], f"shape {shape}", tuple(tensor.shape))
     return plan
 
 
+def _check_members(plan: CrossAttentionPlan, query: Tensor) -> None:
+    """Whether what a plan holds is of the kinds that `cross_attention_plan` makes."""
+    for field, tensor in plan._asdict().items():
+        member = _MEMBERS[field]
+        if tensor is None and field in ("visible", "image_lengths"):
+            continue
+        common.check_strided(member, tensor)
+        dtype = torch.bool if field == "visible" else torch.int32
+        if tensor.dtype != dtype:
+            reject_type(member, f"dtype {dtype}", tensor.dtype)
+        dims = 3 if field in ("visible", "segments") else 2
+        if tensor.dim() != dims:
+            reject(member, f"{dims} dimensions", tuple(tensor.shape))
+        if not tensor.is_contiguous():
+            reject(member, "a contiguous tensor", f"strides {tensor.stride()}")
+        common.check_device(member, tensor, "query", query)
+
+
 def _check_index(index: Any, name: str = "image_index") -> None:
-    if not isinstance(index, Tensor):
-        reject_type(name, "a tensor", type(index).__name__)
-    if index.is_floating_point() or index.is_complex():
+    common.check_strided(name, index)
+    if index.dtype not in (*common.INTEGER, torch.bool):
         reject_type(name, "an integer dtype, or bool with (B, T, I)", index.dtype)
     if index.dim() == 2 and index.dtype == torch.bool:
         reject_type(name, "an integer dtype with (B, T): see image_index()", index.dtype)
@@ -324,32 +384,35 @@ def _check_index(index: Any, name: str = "image_index") -> None:
 
 
 def _check_lengths(lengths: Any, index: Tensor, images: int) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        reject_type("image_lengths", "a tensor or None", type(lengths).__name__)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+    common.check_strided("image_lengths", lengths, "a tensor or None")
+    if lengths.dtype not in common.INTEGER:
         reject_type("image_lengths", "an integer dtype", lengths.dtype)
     if lengths.shape != (index.shape[0], images):
         reject("image_lengths", f"shape {(index.shape[0], images)}", tuple(lengths.shape))
     common.check_device("image_lengths", lengths, "image_index", index)
-    if common.may_read_values(lengths) and bool((lengths.long() < 0).any()):
+    saturated = _saturated_int32(lengths)
+    if common.may_read_values(lengths) and bool((saturated < 0).any()):
         reject("image_lengths", "lengths of at least 0", int(lengths.long().min()))
-    return _saturated_int32(lengths)
+    return saturated
 
 
 def _saturated_int32(numbers: Tensor) -> Tensor:
     """A contiguous copy in int32, in which numbers that do not fit are the nearest that do."""
     limits = torch.iinfo(torch.int32)
-    return numbers.long().clamp(limits.min, limits.max).int().contiguous()
+    wide = numbers.long()
+    if numbers.dtype == torch.uint64:  # whose upper half int64 takes for negative numbers
+        wide = wide.masked_fill(wide < 0, limits.max)
+    return wide.clamp(limits.min, limits.max).int().contiguous()
 
 
-def _check_values(index: Tensor, images: int, overflow: str) -> None:
+def _check_values(name: str, index: Tensor, images: int, overflow: str) -> None:
     if index.numel() == 0:
         return
-    least, most = (int(x) for x in torch.aminmax(index.long()))
+    least, most = (int(x) for x in torch.aminmax(_saturated_int32(index)))
     if least < 0:
-        reject("image_index", "numbers of at least 0", least)
+        reject(name, "numbers of at least 0", least)
     if overflow == "error" and most > images:
-        reject("image_index", f"at most num_images, {images}", most)
+        reject(name, f"at most num_images, {images}", most)
 
 
 def _check_choice(name: str, choice: Any, choices: Any) -> None:

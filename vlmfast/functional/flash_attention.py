@@ -1,7 +1,6 @@
 """Softmax attention with the calls of torch, flash-attn and xformers."""
 
 import itertools
-import operator
 import sys
 from typing import Any
 
@@ -10,9 +9,15 @@ from torch import Tensor
 
 from vlmfast import backends
 from vlmfast.functional import common
-from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
+from vlmfast.functional.common import (
+    check_alike,
+    check_flag,
+    check_floating_tensor,
+    reject,
+    reject_type,
+)
 from vlmfast.ops import flash_attention as ops
-from vlmfast.ops.common import call, heads_inside_tokens
+from vlmfast.ops.common import heads_inside_tokens
 from vlmfast.reference import flash_attention as reference
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
@@ -82,14 +87,16 @@ def scaled_dot_product_attention(
         NotImplementedError: the forced backend cannot run the call.
     """
     is_plain = attn_mask is None and type(dropout_p) is float and dropout_p == 0.0
+    is_plain = is_plain and type(enable_gqa) is bool
     if is_plain and common.may_run_unchecked(backend, (query, key, value)):
         results = _attend_unchecked(query, key, value, is_causal, scale)
         if results is not None:
             return results[0]
     query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1])
+    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
     dropout_p = common.check_dropout("dropout_p", dropout_p)
-    causal = TOP_LEFT if is_causal else NO_CAUSALITY
+    causal = TOP_LEFT if check_flag("is_causal", is_causal) else NO_CAUSALITY
+    check_flag("enable_gqa", enable_gqa)
     if attn_mask is not None:
         if _is_causal_bias(attn_mask):
             causal, attn_mask = _read_causal_bias(attn_mask, query, key, is_causal), None
@@ -162,9 +169,10 @@ def varlen_attention(
     if value.shape[:2] != key.shape[:2]:
         reject("value", f"total and heads of key, {tuple(key.shape)}", tuple(value.shape))
     _check_group("key", query.shape[1], key.shape[1])
-    scale = common.softmax_scale(scale, query.shape[-1])
+    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
     packed = _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    causal = BOTTOM_RIGHT if is_causal else NO_CAUSALITY
+    causal = BOTTOM_RIGHT if check_flag("is_causal", is_causal) else NO_CAUSALITY
+    check_flag("return_lse", return_lse)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     out, logsumexp = _attend(query, key, value, None, causal, scale, 0.0, backend, packed)
     out = out.squeeze(0).transpose(0, 1)
@@ -209,7 +217,7 @@ def memory_efficient_attention(
             cannot run the call.
     """
     query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1])
+    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
     p = common.check_dropout("p", p)
     if query.dim() not in (3, 4, 5):
         reject("query", "layout BMHK, BMK or BMGHK", tuple(query.shape))
@@ -261,7 +269,7 @@ def _attend(
     seed = common.draw_seed(query.device) if dropout_p > 0.0 else None
     args = (query, key, value, attn_mask, *packed, causal, scale, dropout_p, seed)
     if chosen != "reference":
-        return call(ops.FORWARD[chosen], *args)
+        return common.call(ops.FORWARD[chosen], args)
     with common.no_autocast(query.device.type):
         out, logsumexp = reference.flash_attention(*args)
     # Laid out as kernels lay it out, so that a view that one allows the other allows, too.
@@ -283,11 +291,10 @@ def _attend_unchecked(
         return None
     if shape[3] == 0 or value.shape[3] == 0:
         return None
-    causal = TOP_LEFT if is_causal else NO_CAUSALITY
+    scale = common.plain_scale(scale, shape[3])
     if scale is None:
-        scale = common.softmax_scale(None, shape[3])
-    elif type(scale) is not float:
         return None
+    causal = TOP_LEFT if is_causal else NO_CAUSALITY
     args = (query, key, value, None, *NOT_PACKED, causal, scale, 0.0, None)
     return common.call_unchecked(ops.FORWARD["cpu"], *args)
 
@@ -312,13 +319,11 @@ def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 
 def _check_mask(argument: str, mask: Any, query: Tensor) -> Tensor:
     """The mask in a dtype that kernels take: bool, or floating of at most 32 bits."""
-    if not isinstance(mask, Tensor):
-        reject_type(argument, "a tensor or None", type(mask).__name__)
-    if mask.dtype != torch.bool:
-        if not mask.is_floating_point():
-            reject_type(argument, "a bool or floating dtype", mask.dtype)
-        if mask.dtype == torch.float64 and query.dtype != torch.float64:
-            mask = mask.to(torch.float32)
+    common.check_strided(argument, mask, "a tensor or None")
+    if mask.dtype != torch.bool and mask.dtype not in common.FLOATING:
+        reject_type(argument, f"a bool or {common.floating_dtype(mask)}", mask.dtype)
+    if mask.dtype == torch.float64 and query.dtype != torch.float64:
+        mask = mask.to(torch.float32)
     common.check_device(argument, mask, "query", query)
     return mask
 
@@ -418,8 +423,7 @@ def _check_packed(
 ) -> Packed:
     """Checks cumulative lengths; query and key are (total, H, D)."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(cu_seqlens, Tensor):
-            reject_type(name, "a tensor", type(cu_seqlens).__name__)
+        common.check_strided(name, cu_seqlens)
         if cu_seqlens.dtype != torch.int32:
             reject_type(name, "dtype torch.int32", cu_seqlens.dtype)
         common.check_device(name, cu_seqlens, "query", query)
@@ -428,23 +432,12 @@ def _check_packed(
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         expected = f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}"
         reject("cu_seqlens_k", expected, tuple(cu_seqlens_k.shape))
-    max_seqlen_q = _check_length("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = _check_length("max_seqlen_k", max_seqlen_k)
+    max_seqlen_q = common.check_integer("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = common.check_integer("max_seqlen_k", max_seqlen_k)
     if common.may_read_values(cu_seqlens_q) and common.may_read_values(cu_seqlens_k):
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q.tolist(), query.shape[0], max_seqlen_q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k.tolist(), key.shape[0], max_seqlen_k)
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
-
-
-def _check_length(argument: str, length: Any) -> int:
-    if not isinstance(length, int | torch.SymInt):
-        try:
-            length = operator.index(length)  # numpy's integers
-        except TypeError:
-            reject_type(argument, "an int", type(length).__name__)
-    if length < 0:
-        reject(argument, "a length of at least 0", length)
-    return length
 
 
 def _check_cu_seqlens(argument: str, starts: list[int], total: int, longest: int) -> None:

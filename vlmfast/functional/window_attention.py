@@ -1,7 +1,5 @@
 """Shifted-window attention of Swin and Swin V2 on the packed projection of a whole map."""
 
-import math
-import operator
 from typing import Any
 
 import torch
@@ -11,7 +9,6 @@ from vlmfast import backends
 from vlmfast.functional import common
 from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
 from vlmfast.ops import window_attention as ops
-from vlmfast.ops.common import call
 from vlmfast.reference import window_attention as reference
 
 
@@ -90,8 +87,8 @@ def shifted_window_attention(
             return results[0]
     query, key, value = _cast_and_check(qkv)
     channels = query.shape[3] // 3 if key is None else query.shape[3]
-    num_heads = _check_int("num_heads", num_heads)
-    if num_heads < 1 or channels == 0 or channels % num_heads:
+    num_heads = common.check_integer("num_heads", num_heads, least=1)
+    if channels == 0 or channels % num_heads:
         reject("num_heads", f"a number that divides the {channels} channels", num_heads)
     head_dim = channels // num_heads
     window = _check_pair("window_size", window_size)
@@ -107,11 +104,10 @@ def shifted_window_attention(
     )
     logit_scale = _check_parameter("logit_scale", logit_scale, (num_heads,), query)
     pad_value = _check_parameter("pad_value", pad_value, (3 * channels,), query)
-    scale = common.softmax_scale(scale, head_dim)
-    if not isinstance(mask_value, (int, float)):
-        reject_type("mask_value", "a number", type(mask_value).__name__)
-    if not -math.inf < mask_value < math.inf:
-        reject("mask_value", "a finite number", mask_value)
+    scale = common.softmax_scale(scale, head_dim, query.dtype)
+    mask_value = common.check_number("mask_value", mask_value, query.dtype)
+    if not isinstance(wrap, str):
+        reject_type("wrap", "'padded' or 'unpadded'", type(wrap).__name__)
     if wrap not in ("padded", "unpadded"):
         reject("wrap", "'padded' or 'unpadded'", repr(wrap))
     dropout_p = common.check_dropout("dropout_p", dropout_p)
@@ -133,7 +129,7 @@ def shifted_window_attention(
         *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p, seed),
     )
     if chosen != "reference":
-        out, _ = call(ops.FORWARD[chosen], *args)
+        out, _ = common.call(ops.FORWARD[chosen], args, {"query": "qkv"})
         return out
     with common.no_autocast(query.device.type):
         out, _ = reference.window_attention(*args)
@@ -156,17 +152,16 @@ def _attend_unchecked(
     for pair in (window_size, shift_size):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             return None
-        if type(pair[0]) is not int or type(pair[1]) is not int:
+        if not all(map(common.is_plain_integer, pair)):
             return None
-    if qkv.dim() != 4 or type(num_heads) is not int or num_heads < 1:
+    if qkv.dim() != 4 or not common.is_plain_integer(num_heads) or num_heads == 0:
         return None
-    if wrap not in ("padded", "unpadded"):
+    if type(wrap) is not str or wrap not in ("padded", "unpadded"):
         return None
-    if type(mask_value) is not float or not -math.inf < mask_value < math.inf:
+    if not common.is_plain_number(mask_value):
         return None
+    scale = common.plain_scale(scale, max(1, qkv.shape[3] // 3 // num_heads))
     if scale is None:
-        scale = common.softmax_scale(None, max(1, qkv.shape[3] // 3 // num_heads))
-    elif type(scale) is not float:
         return None
     return common.call_unchecked(
         *(ops.FORWARD["cpu"], qkv, None, None, bias, logit_scale, pad_value, num_heads),
@@ -198,21 +193,14 @@ def _cast_and_check(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return query, key, value
 
 
-def _check_int(argument: str, number: Any) -> int:
-    if isinstance(number, torch.SymInt):
-        return number  # type: ignore[return-value]
-    try:
-        return operator.index(number)
-    except TypeError:
-        reject_type(argument, "an int", type(number).__name__)
-
-
 def _check_pair(argument: str, pair: Any) -> tuple[int, int]:
     if not isinstance(pair, (tuple, list)):
         reject_type(argument, "a pair of ints", type(pair).__name__)
     if len(pair) != 2:
         reject(argument, "a pair of ints", pair)
-    return _check_int(argument, pair[0]), _check_int(argument, pair[1])
+    least = -common.MOST_INT32  # the caller says better how small they may be
+    height, width = (common.check_integer(argument, number, least) for number in pair)
+    return height, width
 
 
 def _check_parameter(

@@ -97,6 +97,9 @@ def patch(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if filter is not None and not callable(filter):
         raise TypeError(f"filter: expected a callable, got {type(filter).__name__}")
+    for name, flag in (("strict", strict), ("inference", inference)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {type(flag).__name__}")
     known = (*FAMILIES, LINEAR) if inference else FAMILIES
     wanted = _check_families(families, known)
     if backend is not None:
@@ -200,7 +203,10 @@ def _check_families(families: Iterable[str] | None, known: tuple[str, ...]) -> f
         return frozenset(known)
     if isinstance(families, str) or not isinstance(families, Iterable):
         raise TypeError(f"families: expected a list of names, got {families!r}")
-    wanted = tuple(families)
+    try:
+        wanted = tuple(families)
+    except (TypeError, RuntimeError):  # 0-d arrays and nested tensors are not what they seem
+        raise TypeError(f"families: expected a list of names, got {type(families)}") from None
     for name in wanted:
         if not isinstance(name, str):
             raise TypeError(f"families: expected a list of names, got {name!r} in it")

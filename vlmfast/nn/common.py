@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from vlmfast.functional.common import check_device, reject, reject_type
+from vlmfast.functional.common import check_device, check_integer, reject_type
 
 __all__ = [
     "check_fits_weight",
@@ -20,13 +19,7 @@ __all__ = [
 
 def positive_int(argument: str, number: Any) -> int:
     """An argument of a constructor that is a number of at least 1."""
-    try:
-        value = operator.index(number)
-    except TypeError:
-        reject_type(argument, "an int", type(number).__name__)
-    if value < 1:
-        reject(argument, "at least 1", value)
-    return value
+    return check_integer(argument, number, least=1)
 
 
 def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:

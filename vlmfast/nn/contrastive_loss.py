@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import reject, reject_type
+from vlmfast.functional.common import (
+    check_flag,
+    check_integer,
+    check_number,
+    reject,
+    reject_type,
+)
+from vlmfast.functional.contrastive_loss import named_ntxent_loss
 
 __all__ = ["ClipLoss", "NTXentLoss", "SigLipLoss"]
 
@@ -66,12 +73,12 @@ class ClipLoss(nn.Module):
     ):
         super().__init__()
         check_ranks(rank, world_size)
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
+        self.local_loss = check_flag("local_loss", local_loss)
+        self.gather_with_grad = check_flag("gather_with_grad", gather_with_grad)
+        self.cache_labels = check_flag("cache_labels", cache_labels)
         self.rank = rank
         self.world_size = world_size
-        self.use_horovod = use_horovod
+        self.use_horovod = check_flag("use_horovod", use_horovod)
         _refuse_horovod(self)
 
     def forward(
@@ -94,7 +101,7 @@ class ClipLoss(nn.Module):
             gather_with_grad=self.gather_with_grad,
             backend=self.backend,
         )
-        return {"contrastive_loss": loss} if output_dict else loss
+        return {"contrastive_loss": loss} if check_flag("output_dict", output_dict) else loss
 
 
 class SigLipLoss(nn.Module):
@@ -136,9 +143,11 @@ class SigLipLoss(nn.Module):
     ):
         super().__init__()
         check_ranks(rank, world_size)
+        if dist_impl is not None and not isinstance(dist_impl, str):
+            reject_type("dist_impl", "a string or None", type(dist_impl).__name__)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
             reject("dist_impl", "bidir, shift, reduce, gather or None", repr(dist_impl))
-        self.cache_labels = cache_labels
+        self.cache_labels = check_flag("cache_labels", cache_labels)
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
@@ -159,7 +168,7 @@ class SigLipLoss(nn.Module):
             group=_group(self, ring=self.dist_impl in ("bidir", "shift")),
             backend=self.backend,
         )
-        return {"contrastive_loss": loss} if output_dict else loss
+        return {"contrastive_loss": loss} if check_flag("output_dict", output_dict) else loss
 
 
 class NTXentLoss(nn.Module):
@@ -202,34 +211,30 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ):
         super().__init__()
-        if not isinstance(temperature, (int, float)):
-            reject_type("temperature", "a number", type(temperature).__name__)
-        if not temperature > 0:
+        if not check_number("temperature", temperature) > 0:
             reject("temperature", "a positive number", temperature)
-        sizes = [memory_bank_size] if isinstance(memory_bank_size, int) else memory_bank_size
-        if sizes[:1] not in ([0], (0,)):
+        several = isinstance(memory_bank_size, (tuple, list)) and len(memory_bank_size) > 0
+        size = memory_bank_size[0] if several else memory_bank_size  # type: ignore[index]
+        if check_integer("memory_bank_size", size):
             raise NotImplementedError(
                 f"memory_bank_size: expected 0, got {memory_bank_size}; losses against a memory "
                 "bank (MoCo) are not fused"
             )
         self.temperature = temperature
-        self.gather_distributed = gather_distributed
+        self.gather_distributed = check_flag("gather_distributed", gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         group = self.group
         if group is None and self.gather_distributed and dist.is_initialized():
             group = dist.group.WORLD
-        return VF.ntxent_loss(out0, out1, self.temperature, group=group, backend=self.backend)
+        views = ("out0", out0), ("out1", out1)
+        return named_ntxent_loss(*views, self.temperature, group, self.backend)
 
 
 def check_ranks(rank: Any, world_size: Any) -> None:
     """Raises TypeError or ValueError unless 0 <= rank < world_size."""
-    for name, value in (("rank", rank), ("world_size", world_size)):
-        if not isinstance(value, int):
-            reject_type(name, "an integer", type(value).__name__)
-    if world_size < 1:
-        reject("world_size", "at least 1", world_size)
-    if not 0 <= rank < world_size:
+    check_integer("world_size", world_size, least=1)
+    if check_integer("rank", rank) >= world_size:
         reject("rank", f"0 <= rank < world_size = {world_size}", rank)
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 import vlmfast.functional as VF
 from vlmfast.functional.common import (
     check_device,
+    check_flag,
     check_floating_tensor,
+    check_integer,
+    check_number,
+    check_strided,
+    may_read_values,
     reject,
     reject_type,
 )
@@ -33,6 +38,9 @@ __all__ = [
 ]
 
 KeyValue = tuple[Tensor, Tensor]
+
+# What the original adds up.
+_LOCATIONS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class MaskedCrossAttention(nn.Module):
@@ -85,7 +93,8 @@ class MaskedCrossAttention(nn.Module):
         only_attend_immediate_media: bool = True,
     ):
         super().__init__()
-        inner_dim = _check_sizes(dim, dim_head, heads)
+        dim, dim_head, heads = _check_sizes(dim, dim_head, heads)
+        inner_dim = dim_head * heads
         dim_visual = positive_int("dim_visual", dim if dim_visual is None else dim_visual)
         self.scale = dim_head**-0.5
         self.heads = heads
@@ -93,7 +102,9 @@ class MaskedCrossAttention(nn.Module):
         self.to_q = nn.Linear(dim, inner_dim, bias=False)
         self.to_kv = nn.Linear(dim_visual, inner_dim * 2, bias=False)
         self.to_out = nn.Linear(inner_dim, dim, bias=False)
-        self.only_attend_immediate_media = only_attend_immediate_media
+        self.only_attend_immediate_media = check_flag(
+            "only_attend_immediate_media", only_attend_immediate_media
+        )
 
     def forward(
         self,
@@ -171,6 +182,8 @@ class MaskedCrossAttention(nn.Module):
                 index = VF.image_index(media_locations, "last" if attend_previous else "next")
             else:
                 index = media_locations.cumsum(-1)
+                if may_read_values(index) and bool((index < 0).any()):
+                    reject("media_locations", "a sum of at least 0", int(index.min()))
             if immediate:
                 return VF.cross_attention_plan(index, images, overflow="uniform")
             return VF.cross_attention_plan(index, images, mode="all_previous", empty_rows="uniform")
@@ -196,13 +209,14 @@ class MaskedCrossAttention(nn.Module):
             reject("media", f"shape ({x.shape[0]}, I, L, dim_visual)", tuple(media.shape))
         _check_width("media", media, self.to_kv)
         check_device("media", media, "x", x)
+        check_flag("use_cached_media", use_cached_media)
+        check_flag("attend_previous", attend_previous)
         if not attend_previous and use_cached_media:
             reject("attend_previous", "True with use_cached_media", attend_previous)
         if media_locations is None:
             return
-        if not isinstance(media_locations, Tensor):
-            reject_type("media_locations", "a tensor or None", type(media_locations).__name__)
-        if media_locations.is_floating_point() or media_locations.is_complex():
+        check_strided("media_locations", media_locations, "a tensor or None")
+        if media_locations.dtype not in _LOCATIONS:
             reject_type("media_locations", "dtype torch.bool", media_locations.dtype)
         if not attend_previous and media_locations.dtype != torch.bool:
             reject_type(
@@ -241,7 +255,7 @@ class GatedCrossAttentionBlock(nn.Module):
         dim_visual: int | None = None,
         dim_head: int = 64,
         heads: int = 8,
-        ff_mult: int = 4,
+        ff_mult: float = 4,
         only_attend_immediate_media: bool = True,
     ):
         super().__init__()
@@ -253,7 +267,7 @@ class GatedCrossAttentionBlock(nn.Module):
             only_attend_immediate_media=only_attend_immediate_media,
         )
         self.attn_gate = nn.Parameter(torch.tensor([0.0]))
-        self.ff = _feed_forward(dim, ff_mult)
+        self.ff = _feed_forward(positive_int("dim", dim), ff_mult)
         self.ff_gate = nn.Parameter(torch.tensor([0.0]))
 
     def forward(
@@ -267,9 +281,9 @@ class GatedCrossAttentionBlock(nn.Module):
         """As `MaskedCrossAttention.forward`, which see."""
         # What is at its default is not said: `attn` may be a layer that `vlmfast.patch` has left.
         options = {}
-        if use_cached_media:
+        if check_flag("use_cached_media", use_cached_media):
             options["use_cached_media"] = True
-        if not attend_previous:
+        if not check_flag("attend_previous", attend_previous):
             options["attend_previous"] = False
         out = self.attn(x, media, media_locations=media_locations, **options)
         x = add_gated(x, out, self.attn_gate.tanh())
@@ -303,7 +317,8 @@ class PerceiverAttention(nn.Module):
 
     def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
         super().__init__()
-        inner_dim = _check_sizes(dim, dim_head, heads)
+        dim, dim_head, heads = _check_sizes(dim, dim_head, heads)
+        inner_dim = dim_head * heads
         self.scale = dim_head**-0.5
         self.heads = heads
         self.norm_media = nn.LayerNorm(dim)
@@ -380,17 +395,24 @@ class PerceiverResampler(nn.Module):
         heads: int = 8,
         num_latents: int = 64,
         num_media_embeds: int | None = 4,
-        ff_mult: int = 4,
+        ff_mult: float = 4,
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
     ):
         super().__init__()
-        positive_int("num_latents", num_latents)
-        _check_sizes(dim, dim_head, heads)
+        num_latents = positive_int("num_latents", num_latents)
+        dim, dim_head, heads = _check_sizes(dim, dim_head, heads)
+        depth = check_integer("depth", depth, least=1, most=1 << 16)
+
+        def number(argument: str, count: int | None) -> int | None:
+            return None if count is None else positive_int(argument, count)
 
         def embeddings(count: int | None, *shape: int) -> nn.Parameter | None:
             return None if count is None else nn.Parameter(torch.randn(count, *shape))
 
+        num_media_embeds = number("num_media_embeds", num_media_embeds)
+        max_num_media = number("max_num_media", max_num_media)
+        max_num_frames = number("max_num_frames", max_num_frames)
         if max_num_media is not None or max_num_frames is not None:
             num_media_embeds = None
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
@@ -419,6 +441,7 @@ class PerceiverResampler(nn.Module):
         if x.dim() not in (3, 4, 5) or x.shape[-1] != self.latents.shape[-1]:
             expected = f"3 to 5 dimensions, the last of size {self.latents.shape[-1]}"
             reject("x", expected, tuple(x.shape))
+        check_device("x", x, "the weights", self.latents)
         if x.dim() == 3:
             x = x.unsqueeze(1)
         if self.frame_embs is not None:
@@ -556,10 +579,10 @@ _kept_media: Keepers[KeyValue] = Keepers()
 _last_plan: Keeper[CrossAttentionPlan] = Keeper()
 
 
-def _check_sizes(dim: int, dim_head: int, heads: int) -> int:
-    """The width of all heads together."""
-    positive_int("dim", dim)
-    return positive_int("dim_head", dim_head) * positive_int("heads", heads)
+def _check_sizes(dim: int, dim_head: int, heads: int) -> tuple[int, int, int]:
+    named = ("dim", dim), ("dim_head", dim_head), ("heads", heads)
+    dim, dim_head, heads = (positive_int(*pair) for pair in named)
+    return dim, dim_head, heads
 
 
 def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
@@ -571,8 +594,8 @@ def _check_width(argument: str, tensor: Tensor, projection: nn.Module) -> None:
     check_fits_weight(argument, tensor, projection.weight)
 
 
-def _feed_forward(dim: int, mult: int) -> nn.Sequential:
-    inner_dim = int(dim * mult)
+def _feed_forward(dim: int, mult: float) -> nn.Sequential:
+    inner_dim = positive_int("ff_mult", int(dim * check_number("ff_mult", mult)))
     return nn.Sequential(
         nn.LayerNorm(dim),
         nn.Linear(dim, inner_dim, bias=False),

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import check_device, check_floating_tensor, reject, reject_type
+from vlmfast.functional.common import (
+    FLOATING,
+    check_device,
+    check_flag,
+    check_floating_tensor,
+    check_strided,
+    floating_dtype,
+    reject,
+    reject_type,
+)
 from vlmfast.nn.common import check_fits_weight
 
 __all__ = ["MultiheadAttention", "is_causal_mask"]
@@ -238,7 +247,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         queries = query.shape[token_dim] if batched else query.shape[0]
         keys = key.shape[token_dim] if batched else key.shape[0]
 
-        if is_causal and attn_mask is None:
+        if check_flag("is_causal", is_causal) and attn_mask is None:
             reject("attn_mask", "the causal mask beside is_causal=True", None)
         padding_shape = (batch, keys) if batched else (keys,)
         _check_mask("key_padding_mask", key_padding_mask, padding_shape)
@@ -257,10 +266,9 @@ def _check_mask(argument: str, mask: Tensor | None, *shapes: tuple[int, ...]) ->
     """Whether it is a mask, and of one of these shapes, if any are given."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        reject_type(argument, "a tensor or None", type(mask).__name__)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        reject_type(argument, "a bool or floating dtype", mask.dtype)
+    check_strided(argument, mask, "a tensor or None")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING:
+        reject_type(argument, f"a bool or {floating_dtype(mask)}", mask.dtype)
     if shapes and tuple(mask.shape) not in shapes:
         reject(argument, "shape " + " or ".join(map(str, shapes)), tuple(mask.shape))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,11 @@ from torch import Tensor, nn
 
 import vlmfast.functional as VF
 from vlmfast.functional.common import (
+    MOST_INT32,
     check_dropout,
+    check_flag,
     check_floating_tensor,
+    check_integer,
     reject,
     reject_type,
 )
@@ -100,6 +102,8 @@ class ShiftedWindowAttention(nn.Module):
         self.shift_size = _two_ints("shift_size", shift_size)
         if min(self.window_size) < 1:
             reject("window_size", "at least 1 token in each direction", self.window_size)
+        if math.prod(self.window_size) > MOST_INT32:
+            reject("window_size", f"at most {MOST_INT32} tokens", self.window_size)
         if any(not 0 <= s < w for s, w in zip(self.shift_size, self.window_size, strict=True)):
             expected = f"at least 0 and below window_size, {self.window_size}"
             reject("shift_size", expected, self.shift_size)
@@ -107,8 +111,8 @@ class ShiftedWindowAttention(nn.Module):
         self.attention_dropout = check_dropout("attention_dropout", attention_dropout)
         self.dropout = check_dropout("dropout", dropout)
 
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=check_flag("qkv_bias", qkv_bias))
+        self.proj = nn.Linear(dim, dim, bias=check_flag("proj_bias", proj_bias))
         self._define_relative_position_bias()
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
 
@@ -337,7 +341,4 @@ def _two_ints(argument: str, pair: Any) -> list[int]:
         reject_type(argument, "a list of two ints", type(pair).__name__)
     if len(pair) != 2:
         reject(argument, "two ints", pair)
-    try:
-        return [operator.index(number) for number in pair]
-    except TypeError:
-        reject_type(argument, "a list of two ints", pair)
+    return [check_integer(argument, number, least=-MOST_INT32) for number in pair]
