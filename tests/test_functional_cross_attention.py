@@ -350,7 +350,9 @@ def test_hidden_latents_are_never_read(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("empty_rows", ["zero", "uniform", "dense"])
 @pytest.mark.parametrize(
-    "sizes", [{"batch": 0}, {"tokens": 0}, {"images": 0}, {"latents": 0}], ids=str
+    "sizes",
+    [{"batch": 0}, {"heads": (0, 2)}, {"tokens": 0}, {"images": 0}, {"latents": 0}],
+    ids=str,
 )
 def test_empty_tensors(sizes, empty_rows, backend):
     inputs = qkv(**sizes)
@@ -359,7 +361,7 @@ def test_empty_tensors(sizes, empty_rows, backend):
     plan = VF.cross_attention_plan(phi, inputs[1].shape[2], empty_rows=empty_rows)
     out, logsumexp, *grads = results(inputs, plan, backend)
     assert out.shape == inputs[0].shape
-    nothing_to_see = "images" in sizes or "latents" in sizes
+    nothing_to_see = "images" in sizes or "latents" in sizes or "heads" in sizes
     for x in (out, *grads) if nothing_to_see else (out,):
         assert torch.equal(x, torch.zeros_like(x))
     assert (logsumexp == -torch.inf).all()
@@ -459,6 +461,7 @@ BITS = torch.ones(2, 21, 3, dtype=torch.bool)
         ([PHI.to(torch.float8_e5m2), 3], TypeError, "image_index: expected an integer dtype"),
         ([PHI.to_sparse(), 3], TypeError, "image_index: expected a strided tensor"),
         ([PHI, 3.0], TypeError, "num_images: expected an int, got float"),
+        ([PHI[:0], 2**26, "all_previous"], ValueError, "num_images: expected at most 1073741824"),
         ([PHI, 3, "next"], ValueError, "mode: expected one of 'last', 'all_previous', got 'next'"),
         ([PHI, 3, None], TypeError, "mode: expected a string"),
         ([BITS, 3, "all_previous"], ValueError, "mode: expected 'last' where image_index is bool"),

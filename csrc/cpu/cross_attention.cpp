@@ -111,16 +111,19 @@ void describe(const Inputs& in, CrossAttentionProblem* problem) {
                 " heads to be a multiple of the ", key_heads, " heads of key");
   VLMFAST_CHECK(in.query.size(3) > 0 && in.value.size(4) > 0,
                 "query, value: expected a head dimension of at least 1");
-  constexpr int64_t most = 1 << 24;
+  constexpr int64_t most = 1 << 24, most_heads = std::numeric_limits<int>::max();
   VLMFAST_CHECK(tokens <= most && images <= most && latents <= most && in.query.size(3) <= 65536 &&
                     in.value.size(4) <= 65536,
                 "query, key, value: expected lengths of at most ", most,
                 " and head dimensions of at most 65536");
+  VLMFAST_CHECK(batch <= most_heads && heads <= most_heads && key_heads <= most_heads,
+                "query, key: expected a batch and heads of at most ", most_heads);
   problem->dtype = dtype;
   problem->query = strided(in.query);
   problem->key = strided_images(in.key);
   problem->value = strided_images(in.value);
   problem->heads = static_cast<int>(heads);
+  problem->key_heads = static_cast<int>(key_heads);
   problem->group = key_heads > 0 ? static_cast<int>(heads / key_heads) : 1;
   problem->tokens = static_cast<int>(tokens);
   problem->images = static_cast<int>(images);
@@ -180,17 +183,17 @@ std::vector<CrossAttentionTask> image_tasks(const CrossAttentionProblem& problem
   for (int64_t i = 0; i < rows; i++)
     queries += problem.segments[i * 3 + 2] - problem.segments[i * 3];
   const int64_t wanted = queries * key.size(1) / (4 * threads());
-  const int step = static_cast<int>(std::max<int64_t>(kTilesPerTask, wanted / queries_per_tile)) *
-                   queries_per_tile;
+  const int64_t step =
+      std::max<int64_t>(kTilesPerTask, wanted / queries_per_tile) * queries_per_tile;
   std::vector<CrossAttentionTask> tasks;
   for_each_image(key, [&](int batch, int head, int image) {
     const int32_t* segment = problem.segments + ((int64_t)batch * problem.images + image) * 3;
-    const int count = segment[2] - segment[0];
-    const int parts = divide_up(count, step);
-    for (int i = 0; i < parts; i++)
+    const int64_t count = segment[2] - segment[0];
+    const int64_t parts = divide_up(count, step);
+    for (int64_t i = 0; i < parts; i++)
       tasks.push_back({batch, head, image, image + 1,
-                       segment[0] + static_cast<int>((int64_t)count * i / parts),
-                       segment[0] + static_cast<int>((int64_t)count * (i + 1) / parts)});
+                       segment[0] + static_cast<int>(count * i / parts),
+                       segment[0] + static_cast<int>(count * (i + 1) / parts)});
   });
   return tasks;
 }
@@ -199,7 +202,8 @@ std::vector<CrossAttentionTask> image_tasks(const CrossAttentionProblem& problem
 std::vector<CrossAttentionTask> token_tasks(const CrossAttentionProblem& problem, int64_t batch,
                                             int64_t key_heads, int queries_per_tile) {
   constexpr int64_t kCachedFloats = 64 * 1024;
-  const int64_t cached = kCachedFloats / (problem.group * (problem.value_dim + 2));
+  const int64_t row_floats = problem.group * static_cast<int64_t>(problem.value_dim + 2);
+  const int64_t cached = kCachedFloats / std::max<int64_t>(row_floats, 1);
   const int64_t wanted =
       batch * key_heads * problem.tokens / (4 * threads());  // tokens of a task, all heads alike
   const int64_t most = std::min(std::max<int64_t>(wanted, 4 * queries_per_tile), cached);

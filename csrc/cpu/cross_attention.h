@@ -25,7 +25,8 @@ struct CrossAttentionProblem {
   ElementType dtype;
   Strided query;             // (B, Hq, T, D)
   StridedImages key, value;  // (B, Hkv, I, L, D), (B, Hkv, I, L, Dv)
-  int heads, group;          // query heads; query heads per key head
+  int heads, key_heads;      // of the queries, of the latents
+  int group;                 // query heads per key head
   int tokens, images, latents;
   int head_dim, value_dim;
   int queries_most;  // of one head, of all tasks

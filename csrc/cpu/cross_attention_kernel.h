@@ -371,8 +371,7 @@ struct Forward {
                                    int n, Prefetcher& ahead, Softmax* softmax) const {
     const int dim = problem.head_dim;
     for (int d = 0; d < dim; d += kLanes)
-      store(query + d,
-            load_columns(queries, token, d, minimum(kLanes, dim - d)) * broadcast(factor));
+      store(query + d, load_columns(queries, token, d, minimum(kLanes, dim - d)));
     Vec most = broadcast(-kInfinity);
     for (int first = 0; first < n; first += kLanes) {
       const int m = minimum(kLanes, n - first);
@@ -387,7 +386,8 @@ struct Forward {
             return sum;
           },
           [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
-      const Vec score = first_or(load(scores + first), m, -kInfinity);
+      const Vec logits = load(scores + first) * broadcast(problem.scale * kLog2E);
+      const Vec score = first_or(logits, m, -kInfinity);
       store(scores + first, score);
       most = max(most, score);
     }
@@ -472,8 +472,7 @@ struct Forward {
     constexpr int kElements = Words::kElements;
     if constexpr (kElements * sizeof(T) == sizeof(float))
       if (rows.column_stride == 1 && rows.row_stride % kElements == 0 &&
-          problem.head_dim % kRowStep == 0 && n >= kRowStep && problem.group == 1 &&
-          tokens.count <= kTile)
+          problem.head_dim % kRowStep == 0 && problem.group == 1 && tokens.count <= kTile)
         return {(const float*)rows.data, rows.row_stride / kElements};
     pack_rows<Words>(rows, n, round_up(n, kRowStep), problem.head_dim, words, keys);
     return {keys, words};
@@ -958,7 +957,7 @@ struct Backward {
   VLMFAST_INLINE void store_grad_latents(const CrossAttentionTask& task, int image) const {
     const Strided key = problem.grad_key.image(image, sizeof(T)),
                   value = problem.grad_value.image(image, sizeof(T));
-    const int64_t key_head = (int64_t)task.batch * (problem.heads / problem.group) + task.head;
+    const int64_t key_head = (int64_t)task.batch * problem.key_heads + task.head;
     const float* uniform = problem.uniform_gradient == nullptr
                                ? nullptr
                                : problem.uniform_gradient + key_head * problem.value_dim;
@@ -1154,10 +1153,9 @@ void sum_uniform_rows(const CrossAttentionBackward& problem, int batch, int key_
   with_types(problem, [&](auto, auto element) {
     using T = decltype(element);
     constexpr int kRun = 128;
-    const int key_heads = problem.heads / problem.group;
     const int32_t* kinds = problem.image_index + (int64_t)batch * problem.tokens;
-    float* target =
-        problem.uniform_gradient + ((int64_t)batch * key_heads + key_head) * problem.value_dim;
+    float* target = problem.uniform_gradient +
+                    ((int64_t)batch * problem.key_heads + key_head) * problem.value_dim;
     const Vec factor = broadcast(1.f / ((float)problem.images * problem.latents));
     for (int d = 0; d < problem.value_dim; d += kLanes) {
       const int n = minimum(kLanes, problem.value_dim - d);

@@ -69,7 +69,7 @@ VLMFAST_INLINE Rows<T> rows_of(const Strided& tensor, int64_t batch, int head, i
 template <class Words, class T>
 VLMFAST_INLINE Operand rows_as_words(const Rows<T>& rows, int n, int columns, float* packed) {
   if constexpr (sizeof(T) == sizeof(float))
-    if (rows.column_stride == 1 && columns % kRowStep == 0 && n >= kRowStep && n <= kBlock)
+    if (rows.column_stride == 1 && columns % kRowStep == 0 && n <= kBlock)
       return {rows.data, rows.row_stride};
   const int words = word_count<Words>(columns);
   pack_rows<Words>(rows, n, round_up(n, kRowStep), columns, words, packed);
@@ -178,7 +178,7 @@ struct Scores {
     Vec top[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
     // The first query sees rows up to `shift`; rows before `open` need no look at the mask or the
-    // diagonal. Those after are none, or kRowStep at least: a product never reads fewer.
+    // diagonal. Those after are none, or kRowStep at least, as a product of few rows is slow.
     const int64_t shift = (int64_t)first_query + task.causal_shift - key;
     const int open = masked ? 0
                      : diagonal

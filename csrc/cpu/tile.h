@@ -126,7 +126,10 @@ class Prefetcher {
   }
 
   // Spreads the rows over `steps` calls of `step`.
-  VLMFAST_INLINE void spread_over(int64_t steps) { steps_ = maximum((int)steps, 1); }
+  VLMFAST_INLINE void spread_over(int64_t steps) {
+    constexpr int kMostSteps = 1 << 30;
+    steps_ = steps < kMostSteps ? maximum((int)steps, 1) : kMostSteps;
+  }
 
   VLMFAST_INLINE void step() {
     if (at_ == count_) return;
@@ -329,15 +332,15 @@ template <int kGroups>
 constexpr int kTileRows = kRegisters == 32 ? (kGroups == 4 ? 4 : 8) : (kGroups == 1 ? 8 : 4);
 
 // Calls body(row, sum) for every kRows rows of keys, which lie key_stride apart; sum[r][g] =
-// keys[row + r] . query, in registers. The last rows are those that end at n_rows, some of them for
-// the second time; fewer than kRows rows are read as kRows. `between()` is called every kWordStep
-// words.
+// keys[row + r] . query, in registers. There are kRows or more, and no row beyond them is read: the
+// last are those that end at n_rows, some of them for the second time. `between()` is called every
+// kWordStep words.
 template <class Words, int kGroups, int kRows, class Between, class Body>
 VLMFAST_INLINE void for_each_product(const float* __restrict query, const float* __restrict keys,
                                      int64_t key_stride, int words, int n_rows, Between between,
                                      Body body) {
   for (int first = 0; first < n_rows; first += kRows) {
-    const int j = first + kRows <= n_rows ? first : maximum(0, n_rows - kRows);
+    const int j = minimum(first, n_rows - kRows);
     const float* key = keys + j * key_stride;
     Vec sum[kRows][kGroups];
     VLMFAST_UNROLL for (int r = 0; r < kRows; r++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
@@ -374,12 +377,16 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
   }
 }
 
-// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows) or kRows of them;
-// `maximum` (or nullptr) becomes the running maximum over the n_rows true rows.
+// scores[row][kGroups * kLanes] = keys[row] . query, for rows [0, n_rows); `running_max` (or
+// nullptr) becomes their running maximum.
 template <class Words, int kGroups, int kRows = kTileRows<kGroups>, class Ahead>
 VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* __restrict keys,
                                     int64_t key_stride, int words, int n_rows,
                                     float* __restrict scores, Vec* running_max, Ahead& ahead) {
+  if constexpr (kRows > 1)
+    if (n_rows < kRows)
+      return multiply_rows<Words, kGroups, kRows / 2>(query, keys, key_stride, words, n_rows,
+                                                      scores, running_max, ahead);
   for_each_product<Words, kGroups, kRows>(
       query, keys, key_stride, words, n_rows, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
       [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
@@ -388,15 +395,9 @@ VLMFAST_NOINLINE void multiply_rows(const float* __restrict query, const float* 
             VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
                 store(target + (r * kGroups + g) * kLanes, sum[r][g]);
         if (running_max == nullptr) return;
-        if (j + kRows <= n_rows) {
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-              VLMFAST_UNROLL for (int r = 0; r < kRows; r++) running_max[g] =
-                  max(running_max[g], sum[r][g]);
-        } else {
-          for (int r = 0; r < n_rows - j; r++)
-            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) running_max[g] =
-                max(running_max[g], load(target + (r * kGroups + g) * kLanes));
-        }
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
+            VLMFAST_UNROLL for (int r = 0; r < kRows; r++) running_max[g] =
+                max(running_max[g], sum[r][g]);
       });
 }
 

@@ -293,11 +293,12 @@ struct Count {
 };
 
 // Calls body(Count<rows of keys that one register tile holds>()): one less than usual where that
-// wastes less of the last tile (49 = 7 * 7).
-template <int kGroups, class Body>
+// wastes less of the last tile (49 = 7 * 7), and no more than there are.
+template <int kGroups, int kMany = kTileRows<kGroups>, class Body>
 VLMFAST_INLINE void with_rows(int n, Body body) {
-  constexpr int kMany = kTileRows<kGroups>;
   constexpr int kFew = kMany == 8 && kRegisters == 32 ? 7 : kMany;
+  if constexpr (kMany > 1)
+    if (n < kFew) return with_rows<kGroups, kMany / 2>(n, body);
   if (round_up(n, kFew) < round_up(n, kMany))
     body(Count<kFew>());
   else
@@ -349,18 +350,8 @@ struct Logits {
     for_each_product<Words, kGroups, kRows>(
         query, keys, words, words, n, [&]() VLMFAST_INLINE_LAMBDA { ahead.step(); },
         [&](int j, const Vec(&sum)[kRows][kGroups]) VLMFAST_INLINE_LAMBDA {
-          if (j + kRows <= n) {
-            VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
-                VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) finish(j + r, g, sum[r][g]);
-            return;
-          }
-          float* target = logits + j * kGroups * kLanes;
           VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
-              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-                  store(target + (r * kGroups + g) * kLanes, sum[r][g]);
-          for (int r = 0; r < n - j; r++)
-            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
-                finish(j + r, g, load(target + (r * kGroups + g) * kLanes));
+              VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) finish(j + r, g, sum[r][g]);
         });
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g];
   }

@@ -116,9 +116,10 @@ def cross_attention_plan(
     Raises:
         TypeError: an argument is of a wrong type or dtype.
         ValueError: a shape or device does not fit; mode, empty_rows or overflow is unknown; a
-            number is negative, or Phi > I where overflow is "error". Values are checked for CPU
-            tensors, elsewhere with VLMFAST_CHECKS=1, never while torch.compile traces: there
-            a negative number counts as 0, and an overflow that is an error as "zero".
+            number is negative, or Phi > I where overflow is "error"; tokens may see several
+            images, and T * I exceeds 2**30. Values are checked for CPU tensors, elsewhere with
+            VLMFAST_CHECKS=1, never while torch.compile traces: there a negative number counts as
+            0, and an overflow that is an error as "zero".
     """
     _check_index(image_index)
     several = image_index.dtype == torch.bool
@@ -134,6 +135,8 @@ def cross_attention_plan(
         reject("mode", "'last' where image_index is bool and says itself what is seen", repr(mode))
     if image_lengths is not None:
         image_lengths = _check_lengths(image_lengths, image_index, num_images)
+    if several or mode == "all_previous" or empty_rows == "dense":
+        _check_pairs(image_index.shape[1], num_images)
     if not several and common.may_read_values(image_index):
         _check_values("image_index", image_index, num_images, overflow)
     return _make_plan(image_index, num_images, mode, empty_rows, overflow, image_lengths)
@@ -413,6 +416,13 @@ def _check_values(name: str, index: Tensor, images: int, overflow: str) -> None:
         reject(name, "numbers of at least 0", least)
     if overflow == "error" and most > images:
         reject(name, f"at most num_images, {images}", most)
+
+
+def _check_pairs(tokens: int, images: int) -> None:
+    """Positions in `order`, and what kernels add to them, are int32."""
+    most = 2**30
+    if not torch.compiler.is_compiling() and tokens * images > most:
+        reject("num_images", f"at most {most} pairs with {tokens} tokens", images)
 
 
 def _check_choice(name: str, choice: Any, choices: Any) -> None:
