@@ -105,6 +105,16 @@ def test_float64_beside_narrower_qkv_is_narrowed_and_gets_its_gradient():
     assert all(x.dtype == torch.float64 for x in torch.autograd.grad(out.sum(), wide))
 
 
+@pytest.mark.parametrize("argument", ["relative_position_bias", "logit_scale", "pad_value"])
+def test_float64_beyond_float32_is_refused_where_it_would_be_narrowed(argument):
+    shape = {"relative_position_bias": (2, 12, 12), "logit_scale": (2,), "pad_value": (48,)}
+    wide = torch.full(shape[argument], -1e39, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"{argument}: expected values that float32 holds"):
+        attend(normal(1, 3, 4, 48), 2, (3, 4), **{argument: wide})
+    attend(normal(1, 3, 4, 48), 2, (3, 4), **{argument: torch.full_like(wide, 1e38)})
+    attend(normal(1, 3, 4, 48).double(), 2, (3, 4), **{argument: wide})
+
+
 def test_float64_runs_by_the_reference():
     qkv, bias, _ = (x.detach().double() for x in tensors())
     assert vlmfast.explain(attend, qkv, 2, (3, 4), (1, 2), bias).backend == "reference"

@@ -71,9 +71,10 @@ def shifted_window_attention(
     Raises:
         TypeError: an argument is of a wrong type; the tensors of qkv differ in dtype or are not
             floating.
-        ValueError: shapes do not fit, num_heads does not divide the channels, a window has no
-            tokens, a shift is negative or not below the window, mask_value is not finite, devices
-            differ, dropout_p is outside [0, 1], or wrap or backend is unknown.
+        ValueError: shapes do not fit, a float64 tensor beside a narrower qkv exceeds float32 (seen
+            on the CPU), num_heads does not divide the channels, a window has no tokens, a shift is
+            negative or not below the window, mask_value is not finite, devices differ, dropout_p
+            is outside [0, 1], or wrap or backend is unknown.
         NotImplementedError: the forced backend cannot run the call.
 
     Source: Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022).
@@ -214,5 +215,11 @@ def _check_parameter(
     if tuple(tensor.shape) != shape:
         reject(argument, f"shape {shape}", tuple(tensor.shape))
     if tensor.dtype == torch.float64 and query.dtype != torch.float64:
-        return tensor.to(torch.float32)
+        narrowed = tensor.to(torch.float32)
+        if common.may_read_values(tensor):
+            overflows = narrowed.detach().isinf() & tensor.detach().isfinite()
+            if overflows.any():
+                got = tensor.detach()[overflows][0].item()
+                reject(argument, "values that float32 holds beside a narrower qkv", got)
+        return narrowed
     return tensor
