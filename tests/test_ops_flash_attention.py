@@ -555,6 +555,11 @@ EXTREMES = [
     huge_case("logits of billions", (1, 2, 40, 16), (1, 2, 50)),
     huge_case("logits of billions, many keys", (1, 2, 40, 16), (1, 2, 300)),
     huge_case("logits of billions, causal", (1, 2, 130, 16), (1, 2, 130), is_causal=True),
+    # dS vanishes where one key has all the weight: what is left is rounding, times the scale.
+    dense_case(
+        "huge negative scale, causal", (1, 1, 50, 72), (1, 1, 130), is_causal=True, scale=-1e7
+    ),
+    dense_case("huge negative scale, many keys", (1, 1, 50, 72), (1, 1, 130), scale=-1e7),
     huge_case("logits of billions, one key", (1, 2, 40, 16), (1, 2, 1)),
     # Far beyond what exp takes: the softmax is one-hot.
     dense_case("huge logits", (1, 2, 40, 16), (1, 2, 50), scale=100.0),

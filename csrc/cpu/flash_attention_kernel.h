@@ -562,12 +562,10 @@ struct Backward {
     for (int i = 0; i < kWidth; i++)
       precise &= split_logsumexp<T>(i < tile.count ? problem.logsumexp[row + i] : -kInfinity,
                                     top + i, share + i);
-    if (problem.exact_delta) {
-      row_statistics<kGroups, true>(tile, top, share, delta);
-    } else {
+    if (problem.exact_delta || !precise)
+      row_statistics<kGroups>(tile, top, share, delta);
+    else
       output_products<kGroups>(tile, grad, delta);
-      if (!precise) row_statistics<kGroups, false>(tile, top, share, nullptr);
-    }
     for (int i = 0; i < kWidth; i++) {
       if (top[i] == kInfinity)
         delta[i] = 0.f;
@@ -600,13 +598,13 @@ struct Backward {
     }
   }
 
-  // Computes `top` and `share` of the rows that see a key afresh: a large |logsumexp| (a row of
-  // masks as low as -1e9 or the lowest float has one) loses log(sum) to rounding. With kDelta also
-  // delta = sum(P * dP), of the very weights that `gradients_of_part` will take: as grad_out . out
-  // it lacks what rounding took from out, and the rows of dS would not sum to 0.
-  template <int kGroups, bool kDelta>
+  // Computes `top` and `share` of the rows that see a key afresh, and delta = sum(P * dP) of the
+  // same weights. A large |logsumexp| (a row of masks as low as -1e9 or the lowest float has one)
+  // loses log(sum) to rounding. And grad_out . out lacks what rounding took from out: the rows of
+  // dS would not sum to 0, nor dS vanish where one key has all the weight.
+  template <int kGroups>
   void row_statistics(const Scores<Words, T>& tile, float* top, float* share, float* delta) const {
-    constexpr int kWidth = kGroups * kLanes, kDegree = kDelta ? 5 : Words::kExpDegree;
+    constexpr int kWidth = kGroups * kLanes;
     const FlashAttentionTask& task = tile.task;
     const int key_head = tile.head / problem.group;
     const Vec scale = broadcast(kept_scale(problem.dropout_p));
@@ -625,13 +623,11 @@ struct Backward {
       if (!tile.template block<kGroups>({temporary_rows, words}, words, key, n, scores, &factor,
                                         block_most))
         continue;
-      if constexpr (kDelta) {
-        pack_rows<Words>(rows_of<T>(problem.value, task.batch, key_head, key), n, padded,
-                         problem.value_dim, value_words, temporary_rows);
-        multiply_rows<Words, kGroups>(grad_out, temporary_rows, value_words, value_words, n,
-                                      grad_scores, nullptr, tile.ahead);
-        if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
-      }
+      pack_rows<Words>(rows_of<T>(problem.value, task.batch, key_head, key), n, padded,
+                       problem.value_dim, value_words, temporary_rows);
+      multiply_rows<Words, kGroups>(grad_out, temporary_rows, value_words, value_words, n,
+                                    grad_scores, nullptr, tile.ahead);
+      if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
         const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
@@ -639,12 +635,10 @@ struct Backward {
         Vec block_sum = zero(), block_products = zero();
         for (int j = 0; j < n; j++) {
           const int at = j * kWidth + g * kLanes;
-          const Vec weight = exp2<kDegree>(fms(broadcast(factor), load(scores + at), subtracted));
+          const Vec weight = exp2<5>(fms(broadcast(factor), load(scores + at), subtracted));
           block_sum = block_sum + weight;
-          if constexpr (kDelta) {
-            const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
-            block_products = fma(kept, load(grad_scores + at), block_products);
-          }
+          const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
+          block_products = fma(kept, load(grad_scores + at), block_products);
         }
         sum[g] = fma(sum[g], rescale, block_sum);
         products[g] = fma(products[g], rescale, block_products);
@@ -656,7 +650,7 @@ struct Backward {
       const Vec inverse = broadcast(1.f) / sum[g];
       store(tops + g * kLanes, most[g]);
       store(shares + g * kLanes, inverse);
-      if constexpr (kDelta) store(delta + g * kLanes, products[g] * inverse);
+      store(delta + g * kLanes, products[g] * inverse);
     }
     for (int i = 0; i < tile.count; i++)
       if (top[i] != kInfinity) top[i] = tops[i], share[i] = shares[i];
