@@ -240,6 +240,8 @@ EXTREMES = [
     # Far beyond what exp takes: the softmax is one-hot.
     window_case("huge logits", (1, 14, 14), 1, 16, (7, 7), scale=100.0),
     window_case("huge negative scale", (1, 14, 14), 1, 16, (7, 7), scale=-100.0),
+    window_case("logits of 1e9", (1, 7, 7), 1, 16, (7, 7), scale=1e9),
+    window_case("logits of -1e36", (1, 8, 8), 1, 16, (8, 8), scale=-1e36),
     # A maximum taken over padding of zeros would lose every weight.
     window_case("all logits far below 0", (1, 14, 14), 1, 16, (7, 7), (3, 3), bias_mean=-1e4),
     window_case("all logits far above 0", (1, 14, 14), 1, 16, (7, 7), (3, 3), bias_mean=1e4),
@@ -283,6 +285,18 @@ def test_cosines_do_not_depend_on_lengths(case, dtype, cpu_isa):
     exponents = [(60, 60), (100, 100), (120, 120), (120, -30), (0, 120), (-30, -30)]
     for longer in half if dtype == torch.float16 else exponents:
         assert_keeps_budget(case, dtype, kernel=with_lengths(case, *longer, "cpu"))
+
+
+def test_logit_scale_keeps_its_sign(cpu_isa):
+    case = window_case("", (1, 7, 7), 1, 16, (7, 7), cosine=True)
+    signs = torch.tensor([-1.0, 1.0, 1.0]).repeat_interleave(16)
+
+    def negative(inputs):
+        flipped = {"query": inputs["query"] * signs, "logit_scale": -inputs["logit_scale"]}
+        flipped["pad_value"] = inputs["pad_value"] * signs
+        return case.kernel({**inputs, **flipped}, "cpu")
+
+    assert_keeps_budget(case, torch.float32, kernel=negative)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
