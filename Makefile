@@ -3,11 +3,13 @@
 #   MAX_JOBS=1          files compiled at a time
 #   PYTEST_ARGS=...     further arguments for pytest
 #   EXAMPLE_ARGS="--loss eager"   arguments for the example
+#   COMPATIBILITY_ARGS="bert clip"   the models to compare, by the names of their folders
 #   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 GATE_ARGS ?=
+COMPATIBILITY_ARGS ?=
 EXAMPLE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
@@ -18,12 +20,13 @@ EXTENSION := vlmfast/_C.abi3.so
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo example test gates bench lint format clean distclean
+.PHONY: help build demo example test compatibility gates bench lint format clean distclean
 
 help:
 	@echo "make demo       patch real models, check them, time them side by side; results in out/"
 	@echo "make example    train a small CLIP with the fused loss, in two processes"
 	@echo "make test       every test that needs no GPU"
+	@echo "make compatibility  every model of transformers that can be built small, patched against itself"
 	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
 	@echo "make bench      ten minutes: the kernels against their peers on this machine; out/bench/"
 	@echo "make lint       ruff, clang-format, mypy;  make format mends what can be mended"
@@ -41,6 +44,9 @@ example: $(EXTENSION)
 test: $(EXTENSION)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_tools_guard.py $(wildcard tests/test_kernels_*.py)
+
+compatibility: $(EXTENSION)
+	PYTHONPATH=tests $(BIN)/python -m tools.compatibility $(COMPATIBILITY_ARGS)
 
 gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)

@@ -63,6 +63,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(projection_dim|proj_dim|intermediate_size|ffn_dim|d_ff|mlp_dim|feedforward.*)", WIDTH),
     (r"out_hidden_size|.*_hidden_size|encoder_ffn_dim|decoder_ffn_dim|n_inner|d_inner", WIDTH),
     (r"image_size", 64),
+    (r"num_frames|frames_per_clip", 4),
 )
 _PATTERNS = tuple((re.compile(pattern), size) for pattern, size in _SIZES)
 
@@ -106,6 +107,8 @@ def _shrink(config: PreTrainedConfig, **forced: Any) -> PreTrainedConfig:
     ]
     changed |= {name: WORDS - 1 - index for index, name in enumerate(ids)}
     patch = getattr(config, "patch_size", None)
+    if "window_size" in changed and isinstance(getattr(config, "spatial_merge_size", None), int):
+        changed["window_size"] = 2 * config.spatial_merge_size * patch  # in pixels
     if isinstance(patch, int) and isinstance(getattr(config, "image_size", None), int):
         changed["image_size"] = (16 if stages else 4) * patch
     changed |= forced
@@ -159,6 +162,7 @@ def build(cls: type[PreTrainedModel], implementation: str, seed: int = 0) -> Pre
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size} parameters even when small")
     torch.manual_seed(seed)
+    config._experts_implementation = "eager"  # the others know no float64
     model = cls._from_config(config, attn_implementation=implementation).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -271,11 +275,11 @@ def compare(cls: type[PreTrainedModel], implementation: str) -> Comparison:
     def inputs(seed: int) -> dict[str, Any]:
         return next(itertools.islice(inputs_for(model, seed), form, None))
 
+    peers = [_run(model, inputs(seed)) for seed in SEEDS]
     try:
         truths = [_run(exact, inputs(seed)) for seed in SEEDS]
-    except Exception as error:
-        raise NotComparedError(f"in float64: {_line(error)}") from error
-    peers = [_run(model, inputs(seed)) for seed in SEEDS]
+    except (RuntimeError, TypeError, ValueError):
+        truths = []  # it has a part that knows no float64
     faults = []
     with _seen_by_attention() as ran, _called(patched) as called:
         mine = _run(patched, inputs(SEEDS[0]))
@@ -284,11 +288,15 @@ def compare(cls: type[PreTrainedModel], implementation: str) -> Comparison:
         if theirs is None or ours is None:
             if theirs is not ours:
                 faults.append(f"{name}: {_kind(ours)}, was {_kind(theirs)}")
-        elif theirs.is_floating_point():
+        elif ours.shape != theirs.shape:
+            faults.append(f"{name}: {tuple(ours.shape)}, was {tuple(theirs.shape)}")
+        elif theirs.is_floating_point() and truths:
             errors = [relative_error(p[name], t[name]) for p, t in zip(peers, truths, strict=True)]
             error, allowed = relative_error(ours, truths[0][name]), budget(errors, theirs.dtype)
             if not error <= allowed:
                 faults.append(f"{name}: error {error:.1e}, budget {allowed:.1e}")
+        elif theirs.is_floating_point() and not _is_close(ours, theirs):
+            faults.append(f"{name}: error {relative_error(ours, theirs):.1e} against its original")
     idle = {type(module).__name__ for module in called - ran}
     faults += [f"{name} is reported as replaced, and does not run" for name in sorted(idle)]
     if report.replaced and not report.skipped:
@@ -302,14 +310,18 @@ def _runnable(cls: type[PreTrainedModel], implementation: str) -> tuple[PreTrain
         model = build(cls, implementation)
     except Exception as error:
         raise NotComparedError(_line(error)) from error
-    why = "no inputs for it"
+    reasons: list[str] = []
     for form, inputs in enumerate(inputs_for(model, SEEDS[0])):
         try:
             _run(model, inputs)
             return model, form
         except Exception as error:
-            why = _line(error)
-    raise NotComparedError(why)
+            reasons.append(_line(error))
+    raise NotComparedError("; ".join(dict.fromkeys(reasons)) or "no form of inputs for it")
+
+
+# What Kosmos-2 and Kosmos-2.5 return on eager and not on sdpa, whatever they are asked for.
+_UNTOLD = "projection_attentions"
 
 
 def _faults_of_weights(
@@ -320,12 +332,16 @@ def _faults_of_weights(
         expected = _run(build(cls, "eager"), inputs, output_attentions=True)
     except Exception:
         return []  # it gives none
-    weights = {k: v for k, v in expected.items() if "attentions" in k and v is not None}
+    weights = {
+        name: value
+        for name, value in expected.items()
+        if "attentions" in name and value is not None and not name.endswith(_UNTOLD)
+    }
     mine = _run(patched, inputs, output_attentions=True)
     faults = []
     for name, theirs in weights.items():
         ours = mine.get(name)
-        if ours is None or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5):
+        if ours is None or not _is_close(ours, theirs):
             faults.append(f"{name} with output_attentions: {_kind(ours)} that is not the eager one")
     return faults
 
@@ -384,12 +400,20 @@ def _called(model: nn.Module) -> Iterator[set[nn.Module]]:
             handle.remove()
 
 
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    try:
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
 def _kind(value: Tensor | None) -> str:
     return "None" if value is None else "a tensor"
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:160]
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:120]
 
 
 def attention_classes(file: str) -> set[str]:
@@ -405,6 +429,7 @@ def attention_classes(file: str) -> set[str]:
 
 
 def main(wanted: list[str]) -> int:
+    torch.set_num_threads(1)  # the models are too small for more
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     compared, faulty, ran, known = 0, 0, set[str](), set[str]()
