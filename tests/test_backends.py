@@ -1,6 +1,7 @@
 """Which backend runs: precedence, refusals with all their reasons, explanations."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import torch
 import vlmfast
 import vlmfast.functional as VF
 from vlmfast import backends
+from vlmfast.ops.common import EXTENSION_FILE
 
 X = torch.zeros(1, 2, 5, 8)
 sdpa = VF.scaled_dot_product_attention
@@ -231,10 +233,27 @@ def test_info_says_what_is_built_found_and_usable(capsys):
     found = vlmfast.info()
     text = capsys.readouterr().out
     assert found["vlmfast"] == vlmfast.__version__ and found["torch"] == torch.__version__
-    assert found["extension"] == "built" and found["cpu_isa"] in found["cpu_isas"]
+    assert found["extension"] == EXTENSION_FILE and found["cpu_isa"] in found["cpu_isas"]
     assert found["cpu_isas"][0] == "base"
     assert found["families"]["flash_attention"]["cpu"]["cpu"] == []
     assert found["families"]["flash_attention"]["cpu"]["triton"]
     assert found["libraries"]["triton"] and set(found["libraries"]) >= {"timm", "xformers"}
     for expected in (vlmfast.__version__, found["cpu_isa"], "flash_attention on cpu tensors"):
         assert expected in text
+
+
+def test_the_environment_chooses_the_build_of_the_extension(tmp_path):
+    def run_with(file):
+        code = "import vlmfast; print(vlmfast.info()['cpu_isas'])"
+        environment = {**os.environ, "VLMFAST_EXTENSION": str(file)}
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+
+    other = tmp_path / "other.so"
+    shutil.copy(EXTENSION_FILE, other)
+    child = run_with(other)
+    assert f"extension  {other}\n" in child.stdout and "'base'" in child.stdout
+    child = run_with(tmp_path / "missing.so")
+    assert child.returncode == 1
+    assert "ValueError: VLMFAST_EXTENSION: expected the file of a C++ ext" in child.stderr

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import vlmfast
-from vlmfast.ops.common import EXTENSION_ERROR
+from vlmfast.ops.common import EXTENSION_ERROR, EXTENSION_FILE
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
@@ -426,7 +426,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "extension": EXTENSION_ERROR or "built",
+        "extension": EXTENSION_ERROR or EXTENSION_FILE,
         "cpu_isa": torch.ops.vlmfast.cpu_isa() if built else None,
         "cpu_isas": torch.ops.vlmfast.cpu_isas().split(",") if built else [],
         "gpus": [

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,22 +24,38 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def _load_extension() -> str | None:
-    """Loads the library vlmfast._C, which registers the C++ kernels; returns why not, or None."""
+def _load_extension() -> tuple[str | None, str | None]:
+    """Loads the library vlmfast._C, which registers the C++ kernels.
+
+    The environment variable VLMFAST_EXTENSION names another build of it. Returns the file, and why
+    it is not loaded, or None.
+
+    Raises:
+        ValueError: VLMFAST_EXTENSION names nothing that loads.
+    """
+    wanted = os.environ.get("VLMFAST_EXTENSION")
+    if wanted:
+        try:
+            torch.ops.load_library(wanted)
+        except OSError as error:
+            raise ValueError(
+                f"VLMFAST_EXTENSION: expected the file of a C++ extension, got {wanted!r}: {error}"
+            ) from None
+        return wanted, None
     try:
         found = importlib.util.find_spec("vlmfast._C")
     except ImportError:  # an import hook may hide it
         found = None
     if found is None or found.origin is None:
-        return "the C++ extension vlmfast._C is not built"
+        return None, "the C++ extension vlmfast._C is not built"
     try:
         torch.ops.load_library(found.origin)
     except OSError as error:
-        return f"the C++ extension vlmfast._C does not load: {error}"
-    return None
+        return found.origin, f"the C++ extension vlmfast._C does not load: {error}"
+    return found.origin, None
 
 
-EXTENSION_ERROR = _load_extension()
+EXTENSION_FILE, EXTENSION_ERROR = _load_extension()
 
 
 def register_family(
