@@ -4,12 +4,14 @@
 #   PYTEST_ARGS=...     further arguments for pytest
 #   EXAMPLE_ARGS="--loss eager"   arguments for the example
 #   COMPATIBILITY_ARGS="bert clip"   the models to compare, by the names of their folders
+#   SANITIZE_ARGS=thread   one of the two builds of `make sanitize` (see tests/tools/sanitize.py)
 #   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 GATE_ARGS ?=
 COMPATIBILITY_ARGS ?=
+SANITIZE_ARGS ?=
 EXAMPLE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
@@ -18,9 +20,10 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 EXTENSION := vlmfast/_C.abi3.so
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+FORMATTED := $(CPP_FILES) $(wildcard tests/tools/*.cpp tests/tools/*/*.c tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo example test compatibility gates bench lint format clean distclean
+.PHONY: help build demo example test compatibility gates sanitize bench lint format clean distclean
 
 help:
 	@echo "make demo       patch real models, check them, time them side by side; results in out/"
@@ -28,6 +31,7 @@ help:
 	@echo "make test       every test that needs no GPU"
 	@echo "make compatibility  every model of transformers that can be built small, patched against itself"
 	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
+	@echo "make sanitize   the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      ten minutes: the kernels against their peers on this machine; out/bench/"
 	@echo "make lint       ruff, clang-format, mypy;  make format mends what can be mended"
 	@echo "make build      the environment and the C++ extension alone"
@@ -51,19 +55,22 @@ compatibility: $(EXTENSION)
 gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
 
+sanitize: $(EXTENSION)
+	PYTHONPATH=tests $(BIN)/python -m tools.sanitize $(SANITIZE_ARGS)
+
 bench: $(EXTENSION)
 	$(BIN)/python -m bench --selection --sweeps --memory --mode both --minutes 10 --seconds 1 --out out/bench
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: $(ENVIRONMENT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf build dist out *.egg-info vlmfast/*.so

@@ -131,7 +131,8 @@ Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
 template <size_t kDims>
 Tensor zeros(const int64_t (&sizes)[kDims], ScalarType dtype) {
   Tensor result = empty(sizes, dtype);
-  std::memset(result.mutable_data_ptr(), 0, result.numel() * result.element_size());
+  if (const int64_t n = result.numel())  // else its pointer is null, which memset must not get
+    std::memset(result.mutable_data_ptr(), 0, n * result.element_size());
   return result;
 }
 
