@@ -90,9 +90,16 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, is_causal = inputs.get("attn_mask"), inputs.get("is_causal", False)
-    if mask is not None and is_causal:  # torch refuses both, so one becomes part of the other
-        hidden = mask.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
-        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
+    # torch refuses a mask beside causality. And its fused function for CPUs hides keys before it
+    # multiplies by the scale: a negative one turns -inf into inf, and the error into no bound at all.
+    if is_causal and (mask is not None or scale < 0):
+        hidden = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        if mask is None:
+            mask = ~hidden
+        elif mask.dtype == torch.bool:
+            mask = mask & ~hidden
+        else:
+            mask = mask.masked_fill(hidden, -torch.inf)
         is_causal = False
     floating_mask = mask is not None and mask.is_floating_point()
     if "dropout_seed" not in inputs and not (floating_mask and query.dtype != torch.float32):
