@@ -158,7 +158,7 @@ def test_a_plan_lies_where_the_query_does():
     images = x[:, :, :4].unflatten(2, (2, 2))
     elsewhere = PLAN._replace(order=PLAN.order.to("meta"))
     with pytest.raises(
-        ValueError, match=r"plan_or_image_index\.order: expected the device of query"
+        ValueError, match=r"image_index\.order: expected the device of query"
     ):
         VF.image_cross_attention(x, images, images, elsewhere)
     with pytest.raises(ValueError, match="expected a plan for 3 images, as key has, got 2"):

@@ -91,7 +91,7 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, is_causal = inputs.get("attn_mask"), inputs.get("is_causal", False)
     # torch refuses a mask beside causality. And its fused function for CPUs hides keys before it
-    # multiplies by the scale: a negative one turns -inf into inf, and the error into no bound at all.
+    # multiplies by the scale: a negative one turns -inf into inf, and the result into nonsense.
     if is_causal and (mask is not None or scale < 0):
         hidden = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
         if mask is None:
