@@ -5,6 +5,8 @@
 #   EXAMPLE_ARGS="--loss eager"   arguments for the example
 #   COMPATIBILITY_ARGS="bert clip"   the models to compare, by the names of their folders
 #   SANITIZE_ARGS=thread   one of the two builds of `make sanitize` (see tests/tools/sanitize.py)
+#   MINUTES=10          how long make fuzz looks for faults
+#   FUZZ_ARGS="--repeat FAMILY:DTYPE:SEED"   arguments for it (see tests/tools/fuzz)
 #   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
 
 PYTHON ?= python3
@@ -12,6 +14,8 @@ PYTEST_ARGS ?=
 GATE_ARGS ?=
 COMPATIBILITY_ARGS ?=
 SANITIZE_ARGS ?=
+MINUTES ?= 10
+FUZZ_ARGS ?=
 EXAMPLE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
@@ -23,13 +27,14 @@ CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 FORMATTED := $(CPP_FILES) $(wildcard tests/tools/*.cpp tests/tools/*/*.c tests/emulation/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo example test compatibility gates sanitize bench lint format clean distclean
+.PHONY: help build demo example test fuzz sanitize compatibility gates bench lint format clean distclean
 
 help:
 	@echo "make demo       patch real models, check them, time them side by side; results in out/"
 	@echo "make example    train a small CLIP with the fused loss, in two processes"
 	@echo "make test       every test that needs no GPU"
 	@echo "make compatibility  every model of transformers that can be built small, patched against itself"
+	@echo "make fuzz       random problems for the C++ kernels, ten minutes of them; MINUTES=n"
 	@echo "make gates      compile every Triton configuration for every listed GPU, without a GPU"
 	@echo "make sanitize   the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      ten minutes: the kernels against their peers on this machine; out/bench/"
@@ -51,6 +56,9 @@ test: $(EXTENSION)
 
 compatibility: $(EXTENSION)
 	PYTHONPATH=tests $(BIN)/python -m tools.compatibility $(COMPATIBILITY_ARGS)
+
+fuzz: $(EXTENSION)
+	PYTHONPATH=tests $(BIN)/python -m tools.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
 gates: $(ENVIRONMENT)
 	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)

@@ -157,9 +157,7 @@ def test_a_plan_lies_where_the_query_does():
     x = sample()
     images = x[:, :, :4].unflatten(2, (2, 2))
     elsewhere = PLAN._replace(order=PLAN.order.to("meta"))
-    with pytest.raises(
-        ValueError, match=r"image_index\.order: expected the device of query"
-    ):
+    with pytest.raises(ValueError, match=r"image_index\.order: expected the device of query"):
         VF.image_cross_attention(x, images, images, elsewhere)
     with pytest.raises(ValueError, match="expected a plan for 3 images, as key has, got 2"):
         VF.image_cross_attention(x, *[x[:, :, :3].unflatten(2, (3, 1))] * 2, PLAN)

@@ -3,60 +3,61 @@
 import ctypes
 import mmap
 import multiprocessing
-import weakref
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_PAGE, _PROT_NONE = mmap.PAGESIZE, 0
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+_mapped: dict[int, list[mmap.mmap]] = {}  # by the number of pages between the two forbidden ones
 
 
-def guarded(tensor: Tensor, at_end: bool = True) -> Tensor:
-    """A copy of the same strides whose last byte (or first) lies beside an inaccessible page.
+def guarded(tensor: Tensor, at_end: bool = True, strides: Sequence[int] | None = None) -> Tensor:
+    """A copy whose last element lies before a forbidden page, or whose first lies behind one.
 
-    Whoever reads or writes beyond it ends the process: see `run_alone`. What lies between the
-    elements of `tensor` is copied, too.
+    A read or write of the element beyond ends the process. Gaps between elements are full of 0xFF,
+    which is NaN in every floating dtype.
+
+    Args:
+        tensor: on the CPU.
+        at_end: the page is behind the last element; for False, before the first.
+        strides: of the copy; the tensor's own for None.
     """
+    strides = tensor.stride() if strides is None else tuple(strides)
     if tensor.numel() == 0:
-        return tensor.detach().clone()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in steps)
-    buffer = _bytes_beside_a_guard(span * tensor.element_size(), at_end)
-    flat = torch.frombuffer(buffer, dtype=tensor.dtype)
-    flat.copy_(tensor.detach().as_strided((span,), (1,)))
-    return flat.as_strided(tensor.shape, tensor.stride())
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+    span = 1 + sum((size - 1) * by for size, by in zip(tensor.shape, strides, strict=True))
+    n_bytes = span * tensor.element_size()
+    pages = -(-n_bytes // _PAGE)
+    begin = _PAGE + (pages * _PAGE - n_bytes if at_end else 0)
+    memory = _memory(pages)
+    torch.frombuffer(memory, dtype=torch.uint8, count=n_bytes, offset=begin).fill_(0xFF)
+    elements = torch.frombuffer(memory, dtype=tensor.dtype, count=span, offset=begin)
+    copy = elements.as_strided(tensor.shape, strides)
+    # Where elements share memory copy_ refuses to write more than one of them.
+    once = tuple(slice(0, 1) if by == 0 else slice(None) for by in strides)
+    copy[once].copy_(tensor.detach()[once])
+    return copy
 
 
-def _bytes_beside_a_guard(count: int, at_end: bool) -> ctypes.Array:
-    """Memory that is given back with the last tensor that holds it."""
-    page = mmap.PAGESIZE
-    inside = -(-count // page) * page
-    base = _libc.mmap(
-        None, inside + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, _PRIVATE_ANONYMOUS, -1, 0
-    )
-    if base in (None, ctypes.c_void_p(-1).value):
-        raise OSError(ctypes.get_errno(), "mmap failed")
-    for guard in (base, base + page + inside):
-        if _libc.mprotect(guard, page, 0):
-            raise OSError(ctypes.get_errno(), "mprotect failed")
-    first = base + page + (inside - count if at_end else 0)
-    buffer = (ctypes.c_char * count).from_address(first)
-    weakref.finalize(buffer, _libc.munmap, base, inside + 2 * page)
-    return buffer
+def _memory(pages: int) -> mmap.mmap:
+    """Pages between two that are forbidden; those of tensors that are gone serve again."""
+    mapped = _mapped.setdefault(pages, [])
+    for i in range(len(mapped)):
+        if sys.getrefcount(mapped[i]) == 2:  # this list's, and the call's own
+            return mapped[i]
+    memory = mmap.mmap(-1, (pages + 2) * _PAGE)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    for forbidden in (start, start + (pages + 1) * _PAGE):
+        if _libc.mprotect(forbidden, _PAGE, _PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    mapped.append(memory)
+    return memory
 
 
 def run_alone(function: Callable[..., None], *arguments: Any) -> None:

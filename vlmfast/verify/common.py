@@ -36,15 +36,39 @@ def relative_error(actual: Tensor, truth: Tensor, terms: float = 0.0) -> float:
     Infinity where the shapes differ, where `actual` is NaN, or where it misses an infinite element.
     """
     actual, truth = actual.detach().double(), truth.detach().double()
-    finite = truth.isfinite()
-    if actual.shape != truth.shape or not torch.equal(actual[~finite], truth[~finite]):
+    if actual.shape != truth.shape:
         return float("inf")
-    difference = (actual - truth)[finite].norm().item()
+    finite = truth.isfinite()
+    if not finite.all():
+        if not torch.equal(actual[~finite], truth[~finite]):
+            return float("inf")
+        actual, truth = actual[finite], truth[finite]
+    difference = (actual - truth).norm().item()
     if difference == 0.0:
         return 0.0
-    norm = max(truth[finite].norm().item(), terms)
+    norm = max(truth.norm().item(), terms)
     error = difference / norm if norm else float("inf")
     return float("inf") if math.isnan(error) else error
+
+
+def softmax_terms(
+    weights: Tensor, value: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None = None
+) -> Tensor:
+    """What the backward of softmax attention adds up for each weight, without its signs.
+
+    The gradient of a logit is its weight times the gradient of the weight, less the mean of these:
+
+        P_ij * (sum_d dO_id V_jd - sum_d dO_id O_id)
+
+    Where one key has all the weight the difference is 0. Torch finds exactly that, because it
+    subtracts the mean of the very numbers that it has; who computes the mean from the output, and
+    so needs no second pass over the keys, finds the rounding of two dot products, which is as large
+    as the magnitudes that they add up.
+    """
+    out = weights @ value
+    terms = grad_out.abs() @ value.abs().transpose(-2, -1)
+    terms = terms + (grad_out * out).abs().sum(-1, keepdim=True)
+    return terms if grad_logsumexp is None else terms + grad_logsumexp.abs()[..., None]
 
 
 def budget(torch_errors: Sequence[float], dtype: torch.dtype) -> float:
@@ -98,24 +122,79 @@ def in_float64(inputs: Inputs) -> Inputs:
     }
 
 
+def forward(
+    compute: Callable[[Inputs], Tensors], inputs: Inputs, differentiable: Sequence[str]
+) -> tuple[Tensors, Tensors]:
+    """The outputs, and the inputs that they are to be differentiated by."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable}
+    return compute({**inputs, **leaves}), leaves
+
+
+def backward(outputs: Tensors, leaves: Tensors, grad_outputs: Tensors) -> Tensors:
+    """The outputs, and the gradients of `leaves` as "grad_<input>"."""
+    names = [name for name in outputs if outputs[name].requires_grad]
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in names],
+        list(leaves.values()),
+        [grad_outputs[name].to(outputs[name].dtype) for name in names],
+    )
+    results = {name: x.detach() for name, x in outputs.items()}
+    results.update({f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)})
+    return results
+
+
 def run(
     compute: Callable[[Inputs], Tensors],
     inputs: Inputs,
     differentiable: Sequence[str],
     grad_outputs: Tensors,
 ) -> Tensors:
-    """The outputs named in `grad_outputs`, and the gradients of inputs as "grad_<input>"."""
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in differentiable}
-    outputs = compute({**inputs, **leaves})
-    names = list(grad_outputs)
-    gradients = torch.autograd.grad(
-        [outputs[name] for name in names],
-        list(leaves.values()),
-        [grad_outputs[name].to(outputs[name].dtype) for name in names],
-    )
-    results = {name: outputs[name].detach() for name in names}
-    results.update({f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)})
-    return results
+    """Outputs, and gradients of inputs as "grad_<input>"."""
+    return backward(*forward(compute, inputs, differentiable), grad_outputs)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a case makes of one seed, and what must come out.
+
+    Attributes:
+        inputs: of the case.
+        grad_outputs: gradients of the outputs, in the dtype of the inputs.
+        truth: outputs and gradients by the reference in float64.
+        terms: norms of the terms that each of them sums.
+        torch_errors: torch's error of each.
+    """
+
+    inputs: Inputs
+    grad_outputs: Tensors
+    truth: Tensors
+    terms: dict[str, float]
+    torch_errors: dict[str, float]
+
+    def errors(self, results: Tensors) -> dict[str, float]:
+        """The error of each output and gradient."""
+        return {
+            name: relative_error(x, self.truth[name], self.terms[name])
+            for name, x in results.items()
+        }
+
+
+def pose(case: Case, dtype: torch.dtype, device: str, seed: int) -> Problem:
+    """Makes the problem of a seed, and has the reference and torch solve it."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = case.make(generator, dtype, device)
+    exact = in_float64(inputs)
+    outputs, leaves = forward(case.reference, exact, case.differentiable)
+    grad_outputs = {
+        name: torch.randn(x.shape, generator=generator).to(dtype).to(device)
+        for name, x in outputs.items()
+    }
+    truth = backward(outputs, leaves, grad_outputs)
+    terms = case.terms(exact, in_float64(grad_outputs))
+    problem = Problem(inputs, grad_outputs, truth, terms, {})
+    by_torch = run(case.torch, inputs, case.differentiable, grad_outputs)
+    problem.torch_errors.update(problem.errors(by_torch))
+    return problem
 
 
 def measure(
@@ -136,35 +215,17 @@ def measure(
         first_seed: the first of the eight seeds; the kernel runs on this one.
         kernel: computes the outputs in place of `case.kernel`.
     """
-    errors: dict[str, float] = {}
-    ours: Tensors = {}
-    torch_errors: dict[str, list[float]] = {}
-    for seed in SEEDS:
-        generator = torch.Generator().manual_seed(first_seed + seed)
-        inputs = case.make(generator, dtype, device)
-        exact = in_float64(inputs)
-        with torch.no_grad():
-            shapes = {name: x.shape for name, x in case.reference(exact).items()}
-        grad_outputs = {
-            name: torch.randn(shape, generator=generator).to(dtype).to(device)
-            for name, shape in shapes.items()
-        }
-        truth = run(case.reference, exact, case.differentiable, grad_outputs)
-        terms = case.terms(exact, in_float64(grad_outputs))
-        by_torch = run(case.torch, inputs, case.differentiable, grad_outputs)
-        for name, x in by_torch.items():
-            error = relative_error(x, truth[name], terms[name])
-            torch_errors.setdefault(name, []).append(error)
-        if seed == SEEDS[0]:
-            compute = kernel or (lambda inputs: case.kernel(inputs, backend))
-            ours = run(compute, inputs, case.differentiable, grad_outputs)
-            errors = {name: relative_error(x, truth[name], terms[name]) for name, x in ours.items()}
-    return [
-        Measurement(
-            name, error, max(torch_errors[name]), budget(torch_errors[name], ours[name].dtype)
-        )
-        for name, error in errors.items()
-    ]
+    problem = pose(case, dtype, device, first_seed)
+    compute = kernel or (lambda inputs: case.kernel(inputs, backend))
+    ours = run(compute, problem.inputs, case.differentiable, problem.grad_outputs)
+    torch_errors = [problem.torch_errors]
+    torch_errors += [pose(case, dtype, device, first_seed + i).torch_errors for i in SEEDS[1:]]
+    measurements = []
+    for name, error in problem.errors(ours).items():
+        by_seed = [errors[name] for errors in torch_errors]
+        limit = budget(by_seed, ours[name].dtype)
+        measurements.append(Measurement(name, error, max(by_seed), limit))
+    return measurements
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from vlmfast.functional.cross_attention import CrossAttentionPlan, cross_attenti
 from vlmfast.ops import cross_attention as ops
 from vlmfast.reference.cross_attention import DENSE, UNIFORM
 from vlmfast.reference.cross_attention import cross_attention as reference
-from vlmfast.verify.common import Case, Inputs, Tensors
+from vlmfast.verify.common import Case, Inputs, Tensors, softmax_terms
 
 
 def attention_weights(inputs: Inputs, plan: CrossAttentionPlan) -> Tensor:
@@ -18,7 +18,7 @@ def attention_weights(inputs: Inputs, plan: CrossAttentionPlan) -> Tensor:
     query, key = inputs["query"].double(), inputs["key"].double()
     batch, heads, images, latents, _ = key.shape
     identity = torch.eye(images * latents, dtype=torch.float64, device=key.device)
-    identity = identity.view(images, latents, -1).expand(batch, heads, -1, -1, -1)
+    identity = identity.view(images, latents, images * latents).expand(batch, heads, -1, -1, -1)
     weights, _ = reference(query, key, identity, *plan, _scale(inputs))
     return weights
 
@@ -26,8 +26,7 @@ def attention_weights(inputs: Inputs, plan: CrossAttentionPlan) -> Tensor:
 def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     """Norms of the terms whose sums the outputs and gradients are; everything in float64.
 
-    With weights P and gradients dP of the weights, out sums P V, grad_value P dO, and the others
-    sum terms of P dP, of which the softmax's backward subtracts the mean.
+    With weights P, out sums P V, grad_value P dO, and the others terms of P `softmax_terms`.
     """
     plan = inputs["plan"]
     query, key, value = (inputs[name].double() for name in ("query", "key", "value"))
@@ -35,8 +34,8 @@ def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     key, value = (x.flatten(2, 3).repeat_interleave(group, 1) for x in (key, value))
     weights = attention_weights(inputs, plan)
     attends = (plan.image_index != UNIFORM)[:, None, :, None]  # a mean has no logits
-    products = weights * (grads["out"] @ value.transpose(-2, -1) + grads["logsumexp"][..., None])
-    products = products * attends
+    reached = softmax_terms(weights, value, grads["out"], grads["logsumexp"])
+    products = weights * reached * attends
 
     def norm(equation: str, *tensors: Tensor) -> float:
         return torch.einsum(f"{equation}->", *(x.square() for x in tensors)).sqrt().item()

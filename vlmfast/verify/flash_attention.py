@@ -10,14 +10,13 @@ from torch import Tensor
 from vlmfast.ops import flash_attention as ops
 from vlmfast.reference.common import dropout_keep_mask
 from vlmfast.reference.flash_attention import flash_attention as reference
-from vlmfast.verify.common import Case, Inputs, Tensors
+from vlmfast.verify.common import Case, Inputs, Tensors, softmax_terms
 
 
 def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     """Norms of the terms whose sums the outputs and gradients are; everything in float64.
 
-    With weights P and gradients dP of the weights, out sums P V, grad_value P dO, and the others
-    sum terms of P dP, of which the softmax's backward subtracts the mean.
+    With weights P, out sums P V, grad_value P dO, and the others terms of P `softmax_terms`.
     """
     arguments, grad_out = _operator_arguments(inputs), grads["out"]
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
@@ -28,7 +27,7 @@ def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     identity = torch.eye(key.shape[2], dtype=query.dtype, device=query.device)
     identity = identity.expand(*query.shape[:2], -1, -1)
     weights, logsumexp = reference(**{**arguments, "key": key, "value": identity})
-    products = weights * (grad_out @ value.transpose(-2, -1))
+    products = weights * softmax_terms(weights, value, grad_out, grads.get("logsumexp"))
 
     def norm(equation: str, *tensors: Tensor) -> float:
         return torch.einsum(f"{equation}->", *(x.square() for x in tensors)).sqrt().item()
@@ -54,7 +53,6 @@ def _operator_arguments(inputs: Inputs) -> dict[str, Any]:
     packed = "cu_seqlens_q" in inputs
     if packed:
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    causality = 2 if packed else 1
     return {
         "query": query,
         "key": key,
@@ -64,11 +62,20 @@ def _operator_arguments(inputs: Inputs) -> dict[str, Any]:
         "cu_seqlens_k": inputs.get("cu_seqlens_k"),
         "max_seqlen_q": inputs.get("max_seqlen_q", 0),
         "max_seqlen_k": inputs.get("max_seqlen_k", 0),
-        "causal": causality if inputs.get("is_causal", False) else 0,
+        "causal": _causality(inputs),
         "scale": inputs.get("scale", query.shape[-1] ** -0.5),
         "dropout_p": inputs.get("dropout_p", 0.0),
         "dropout_seed": inputs.get("dropout_seed"),
     }
+
+
+def _causality(inputs: Inputs) -> int:
+    """The operators' `causal`; dense calls may say it themselves, as a CausalBias does."""
+    if "causal" in inputs:
+        return inputs["causal"]
+    if not inputs.get("is_causal", False):
+        return 0
+    return 2 if "cu_seqlens_q" in inputs else 1
 
 
 def _outputs(inputs: Inputs, compute: Callable[..., tuple[Tensor, Tensor]]) -> Tensors:
@@ -89,22 +96,25 @@ def _by_kernel(inputs: Inputs, backend: str) -> Tensors:
 def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
-    mask, is_causal = inputs.get("attn_mask"), inputs.get("is_causal", False)
-    # torch refuses a mask beside causality. And its fused function for CPUs hides keys before it
-    # multiplies by the scale: a negative one turns -inf into inf, and the result into nonsense.
-    if is_causal and (mask is not None or scale < 0):
-        hidden = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
-        if mask is None:
-            mask = ~hidden
-        elif mask.dtype == torch.bool:
-            mask = mask & ~hidden
+    mask, causality = inputs.get("attn_mask"), _causality(inputs)
+    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask. Its
+    # fused function for CPUs hides keys before it multiplies by the scale: a negative one turns
+    # -inf into inf.
+    if causality == 2 or (causality and (mask is not None or scale < 0)):
+        rows, columns = query.shape[2], key.shape[2]
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+        seen = seen.tril(columns - rows if causality == 2 else 0)
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else mask & seen
         else:
-            mask = mask.masked_fill(hidden, -torch.inf)
-        is_causal = False
+            mask = mask.masked_fill(~seen, -torch.inf)
+        causality = 0
     floating_mask = mask is not None and mask.is_floating_point()
     if "dropout_seed" not in inputs and not (floating_mask and query.dtype != torch.float32):
+        if mask is not None and floating_mask:
+            mask = mask.to(query.dtype)
         out = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+            query, key, value, mask, is_causal=causality == 1, scale=scale, enable_gqa=True
         )
         return {"out": out}
     # With a floating mask beside half precision torch's function computes in float32 throughout,
@@ -112,7 +122,13 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(-2, -1) * scale
-    weights = (logits if mask is None else logits + mask).softmax(-1)
+    if causality:
+        hidden = torch.ones(logits.shape[2:], dtype=torch.bool, device=query.device).triu(1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    if mask is not None:
+        floating = mask.dtype != torch.bool
+        logits = logits + mask if floating else logits.masked_fill(~mask, -torch.inf)
+    weights, _ = _softmax(logits)
     if "dropout_seed" in inputs:
         p, seed = inputs["dropout_p"], inputs["dropout_seed"]
         batch, heads, rows, columns = weights.shape
@@ -121,21 +137,35 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     return {"out": weights.to(value.dtype) @ value}
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and logsumexp of each row, 0 and -inf where it sees nothing."""
+    unseeing = (logits == -torch.inf).all(-1, keepdim=True)
+    logits = logits.masked_fill(unseeing, 0.0)
+    weights = logits.softmax(-1).masked_fill(unseeing, 0.0)
+    return weights, logits.logsumexp(-1).masked_fill(unseeing.squeeze(-1), -torch.inf)
+
+
 def _packed_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = (inputs[name].transpose(0, 1) for name in ("query", "key", "value"))
+    scale = inputs.get("scale", query.shape[-1] ** -0.5)
     starts_q, starts_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+    group = query.shape[0] // key.shape[0]
     outs, logsumexps = [], []
     for i in range(len(starts_q) - 1):
         q = query[:, starts_q[i] : starts_q[i + 1]]
-        k, v = (x[:, starts_k[i] : starts_k[i + 1]] for x in (key, value))
+        k, v = (
+            x[:, starts_k[i] : starts_k[i + 1]].repeat_interleave(group, 0) for x in (key, value)
+        )
         visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-        if inputs.get("is_causal", False):
+        if _causality(inputs):
             visible = visible.tril(k.shape[1] - q.shape[1])
-        group = q.shape[0] // k.shape[0]
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        logits = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-        outs.append(logits.softmax(-1) @ v)
-        logsumexps.append(logits.logsumexp(-1))
+        logits = (q @ k.transpose(-2, -1) * scale).masked_fill(~visible, -torch.inf)
+        weights, logsumexp = _softmax(logits)
+        outs.append(weights @ v)
+        logsumexps.append(logsumexp)
+    rest = query.shape[1] - starts_q[-1]  # rows of no sequence, which see nothing
+    outs.append(query.new_zeros(query.shape[0], rest, value.shape[2]))
+    logsumexps.append(query.new_full((query.shape[0], rest), -torch.inf))
     return {"out": torch.cat(outs, 1).transpose(0, 1), "logsumexp": torch.cat(logsumexps, 1)}
 
 
@@ -157,7 +187,7 @@ def dense_case(
         value_dim: Dv; D for None.
         mask: makes attn_mask, bool or floating; the latter gets its gradient.
         bias_dtype: of a floating attn_mask; that of the inputs for None.
-        options: is_causal, scale, dropout_p.
+        options: is_causal, or the operators' causal; scale, dropout_p.
     """
     keys = key_shape or query_shape[:3]
     dim = query_shape[3]
@@ -196,6 +226,9 @@ def packed_case(
     heads: tuple[int, int],
     dim: int,
     is_causal: bool = False,
+    value_dim: int | None = None,
+    spare: tuple[int, int] = (0, 0),
+    **options: Any,
 ) -> Case:
     """A call of `varlen_attention` with the logsumexp.
 
@@ -205,6 +238,9 @@ def packed_case(
         heads: Hq and Hkv.
         dim: head dim.
         is_causal: as the function's.
+        value_dim: Dv; D for None.
+        spare: queries and keys behind those of the last sequence.
+        options: scale.
     """
     queries, keys = zip(*lengths, strict=True)
 
@@ -216,14 +252,15 @@ def packed_case(
             return torch.randn(shape, generator=generator).to(dtype).to(device)
 
         return {
-            "query": normal(sum(queries), heads[0], dim),
-            "key": normal(sum(keys), heads[1], dim),
-            "value": normal(sum(keys), heads[1], dim),
+            "query": normal(sum(queries) + spare[0], heads[0], dim),
+            "key": normal(sum(keys) + spare[1], heads[1], dim),
+            "value": normal(sum(keys) + spare[1], heads[1], value_dim or dim),
             "cu_seqlens_q": starts(queries, device),
             "cu_seqlens_k": starts(keys, device),
             "max_seqlen_q": max(queries),
             "max_seqlen_k": max(keys),
             "is_causal": is_causal,
+            **options,
         }
 
     differentiable = ("query", "key", "value")

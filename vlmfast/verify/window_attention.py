@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference.common import dropout_keep_mask
 from vlmfast.reference.window_attention import window_attention as reference
-from vlmfast.verify.common import Case, Inputs, Tensors
+from vlmfast.verify.common import Case, Inputs, Tensors, softmax_terms
 
 TENSORS = ("query", "key", "value", "bias", "logit_scale", "pad_value")
 _DEFAULTS = {
@@ -94,7 +94,8 @@ class Windows:
         down, across = height // self.window[0], width // self.window[1]
         dim = channels // heads
         tokens = tokens.reshape(batch, down, self.window[0], across, self.window[1], heads, dim)
-        return tokens.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, down * across, heads, -1, dim)
+        tokens = tokens.permute(0, 1, 3, 5, 2, 4, 6)
+        return tokens.reshape(batch, down * across, heads, self.window[0] * self.window[1], dim)
 
 
 def _cut_all(arguments: dict[str, Any]) -> tuple[Windows, list[Tensor]]:
@@ -137,8 +138,7 @@ def _keep_mask(arguments: dict[str, Any], weights: Tensor) -> Tensor:
 def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     """Norms of the terms whose sums the outputs and gradients are; everything in float64.
 
-    With weights P and gradients dP of the weights, out sums P V, grad_value P dO, and the others
-    sum terms of P dP, of which the softmax's backward subtracts the mean.
+    With weights P, out sums P V, grad_value P dO, and the others terms of P `softmax_terms`.
     """
     arguments = _arguments(inputs)
     windows, (query, key, value) = _cut_all(arguments)
@@ -159,11 +159,10 @@ def summed_terms(inputs: Inputs, grads: Tensors) -> dict[str, float]:
     if any(windows.shift):
         logits = logits + windows.mask(logits, arguments["mask_value"])
     weights = logits.softmax(-1)
-    grad_weights = grad_out @ value.transpose(-2, -1)
     kept = weights
     if arguments["dropout_seed"] is not None:
         kept = weights * _keep_mask(arguments, weights) / (1.0 - arguments["dropout_p"])
-    products = kept * grad_weights
+    products = kept * softmax_terms(kept, value, grad_out)
 
     def norm(equation: str, *tensors: Tensor) -> float:
         return torch.einsum(f"{equation}->", *(x.square() for x in tensors)).sqrt().item()
