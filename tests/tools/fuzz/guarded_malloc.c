@@ -16,8 +16,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-extern void *__libc_memalign(size_t alignment, size_t size);
-extern void __libc_free(void *block);
+extern void* __libc_memalign(size_t alignment, size_t size);
+extern void __libc_free(void* block);
 
 #define PAGE ((size_t)4096)
 #define RANGE_PAGES ((size_t)1 << 24) /* 64 GiB of addresses */
@@ -32,23 +32,23 @@ struct span { /* of the block that begins on a page */
 int guarded_malloc_on = 0;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static char *range;
-static struct span *spans;           /* one for each page of the range */
-static uint32_t fresh = 1;           /* first page never used; page 0 guards the first block */
+static char* range;
+static struct span* spans;                /* one for each page of the range */
+static uint32_t fresh = 1;                /* first page never used; page 0 guards the first block */
 static uint32_t reusable[MOST_PAGES + 1]; /* by pages: first of a list of spans; 0 ends it */
 
-static void die(const char *why) {
+static void die(const char* why) {
   if (write(STDERR_FILENO, why, strlen(why)) < 0) abort();
   abort();
 }
 
-static void *reserve(size_t bytes, int protection) {
-  void *at = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+static void* reserve(size_t bytes, int protection) {
+  void* at = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) die("guarded_malloc: cannot reserve addresses\n");
   return at;
 }
 
-static void *guarded(size_t alignment, size_t size) {
+static void* guarded(size_t alignment, size_t size) {
   const size_t rounded = (size + alignment - 1) / alignment * alignment;
   const size_t pages = rounded ? (rounded + PAGE - 1) / PAGE : 1;
   if (alignment > PAGE || pages > MOST_PAGES) return NULL;
@@ -74,31 +74,31 @@ static void *guarded(size_t alignment, size_t size) {
   return range + first * PAGE + begin;
 }
 
-static int is_filling(const char *from, const char *to) {
+static int is_filling(const char* from, const char* to) {
   unsigned char all = FILLING;
   for (; from < to; from++) all &= (unsigned char)*from;
   return all == FILLING;
 }
 
-int posix_memalign(void **block, size_t alignment, size_t size) {
+int posix_memalign(void** block, size_t alignment, size_t size) {
   *block = guarded_malloc_on ? guarded(alignment, size) : __libc_memalign(alignment, size);
   return *block ? 0 : ENOMEM;
 }
 
-void *aligned_alloc(size_t alignment, size_t size) {
+void* aligned_alloc(size_t alignment, size_t size) {
   return guarded_malloc_on ? guarded(alignment, size) : __libc_memalign(alignment, size);
 }
 
-void free(void *block) {
-  const size_t offset = (size_t)((char *)block - range);
-  if (range == NULL || (char *)block < range || offset >= RANGE_PAGES * PAGE) {
+void free(void* block) {
+  const size_t offset = (size_t)((char*)block - range);
+  if (range == NULL || (char*)block < range || offset >= RANGE_PAGES * PAGE) {
     __libc_free(block);
     return;
   }
   const uint32_t first = (uint32_t)(offset / PAGE);
-  char *page = range + first * PAGE;
+  char* page = range + first * PAGE;
   pthread_mutex_lock(&lock);
-  struct span *span = &spans[first];
+  struct span* span = &spans[first];
   if (span->pages == 0 || offset % PAGE != span->begin) die("guarded_malloc: no block is freed\n");
   if (!is_filling(page, page + span->begin)) die("guarded_malloc: written before a block\n");
   if (!is_filling(page + span->begin + span->size, page + span->pages * PAGE))
