@@ -141,7 +141,9 @@ def image_case(
             index = phi(generator)
         image_lengths = None
         if lengths is not None:
-            image_lengths = torch.tensor(lengths, device=device).expand(batch, -1)
+            image_lengths = torch.tensor(lengths, dtype=torch.int64, device=device).expand(
+                batch, -1
+            )
         plan = cross_attention_plan(
             index.to(device), images, image_lengths=image_lengths, **options
         )

@@ -97,9 +97,9 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, causality = inputs.get("attn_mask"), _causality(inputs)
-    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask. Its
-    # fused function for CPUs hides keys before it multiplies by the scale, which makes inf of -inf
-    # if it is negative.
+    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask.
+    # Its fused function for CPUs hides keys before it multiplies by the scale, which makes inf of
+    # -inf if it is negative.
     if causality == 2 or (causality and (mask is not None or scale < 0)):
         rows, columns = query.shape[2], key.shape[2]
         seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)

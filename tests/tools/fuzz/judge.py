@@ -85,6 +85,8 @@ class Trial:
         case, inputs, rng = self.case, self.problem.inputs, self.rng
         names = [name for name in case.differentiable if inputs[name].numel() > 1]
         names = [name for name in names if name != "attn_mask"]  # it says itself what is hidden
+        if "plan" in inputs:  # what an image holds stays with its tokens, but not the other way
+            names = [name for name in names if name != "query"]
         if not names or "dropout_seed" in inputs:  # a weight that is dropped may hide it, or not
             return
         name, poison = rng.choice(names), rng.choice((math.nan, math.nan, math.inf, -math.inf))
