@@ -81,7 +81,7 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> Any:
-            # Once: a non-reentrant checkpoint recomputes what is saved, and drops it when it is read.
+            # Once: a non-reentrant checkpoint drops what it recomputed when it is read.
             saved = ctx.saved_tensors
             out = saved[3]
             if grad_out is None:

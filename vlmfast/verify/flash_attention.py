@@ -90,12 +90,22 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, is_causal = inputs.get("attn_mask"), inputs.get("is_causal", False)
-    if mask is not None and is_causal:  # torch refuses both, so one becomes part of the other
-        hidden = mask.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
-        mask = mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
+    # Of large logits torch's fused function for CPUs takes weights from a rounded log-sum-exp, and
+    # it hides keys before it multiplies by the scale, which turns -inf into inf where that is
+    # negative. Its gradients are then NaN, and NaN bounds nothing.
+    ordinary_scale = 0 <= scale <= 1
+    if is_causal and (mask is not None or not ordinary_scale):
+        hidden = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        if mask is None:
+            mask = ~hidden
+        elif mask.dtype == torch.bool:
+            mask = mask & ~hidden
+        else:
+            mask = mask.masked_fill(hidden, -torch.inf)
         is_causal = False
     floating_mask = mask is not None and mask.is_floating_point()
-    if "dropout_seed" not in inputs and not (floating_mask and query.dtype != torch.float32):
+    mixed = floating_mask and query.dtype != torch.float32
+    if "dropout_seed" not in inputs and ordinary_scale and not mixed:
         out = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
         )
@@ -105,7 +115,11 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.transpose(-2, -1) * scale
-    weights = (logits if mask is None else logits + mask).softmax(-1)
+    if floating_mask:
+        logits = logits + mask
+    elif mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(-1)
     if "dropout_seed" in inputs:
         p, seed = inputs["dropout_p"], inputs["dropout_seed"]
         batch, heads, rows, columns = weights.shape
