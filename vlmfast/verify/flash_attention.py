@@ -97,10 +97,12 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, causality = inputs.get("attn_mask"), _causality(inputs)
-    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask.
-    # Its fused function for CPUs hides keys before it multiplies by the scale, which makes inf of
-    # -inf if it is negative.
-    if causality == 2 or (causality and (mask is not None or scale < 0)):
+    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask. Of
+    # large logits its fused function for CPUs takes weights from a rounded log-sum-exp, and it hides
+    # keys before it multiplies by the scale: a negative one makes inf of -inf. Its gradients are then
+    # NaN, and NaN bounds nothing.
+    ordinary_scale = 0 <= scale <= 1
+    if causality == 2 or (causality and (mask is not None or not ordinary_scale)):
         rows, columns = query.shape[2], key.shape[2]
         seen = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
         seen = seen.tril(columns - rows if causality == 2 else 0)
@@ -110,7 +112,8 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
             mask = mask.masked_fill(~seen, -torch.inf)
         causality = 0
     floating_mask = mask is not None and mask.is_floating_point()
-    if "dropout_seed" not in inputs and not (floating_mask and query.dtype != torch.float32):
+    mixed = floating_mask and query.dtype != torch.float32
+    if "dropout_seed" not in inputs and ordinary_scale and not mixed:
         if mask is not None and floating_mask:
             mask = mask.to(query.dtype)
         out = F.scaled_dot_product_attention(

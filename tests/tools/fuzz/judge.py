@@ -32,6 +32,9 @@ from vlmfast.verify.common import (
 # given more seeds. What is really too inexact stays so.
 _MORE_SEEDS = (len(SEEDS), 8 * len(SEEDS), 64 * len(SEEDS))
 
+# So many budgets no chance explains.
+_BEYOND_CHANCE = 100
+
 
 _HIDING = {"attn_mask", "causal", "is_causal"}
 
@@ -57,7 +60,7 @@ class _Budgets:
             limit = budget([errors[name] for errors in self.errors], dtype)
             if error <= limit:
                 return None
-            if error > 100 * limit and seeds >= len(SEEDS):  # no further seed will matter
+            if error > _BEYOND_CHANCE * limit and seeds >= len(SEEDS):
                 break
         return limit
 
@@ -69,6 +72,7 @@ class Trial:
         self.name = f"{family} {dtype} {seed}"
         self.rng = Random(self.name)
         self.case = problems.draw(family, self.rng)
+        self.problem_dtype, self.seed = dtype, seed
         self.problem = pose(self.case, dtype, "cpu", seed)
         self.budgets = _Budgets(self.case, dtype, seed, self.problem)
         self.threads = self.rng.choice((1, 1, 1, 2, 3))
@@ -129,14 +133,36 @@ class Trial:
         except Exception as error:
             yield f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
+        exceeding = []
         for name, touched in self.touched.items():
             x = results[name]
             results[name] = torch.where(touched, self.problem.truth[name].to(x.dtype), x)
         for name, error in self.problem.errors(results).items():
             limit = self.budgets.exceeded(name, error, results[name].dtype)
             if limit is not None:
-                what = f"{name} not finite" if math.isinf(error) else name
+                exceeding.append((name, error, limit))
+        again = self._errors_of_other_seeds(isa) if exceeding else []
+        for name, error, limit in exceeding:
+            what = f"{name} not finite" if math.isinf(error) else name
+            recurs = sum(errors[name] > limit for errors in again) > len(again) // 2
+            if recurs or error > _BEYOND_CHANCE * limit:
                 yield f"{what}: error {error:.3g}, budget {limit:.3g}"
+
+    def _errors_of_other_seeds(self, isa: str) -> list[dict[str, float]]:
+        """The kernels' errors on other numbers of this problem.
+
+        Of a tensor of few elements the error of one draw may be several times the usual one. What
+        is above the budget by chance is below it on most others; what the kernel does too roughly
+        is not.
+        """
+        errors = []
+        for seed in range(1, len(SEEDS)):
+            other = pose(self.case, self.problem_dtype, "cpu", self.seed + seed)
+            with cpu_isa(isa):
+                rng = Random(f"{self.name} {isa} {seed}")
+                results = _solve(self.case, other.inputs, other.grad_outputs, rng, self.threads)
+            errors.append(other.errors(results))
+        return errors
 
 
 # --- running kernels under guard -----------------------------------------------------------------
