@@ -97,10 +97,10 @@ def _dense_by_torch(inputs: Inputs) -> Tensors:
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     scale = inputs.get("scale", query.shape[-1] ** -0.5)
     mask, causality = inputs.get("attn_mask"), _causality(inputs)
-    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask. Of
-    # large logits its fused function for CPUs takes weights from a rounded log-sum-exp, and it hides
-    # keys before it multiplies by the scale: a negative one makes inf of -inf. Its gradients are then
-    # NaN, and NaN bounds nothing.
+    # Torch refuses a mask beside is_causal and knows one alignment, so causality joins the mask.
+    # Of large logits its fused function for CPUs takes weights from a rounded log-sum-exp, and it
+    # hides keys before it multiplies by the scale: a negative one makes inf of -inf. Its gradients
+    # are then NaN, and NaN bounds nothing.
     ordinary_scale = 0 <= scale <= 1
     if causality == 2 or (causality and (mask is not None or not ordinary_scale)):
         rows, columns = query.shape[2], key.shape[2]

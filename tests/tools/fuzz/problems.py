@@ -330,12 +330,17 @@ def _with_extremes(case: Case, rng: Random) -> Case:
 
 
 def _with_constants(case: Case, rng: Random) -> Case:
-    """Inputs that are expanded, with stride 0, along some of their dimensions."""
+    """Inputs that are expanded, with stride 0, along some of their dimensions.
+
+    In float32 along the first two alone: of equal tokens the gradients vanish, and what is left is
+    rounding that does not average out.
+    """
     chances = {key: [rng.random() for _ in range(6)] for key in case.differentiable}
 
     def change(key: str, x: Tensor) -> Tensor:
         once = x
-        for dim, chance in enumerate(chances[key][: x.dim()]):
+        dims = min(x.dim(), 2 if x.dtype == torch.float32 else 6)
+        for dim, chance in enumerate(chances[key][:dims]):
             if chance < 0.3:
                 once = once[(slice(None),) * dim + (slice(0, 1),)]
         return once.expand(x.shape)
