@@ -10,7 +10,7 @@ PROBLEMS = 2000  # about a minute of two cores
 
 
 def test_random_problems_find_nothing():
-    # The same for each run, so that the same kernels get the same verdict: `make fuzz` draws others.
+    # The same in each run, so that the same kernels get the same verdict; `make fuzz` draws others.
     report = Report()
     until = time.time() + 1200
     run(report, FAMILIES, DTYPES, 0, until, PROBLEMS, processes=os.cpu_count() or 1)
