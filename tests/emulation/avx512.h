@@ -3,9 +3,8 @@
 //
 // Built in by VLMFAST_EMULATE_AVX512 (see tests/tools/emulation.py). Loads and stores under a mask
 // touch no byte that the mask leaves out, and are plain code, which sanitizers can watch. What the
-// instructions do with NaN, infinities, subnormals and roundings is done here, too, by Intel's
-// "Architectures Software Developer's Manual"; the tests hold it against the instructions where the
-// machine has them. Nothing here is meant to be fast.
+// instructions do with NaN, infinities, subnormals and roundings is done here, too, after Intel's
+// "Architectures Software Developer's Manual". Nothing here is meant to be fast.
 #pragma once
 #include <immintrin.h>
 
