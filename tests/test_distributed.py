@@ -218,7 +218,7 @@ CALLS += [(name, "ring") for name in LOSSES if name != "itc"]
 @pytest.mark.parametrize(("name", "exchange"), CALLS)
 @pytest.mark.parametrize("world", range(1, MOST + 1))
 def test_averaged_gradients_are_those_of_one_process(processes, world, name, exchange):
-    even, uneven = [9] * world, [5 + 4 * rank for rank in range(world)]
+    even, uneven = [9] * world, [8 + 4 * rank for rank in range(world)]
     for sizes, dtype, backend in (
         (even, torch.float32, None),
         (even, torch.float32, "reference"),
