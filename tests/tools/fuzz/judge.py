@@ -94,16 +94,17 @@ class Trial:
         if not names or "dropout_seed" in inputs:  # a weight that is dropped may hide it, or not
             return
         name, poison = rng.choice(names), rng.choice((math.nan, math.nan, math.inf, -math.inf))
-        x = inputs[name].contiguous().clone()
+        x, nan = (inputs[name].contiguous().clone() for _ in range(2))
         at = [rng.randrange(n) if rng.random() < 0.8 else slice(None) for n in x.shape]
-        x[tuple(at)] = poison
+        x[tuple(at)], nan[tuple(at)] = poison, math.nan  # which shows wherever infinity may
         where = ", ".join(str(i) if isinstance(i, int) else ":" for i in at)
         self.description += f", {poison} at {name}[{where}]"
         self.inputs = {**inputs, name: x}
-        self.touched = self._differences(self.inputs, case.differentiable)
+        spoilt = {**inputs, name: nan}
+        self.touched = self._differences(spoilt, case.differentiable)
         if inputs.keys() & _HIDING:
             # Softmax attention keeps what it hides out of the output alone.
-            seen = {key: x for key, x in self.inputs.items() if key not in _HIDING}
+            seen = {key: x for key, x in spoilt.items() if key not in _HIDING}
             others = tuple(name for name in case.differentiable if name != "attn_mask")
             self.touched |= {
                 key: x
