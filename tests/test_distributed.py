@@ -338,8 +338,8 @@ def errors_of(loss, exact_loss, dtype, weight):
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
     for seed in SEEDS:
-        image, text, scale, bias = make_inputs(seed, 6 * world, dtype)
-        rows = slice(6 * rank, 6 * rank + 6)
+        image, text, scale, bias = make_inputs(seed, 8 * world, dtype)
+        rows = slice(8 * rank, 8 * rank + 8)
         inputs = (image[rows], text[rows], scale, bias)
         measured = measure(lambda *args: weight * loss(*args), inputs)
         exact = measure(lambda *args: weight * exact_loss(*args), [x.double() for x in inputs])
