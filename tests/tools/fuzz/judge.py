@@ -96,12 +96,15 @@ class Trial:
         name, poison = rng.choice(names), rng.choice((math.nan, math.nan, math.inf, -math.inf))
         x, nan = (inputs[name].contiguous().clone() for _ in range(2))
         at = [rng.randrange(n) if rng.random() < 0.8 else slice(None) for n in x.shape]
-        x[tuple(at)], nan[tuple(at)] = poison, math.nan  # which shows wherever infinity may
+        # NaN shows where infinity times zero may, and infinity where a maximum chooses by it.
+        x[tuple(at)], nan[tuple(at)] = poison, math.nan
         where = ", ".join(str(i) if isinstance(i, int) else ":" for i in at)
         self.description += f", {poison} at {name}[{where}]"
         self.inputs = {**inputs, name: x}
         spoilt = {**inputs, name: nan}
         self.touched = self._differences(spoilt, case.differentiable)
+        for key, shows in self._differences(self.inputs, case.differentiable).items():
+            self.touched[key] |= shows
         if inputs.keys() & _HIDING:
             # Softmax attention keeps what it hides out of the output alone.
             seen = {key: x for key, x in spoilt.items() if key not in _HIDING}
