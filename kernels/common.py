@@ -29,6 +29,8 @@ NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
 
+LONGEST = 1 << 29  # rows of a tensor
+
 SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
 MOST_PIECES = 4
 
@@ -164,9 +166,20 @@ def run_with_launch(
         configs.launch(shape, tensor.device, run)
 
 
+def check_lengths(**lengths: int) -> None:
+    """Raises ValueError for what kernels cannot count in 32 bits."""
+    for name, length in lengths.items():
+        if length > LONGEST:
+            raise ValueError(f"{name}: expected at most {LONGEST} rows, got {length}")
+
+
 def run_kernel(
     kernel: triton.JITFunction, programs: int, *args, launch: configs.Launch, **constants
 ) -> None:
+    if programs >= 1 << 31:
+        raise ValueError(
+            f"batch, heads, lengths: expected to make fewer than 2**31 blocks, got {programs}"
+        )
     if programs > 0:
         kernel[(programs,)](
             *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
@@ -420,35 +433,29 @@ def mask_scores(
 
 
 @triton.jit
-def to_exponent(score, factor, SCALED: tl.constexpr):
-    """What `shifted_exp2` subtracts, from a score or a log-sum-exp in the units of the scores."""
-    return score if SCALED else score * factor
+def shifted_exp2(scores, shift, factor):
+    """exp2(scores * factor - shift), at most 1: the shift is a log-sum-exp times log2(e).
 
-
-@triton.jit
-def shifted_exp2(scores, shift, factor, SCALED: tl.constexpr):
-    """exp2(scores * factor - shift) of unscaled scores: one FMA an element.
-
-    Scaled scores carry a float mask, whose entries may be as large as float32 goes: their shift is
-    in natural units and subtracted first, (scores - shift) * factor, before anything overflows.
+    Where scores are huge, it has lost more to rounding than exp2 can take.
     """
-    if SCALED:
-        return tl.math.exp2((scores - shift) * factor)
-    return tl.math.exp2(scores * factor - shift)
+    exponents = scores * factor - shift
+    return tl.math.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def online_softmax_step(scores, row_max, row_sum, factor, SCALED: tl.constexpr):
-    """One block of keys of softmax(scores * factor / log2(e)), over axis 1.
+def online_softmax_step(scores, row_max, row_sum, factor):
+    """One block of keys of softmax(scores * factor / log2(e)), over axis 1; factor > 0.
 
     Gives the block's weights (M, N), the decay (M,) of what was summed before, and the new row_max
     and row_sum. A row that has seen only -inf keeps maximum -inf and sum 0.
+
+    The maximum is subtracted first: from the exact products of a fused multiply-add, a rounded
+    maximum is off by more than exp2 can take where scores are huge.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    shift = to_exponent(finite_max, factor, SCALED)
-    weights = shifted_exp2(scores, shift[:, None], factor, SCALED)
-    decay = shifted_exp2(row_max, shift, factor, SCALED)
+    weights = tl.math.exp2((scores - finite_max[:, None]) * factor)
+    decay = tl.math.exp2((row_max - finite_max) * factor)
     return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from vlmfast.kernels import configs
 from vlmfast.kernels.common import (
     LOG2E,
+    check_lengths,
     input_precision,
     precision_of,
     run_kernel,
@@ -276,9 +277,13 @@ def contrastive_loss_bwd_kernel(
             BLOCK_K,
             PRECISION,
         )
+        inside, paired = tile_masks(row_index, column_index, num_rows, num_columns, first_column)
         logits = similarity * factor
         if HAS_BIAS:
             logits += tl.load(bias)
+        # The maxima are of rounded products, which an exact one exceeds by what grows with the
+        # logits. This keeps the compiler from fusing product and difference.
+        logits = tl.where(inside, logits, float("-inf"))
         grads = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32) + of_total[:, None]
         if ROWS:
             if SIGMOID:
@@ -289,7 +294,6 @@ def contrastive_loss_bwd_kernel(
             of_column = tl.load(of_column_sum + column_index, mask=column_exists, other=0.0)
             shift = finite(tl.load(column_max + column_index, mask=column_exists, other=0.0))
             grads += of_column[None, :] * exponential(logits - shift[None, :])
-        inside, paired = tile_masks(row_index, column_index, num_rows, num_columns, first_column)
         grads = tl.where(paired, of_pair[:, None], grads)
         grads = tl.where(inside, grads, 0.0)
         scale_sums += tl.sum(tl.where(inside, grads * similarity, 0.0), 1)
@@ -377,6 +381,7 @@ def forward(
 ) -> tuple[torch.Tensor, ...]:
     """row_max, row_sum, row_total, positive, column_max, column_sum: all float32."""
     n, m = rows.shape[0], columns.shape[0]
+    check_lengths(rows=n, columns=m)
     rows, columns = in_whole_blocks(rows), in_whole_blocks(columns)
     results: list[torch.Tensor] = []
 
@@ -449,6 +454,7 @@ def backward(
     """grad_rows, grad_columns, grad_scale, grad_bias; of shape (0,) where not asked for."""
     n, queries, dim = rows.shape
     m = columns.shape[0]
+    check_lengths(rows=n, columns=m)
     dtype = torch.float32 if float32_grads else rows.dtype
     zeros = torch.zeros(n, dtype=torch.float32, device=rows.device)
     of_sum, of_total, of_positive = (

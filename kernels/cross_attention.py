@@ -77,7 +77,7 @@ def visible_latents(image_lengths, batch, num_images, image, num_latents):
     """How many latents of an image exist."""
     length = num_latents
     if image_lengths is not None:
-        length = tl.load(image_lengths + batch * num_images + image)
+        length = tl.load(image_lengths + tl.cast(batch, tl.int64) * num_images + image)
         length = tl.minimum(tl.maximum(length, 0), num_latents)
     return length
 
@@ -88,7 +88,7 @@ def list_bounds(segments, batch, num_images, image, part, order_size):
 
     They never leave the list, whatever `segments` holds.
     """
-    segment = segments + (batch * num_images + image) * 3 + part
+    segment = segments + (tl.cast(batch, tl.int64) * num_images + image) * 3 + part
     begin = tl.minimum(tl.maximum(tl.load(segment), 0), order_size)
     return begin, tl.minimum(tl.maximum(tl.load(segment + 1), begin), order_size)
 
@@ -111,7 +111,7 @@ def find_block(
     """
     images = tl.arange(0, IMAGES)
     inside = images < num_images
-    segment = segments + (batch * num_images + images) * 3
+    segment = segments + tl.cast(batch, tl.int64) * num_images * 3 + images * 3
     begins = tl.load(segment, mask=inside, other=0)
     ends = tl.load(segment + 2, mask=inside, other=0)
     blocks = tl.cdiv(tl.maximum(ends - begins, 0), BLOCK_M)
@@ -185,6 +185,12 @@ def add_tiles(left, right):
 
 
 @triton.jit
+def value_count(num_images, num_latents):
+    """How many values a key head has, in float32: of stride 0 there may be more than 2**31."""
+    return tl.cast(num_images, tl.float32) * num_latents
+
+
+@triton.jit
 def mean_value(
     value,
     value_strides,
@@ -207,7 +213,7 @@ def mean_value(
                 latents, value_strides, columns, num_latents, DV, VALUE_PIECES, UNIT, True
             )
             total = add_tiles(total, sum_of_rows(tiles))
-    return scale_tiles(total, 1.0 / tl.maximum(num_images * num_latents, 1))
+    return scale_tiles(total, 1.0 / tl.maximum(value_count(num_images, num_latents), 1.0))
 
 
 @triton.jit
@@ -241,7 +247,7 @@ def attend(
         if SEVERAL:
             scores = tl.where(sees[:, None], scores, float("-inf"))
         weights, decay, row_max, row_sum = online_softmax_step(
-            scores, row_max, row_sum, scale * LOG2E, False
+            scores, row_max, row_sum, scale * LOG2E
         )
         value_tiles = load_rows(
             value, value_strides, columns, num_latents, DV, VALUE_PIECES, UNIT, True
@@ -298,7 +304,8 @@ def cross_attention_fwd_kernel(
         first_image = 0
         end_image = num_images
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
+        image_index += tl.cast(batch, tl.int64) * num_tokens
+        kinds = tl.load(image_index + rows, mask=rows < num_tokens, other=0)
         visible += tl.cast(batch, tl.int64) * num_tokens * num_images
     else:
         first_image, begin, end = find_block(
@@ -391,7 +398,8 @@ def cross_attention_fill_kernel(
     """Rows of one block of tokens of one head that see no image: 0, or the mean of all values."""
     block, head, batch = program_indices(num_blocks, num_heads)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=1)
+    image_index += tl.cast(batch, tl.int64) * num_tokens
+    kinds = tl.load(image_index + rows, mask=rows < num_tokens, other=1)
     uniform = kinds == UNIFORM_ROW
     filled = uniform if SEVERAL else (uniform | (kinds == 0))
     if tl.max(filled.to(tl.int32), 0) == 0:
@@ -416,7 +424,7 @@ def cross_attention_fill_kernel(
     keep = tl.where(filled, rows, num_tokens)
     out = head_pointer(out, out_strides, batch, head, 0, UNIT)
     store_rows(out, out_strides, keep, num_tokens, tiles, DV, VALUE_PIECES, UNIT)
-    values = (count * num_latents).to(tl.float32)  # 0 gives the log-sum-exp of nothing, -inf
+    values = value_count(count, num_latents)  # 0 gives the log-sum-exp of nothing, -inf
     lse = tl.where(uniform, tl.math.log2(values) * LN2, float("-inf"))
     logsumexp += tl.cast(batch * num_heads + head, tl.int64) * num_tokens
     tl.store(logsumexp + keep, lse, mask=keep < num_tokens)
@@ -531,7 +539,7 @@ def cross_attention_bwd_key_value_kernel(
                 num_tokens,
             )
             scores = inner_products(key_tiles, query_tiles, PRECISION)
-            weights = shifted_exp2(scores, shift[None, :], scale * LOG2E, False)
+            weights = shifted_exp2(scores, shift[None, :], scale * LOG2E)
             weights = tl.where((columns < length)[:, None], weights, 0.0)
             grad_weights = inner_products(value_tiles, grad_out_tiles, PRECISION)
             grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype.element_ty)
@@ -600,10 +608,11 @@ def cross_attention_bwd_uniform_kernel(
     key_heads = num_heads // GROUP
     key_head = tl.program_id(0) % key_heads
     batch = tl.program_id(0) // key_heads
+    image_index += tl.cast(batch, tl.int64) * num_tokens
     total = zero_tiles(1, VALUE_PIECES)
     for first in range(0, num_tokens, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
+        kinds = tl.load(image_index + rows, mask=rows < num_tokens, other=0)
         uniform = kinds == UNIFORM_ROW
         members = tl.where(tl.max(uniform.to(tl.int32), 0) == 0, 0, GROUP)
         rows = tl.where(uniform, rows, num_tokens)
@@ -658,7 +667,7 @@ def add_query_gradient(
             value, value_strides, columns, num_latents, DV, VALUE_PIECES, UNIT, True
         )
         scores = inner_products(query_tiles, key_tiles, PRECISION)
-        weights = shifted_exp2(scores, shift[:, None], scale * LOG2E, False)
+        weights = shifted_exp2(scores, shift[:, None], scale * LOG2E)
         weights = tl.where((columns < num_latents)[None, :], weights, 0.0)
         grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None])
@@ -718,7 +727,8 @@ def cross_attention_bwd_query_kernel(
         first_image = 0
         end_image = num_images
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        kinds = tl.load(image_index + batch * num_tokens + rows, mask=rows < num_tokens, other=0)
+        image_index += tl.cast(batch, tl.int64) * num_tokens
+        kinds = tl.load(image_index + rows, mask=rows < num_tokens, other=0)
         visible += tl.cast(batch, tl.int64) * num_tokens * num_images
     else:
         first_image, begin, end = find_block(
@@ -1034,6 +1044,8 @@ def backward(
         grad_query = dense_like(query, tuple(query.shape)).zero_()
     if key_value_grad:
         grad_key, grad_value = images_like(key), images_like(value)
+    if problem.heads == 0:  # of the queries: no key head has a group of them
+        return grad_query, grad_key.zero_(), grad_value.zero_()
     whole = query_grad and key_value_grad and takes_whole_images(problem)
     if key_value_grad:
         key_value_gradients(problem, saved, grad_query, grad_key, grad_value, whole)

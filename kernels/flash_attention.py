@@ -27,6 +27,7 @@ from vlmfast.kernels.common import (
     Saved,
     add_products,
     add_transposed_products,
+    check_lengths,
     covered_columns,
     dense_like,
     dropout_keep,
@@ -208,9 +209,7 @@ def flash_attention_fwd_kernel(
                 CAUSAL and phase == 1,
                 phase == 1,
             )
-            weights, decay, row_max, row_sum = online_softmax_step(
-                scores, row_max, row_sum, factor, MASK == FLOAT_MASK
-            )
+            weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, factor)
             if DROPOUT:
                 weights = tl.where(
                     dropout_keep(
@@ -289,7 +288,7 @@ def weights_and_gradient(
     if SCALED:
         weights = tl.math.exp2((scores - shift) * factor - log_sum)
     else:
-        weights = shifted_exp2(scores, shift, factor, False)
+        weights = shifted_exp2(scores, shift, factor)
     kept_weights = weights
     if DROPOUT:
         BLOCK_M: tl.constexpr = scores.shape[1] if TRANSPOSED else scores.shape[0]
@@ -322,26 +321,39 @@ def row_delta(grad_out_tiles, out_tiles, logsumexp, grad_logsumexp, rows, num_ro
     return delta
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_blocks", "num_queries"])
+@triton.jit(do_not_specialize=["num_heads", "num_blocks", "num_queries", "threshold"])
 def flash_attention_bwd_statistics_kernel(
     query,
     query_strides,
     key,
     key_strides,
+    value,
+    value_strides,
     attn_mask,
     mask_strides,
+    grad_out,
+    grad_out_strides,
+    grad_logsumexp,
+    dropout_seed,
     row_max,
     log_sum,
+    delta,
     num_heads,
     num_blocks,
     num_queries,
     num_keys,
     scale,
+    threshold,
+    keep_scale,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     PIECES: tl.constexpr,
+    VALUE_PIECES: tl.constexpr,
     MASK_HAS_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DELTA: tl.constexpr,
     PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -353,8 +365,12 @@ def flash_attention_bwd_statistics_kernel(
     weights, or swallows the sum altogether (a row hidden by the lowest finite number). So the
     backward takes the two apart. A row that sees no key gets maximum +inf, which makes its weights
     0.
+
+    With DELTA also delta = sum_j P[i, j] dP[i, j] - grad_logsumexp[i]. As out . grad_out it lacks
+    what rounding took from out: rows of dS would not sum to 0, and the mask's gradient shows it.
     """
     block, head, batch = program_indices(num_blocks, num_heads)
+    stream = batch * num_heads + head
     query = head_pointer(query, query_strides, batch, head, 0, UNIT)
     key = head_pointer(key, key_strides, batch, head // GROUP, 0, UNIT)
     attn_mask = head_pointer(attn_mask, mask_strides, batch, head, 0, 1)
@@ -364,8 +380,23 @@ def flash_attention_bwd_statistics_kernel(
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     query_tiles = load_rows(query, query_strides, rows, num_queries, D, PIECES, UNIT, True)
+    if DELTA:
+        value = head_pointer(value, value_strides, batch, head // GROUP, 0, UNIT)
+        grad_out_tiles = load_head_rows(
+            grad_out,
+            grad_out_strides,
+            batch,
+            head,
+            0,
+            rows,
+            num_queries,
+            DV,
+            VALUE_PIECES,
+            UNIT,
+        )
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
+    products = tl.zeros([BLOCK_M], tl.float32)
     end, _checked_from = visible_columns(
         first_row, num_keys, causal_offset, CAUSAL, BLOCK_M, BLOCK_N
     )
@@ -387,12 +418,28 @@ def flash_attention_bwd_statistics_kernel(
             CAUSAL,
             True,
         )
-        _weights, _decay, running_max, running_sum = online_softmax_step(
-            scores, running_max, running_sum, LOG2E, True
+        weights, decay, running_max, running_sum = online_softmax_step(
+            scores, running_max, running_sum, LOG2E
         )
+        if DELTA:
+            value_tiles = load_rows(
+                value, value_strides, columns, num_keys, DV, VALUE_PIECES, UNIT, True
+            )
+            grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
+            if DROPOUT:
+                keep = dropout_keep(
+                    dropout_seed, threshold, stream, rows, first_column, BLOCK_N, True
+                )
+                grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
+            products = products * decay + tl.sum(weights * grad_weights, 1)
     hidden = running_max == float("-inf")
-    statistics_offset = tl.cast(batch * num_heads + head, tl.int64) * num_queries
+    statistics_offset = tl.cast(stream, tl.int64) * num_queries
     inside = rows < num_queries
+    if DELTA:
+        row_deltas = products / running_sum
+        if grad_logsumexp is not None:
+            row_deltas -= tl.load(grad_logsumexp + statistics_offset + rows, mask=inside, other=0.0)
+        tl.store(delta + statistics_offset + rows, tl.where(hidden, 0.0, row_deltas), mask=inside)
     tl.store(
         row_max + statistics_offset + rows,
         tl.where(hidden, float("inf"), running_max),
@@ -976,7 +1023,6 @@ def flash_attention_bwd_whole_kernel(
         "num_steps",
         "head_steps",
         "row_steps",
-        "column_steps",
         "threshold",
     ]
 )
@@ -1007,7 +1053,6 @@ def flash_attention_bwd_mask_kernel(
     num_steps,
     head_steps,
     row_steps,
-    column_steps,
     scale,
     threshold,
     keep_scale,
@@ -1019,7 +1064,6 @@ def flash_attention_bwd_mask_kernel(
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     SUM_ROWS: tl.constexpr,
-    SUM_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -1029,7 +1073,7 @@ def flash_attention_bwd_mask_kernel(
 
     The program owns its tile of grad_mask (num_splits, mask batches, heads, rows, columns) and
     walks, in a fixed order, its share of the num_steps score tiles that the mask tile was added to:
-    those of every batch entry, head, row and column block along which the mask has size 1.
+    those of every batch entry, head and row block along which the mask has size 1.
     """
     mask_row_blocks = tl.cdiv(mask_rows, BLOCK_M)
     mask_column_blocks = tl.cdiv(mask_columns, BLOCK_N)
@@ -1044,15 +1088,15 @@ def flash_attention_bwd_mask_kernel(
     causal_offset = 0
     if CAUSAL == CAUSAL_BOTTOM_RIGHT:
         causal_offset = num_keys - num_queries
+    first_column = mask_column_block * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
     share = tl.cdiv(num_steps, num_splits)
     grad_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(split * share, tl.minimum((split + 1) * share, num_steps)):
-        first_column = (mask_column_block + step % column_steps) * BLOCK_N
-        first_row = (mask_row_block + step // column_steps % row_steps) * BLOCK_M
-        head = mask_head + step // column_steps // row_steps % head_steps
-        batch = mask_batch + step // column_steps // row_steps // head_steps
+        first_row = (mask_row_block + step % row_steps) * BLOCK_M
+        head = mask_head + step // row_steps % head_steps
+        batch = mask_batch + step // row_steps // head_steps
         rows = first_row + tl.arange(0, BLOCK_M)
-        columns = first_column + tl.arange(0, BLOCK_N)
         stream = batch * num_heads + head
         statistics_offset = tl.cast(stream, tl.int64) * num_queries
         query_tiles = load_head_rows(
@@ -1112,11 +1156,8 @@ def flash_attention_bwd_mask_kernel(
         grad_tile += grad_scores
 
     rows = mask_row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = mask_column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     if SUM_ROWS:
         grad_tile = tl.where((rows == 0)[:, None], tl.sum(grad_tile, 0)[None, :], 0.0)
-    if SUM_COLUMNS:
-        grad_tile = tl.where((columns == 0)[None, :], tl.sum(grad_tile, 1)[:, None], 0.0)
     row_offsets = tl.cast(mask_index, tl.int64) * mask_rows + rows
     tl.store(
         grad_mask + (row_offsets * mask_columns)[:, None] + columns[None, :],
@@ -1275,6 +1316,7 @@ def forward(
         )
     )
     batch, heads, num_queries, _ = query.shape
+    check_lengths(query=num_queries, key=key.shape[2])
     out = dense_like(query, (batch, heads, num_queries, value.shape[3]))
     logsumexp = query.new_empty((batch, heads, num_queries), dtype=torch.float32)
     if problem.packed:  # no program may come by rows outside every segment
@@ -1353,6 +1395,7 @@ def backward(
             dropout_seed,
         )
     )
+    check_lengths(query=query.shape[2], key=key.shape[2])
     saved = saved_for_backward(out, logsumexp, grad_out, grad_logsumexp)
     grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
     grad_mask = (query if attn_mask is None else attn_mask).new_empty(0)
@@ -1364,8 +1407,13 @@ def backward(
     whole = query_grad and key_value_grad and takes_whole_heads(problem)
     if whole:
         whole_gradients(problem, saved, grad_query, grad_key, grad_value)
+    if mask_grad and attn_mask.shape[3] == 1:
+        grad_mask = row_mask_gradient(attn_mask, saved)
+        mask_grad = False
     if mask_grad or ((query_grad or key_value_grad) and not whole):
-        statistics = row_statistics(problem, saved)
+        # Of float32 outputs rounding takes no more than of the gradient itself.
+        exact_delta = mask_grad and query.dtype != torch.float32
+        statistics = row_statistics(problem, saved, exact_delta)
     if key_value_grad and not whole:
         key_value_gradients(problem, saved, statistics, grad_key, grad_value)
     if query_grad and not whole:
@@ -1440,31 +1488,37 @@ class Statistics(NamedTuple):
     delta: torch.Tensor
 
 
-def row_statistics(problem: Problem, saved: Saved) -> Statistics:
-    delta = row_deltas(problem, saved)
+def row_statistics(problem: Problem, saved: Saved, exact_delta: bool) -> Statistics:
+    """Args:
+    exact_delta: where there is a float mask, take delta from the weights instead of from out.
+    """
     if problem.mask_kind != FLOAT_MASK.value:
-        return Statistics(saved.logsumexp, None, None, delta)
-    row_max, log_sum = torch.empty_like(delta), torch.empty_like(delta)
-    unit = stride_unit(problem.query, problem.key)
-    constants = problem.constants(unit)
-    names = ("GROUP", "D", "PIECES", "CAUSAL", "PRECISION", "UNIT")
+        return Statistics(saved.logsumexp, None, None, row_deltas(problem, saved))
+    row_max, log_sum = torch.empty_like(saved.logsumexp), torch.empty_like(saved.logsumexp)
+    delta = torch.empty_like(row_max) if exact_delta else row_deltas(problem, saved)
+    unit = stride_unit(problem.query, problem.key, problem.value, saved.grad_out)
 
     def run(launch: Launch) -> None:
         blocks = triton.cdiv(problem.longest_query, launch.block_m)
         run_kernel(
             flash_attention_bwd_statistics_kernel,
             problem.batch_entries * problem.heads * blocks,
-            *with_strides(unit, problem.query, problem.key),
-            *with_strides(1, problem.attn_mask),
+            *problem.inputs(unit),
+            *with_strides(unit, saved.grad_out),
+            saved.grad_logsumexp,
+            problem.dropout_seed,
             row_max,
             log_sum,
+            delta,
             problem.heads,
             blocks,
             problem.query.shape[2],
             problem.key.shape[2],
             problem.scale,
-            **{name: constants[name] for name in names},
+            *problem.dropout(),
+            **problem.constants(unit),
             MASK_HAS_ROWS=problem.attn_mask.shape[2] > 1,
+            DELTA=exact_delta,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             launch=launch,
@@ -1573,6 +1627,19 @@ def query_gradient(
     problem.launch("flash_attention_bwd_query", problem.longest_query, run)
 
 
+def row_mask_gradient(mask: torch.Tensor, saved: Saved) -> torch.Tensor:
+    """Gradient of a mask that all keys share.
+
+    What it adds to a row of logits changes no weight but the log-sum-exp alone, and only that of
+    rows that see a key.
+    """
+    gradient = torch.zeros_like(mask, memory_format=torch.contiguous_format)
+    if saved.grad_logsumexp is not None:
+        visible = saved.grad_logsumexp.masked_fill(saved.logsumexp == -torch.inf, 0.0)
+        gradient.copy_(visible.unsqueeze(3).sum_to_size(mask.shape))
+    return gradient
+
+
 def mask_gradient(problem: Problem, saved: Saved, statistics: Statistics) -> torch.Tensor:
     """Gradient of the float mask, in the mask's shape and dtype.
 
@@ -1592,8 +1659,7 @@ def mask_gradient(problem: Problem, saved: Saved, statistics: Statistics) -> tor
         tiles = mask_batches * mask_heads * row_blocks * column_blocks
         head_steps = heads if mask_heads == 1 else 1
         row_steps = triton.cdiv(num_queries, launch.block_m) if mask_rows == 1 else 1
-        column_steps = triton.cdiv(num_keys, launch.block_n) if mask_columns == 1 else 1
-        steps = (batch if mask_batches == 1 else 1) * head_steps * row_steps * column_steps
+        steps = (batch if mask_batches == 1 else 1) * head_steps * row_steps
         splits = max(1, min(steps, MASK_GRADIENT_PROGRAMS // max(tiles, 1)))
         partials = result
         if splits > 1:
@@ -1617,12 +1683,10 @@ def mask_gradient(problem: Problem, saved: Saved, statistics: Statistics) -> tor
             steps,
             head_steps,
             row_steps,
-            column_steps,
             problem.scale,
             *problem.dropout(),
             **problem.constants(unit),
             SUM_ROWS=mask_rows == 1,
-            SUM_COLUMNS=mask_columns == 1,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             launch=launch,

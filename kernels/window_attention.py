@@ -61,8 +61,9 @@ WRAP_PADDED = tl.constexpr(1)
 WRAP_UNPADDED = tl.constexpr(2)
 
 # What is finite stays finite with the factor log2(e): scores must not be differences of infinities
-# where a whole row is hidden by the lowest number, or a query beyond its window sees no region.
-LOWEST_BIAS = tl.constexpr(-1e38)
+# where a whole row has the lowest number, or the largest, or a query beyond its window sees no
+# region.
+LARGEST_BIAS = tl.constexpr(1e38)
 LARGEST_MASK = 6e37
 
 KEY_PART, VALUE_PART = tl.constexpr(1), tl.constexpr(2)  # of pad_value; the first is the query's
@@ -175,7 +176,7 @@ def token_pointers(
 ):
     """Addresses (M, 1) of a head's first channel in the located tokens; in 64 bits."""
     grid = geometry[1]
-    batch = window // (grid[0] * grid[1])
+    batch = window // grid[1] // grid[0]  # whose product may exceed 32 bits
     pointer += tl.cast(batch, tl.int64) * strides[0] * UNIT
     pointer += tl.cast(head, tl.int64) * D * strides[3]
     offsets = place[0].to(tl.int64) * strides[1] * UNIT + place[1].to(tl.int64) * strides[2] * UNIT
@@ -254,7 +255,8 @@ def load_bias(bias, head, rows, columns, TOKENS: tl.constexpr):
         offsets = (head * TOKENS + rows)[:, None].to(tl.int64) * TOKENS + columns[None, :]
         inside = exists & (rows < TOKENS)[:, None]
         tile = tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile = tl.where(tile > float("-inf"), tl.maximum(tile * LOG2E, LOWEST_BIAS), tile)
+        bounded = tl.maximum(tl.minimum(tile * LOG2E, LARGEST_BIAS), -LARGEST_BIAS)
+        tile = tl.where(tl.abs(tile) < float("inf"), bounded, tile)
     return tl.where(exists, tile, float("-inf"))
 
 
@@ -333,20 +335,38 @@ def window_scores(
 
 
 @triton.jit
-def inverse_norms(tiles):
-    """1 / max(|x|, 1e-12) of each row of a split tile: (M,)."""
-    norms = tl.math.sqrt_rn(row_inner_products(tiles, tiles))
-    return tl.math.div_rn(tl.full(norms.shape, 1.0, tl.float32), tl.maximum(norms, NORM_FLOOR))
+def shrink_rows(tiles):
+    """A split tile in float32, each row times a power of two; and these (M,).
+
+    They leave the largest element of a row below 4, so that squares do not overflow, and never make
+    a row longer. float16 holds nothing that long.
+    """
+    most = tl.max(tl.abs(tiles[0].to(tl.float32)), 1)
+    for i in tl.static_range(1, len(tiles)):
+        most = tl.maximum(most, tl.max(tl.abs(tiles[i].to(tl.float32)), 1))
+    exponents = 255 - (most.to(tl.int32, bitcast=True) >> 23)
+    exponents = tl.minimum(tl.maximum(exponents, 1), 127)
+    factors = (exponents << 23).to(tl.float32, bitcast=True)
+    shrunk = ()
+    for i in tl.static_range(len(tiles)):
+        shrunk = shrunk + (tiles[i].to(tl.float32) * factors[:, None],)
+    return shrunk, factors
 
 
 @triton.jit
-def normalize_tiles(tiles, inverse):
-    """The rows of a split tile divided by their norms, in the tile's dtype."""
+def normalize_rows(tiles):
+    """The rows of a split tile times 1 / max(|x|, 1e-12), in the tile's dtype; and that (M,)."""
+    rows = tiles
+    factors = tl.full([tiles[0].shape[0]], 1.0, tl.float32)
+    if tiles[0].dtype != tl.float16:
+        rows, factors = shrink_rows(tiles)
+    norms = tl.math.sqrt_rn(row_inner_products(rows, rows))
+    inverse = tl.math.div_rn(tl.full(norms.shape, 1.0, tl.float32), tl.maximum(norms, NORM_FLOOR))
     normalized = ()
     for i in tl.static_range(len(tiles)):
-        tile = tiles[i].to(tl.float32) * inverse[:, None]
-        normalized = normalized + (tile.to(tiles[i].dtype),)
-    return normalized
+        row = rows[i].to(tl.float32) * inverse[:, None]
+        normalized = normalized + (row.to(tiles[i].dtype),)
+    return normalized, inverse * factors
 
 
 @triton.jit
@@ -405,8 +425,7 @@ def load_keys_values(
         values = fill_padding(values, place[3], value_padding)
     inverse = tl.full(columns.shape, 1.0, tl.float32)
     if COSINE:
-        inverse = inverse_norms(keys)
-        keys = normalize_tiles(keys, inverse)
+        keys, inverse = normalize_rows(keys)
     return keys, values, inverse, place
 
 
@@ -538,7 +557,7 @@ def window_attention_fwd_kernel(
             query, query_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
         )
         if COSINE:
-            query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
+            query_tiles, _ = normalize_rows(query_tiles)
         acc = zero_tiles(ROWS, PIECES)
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
@@ -576,9 +595,7 @@ def window_attention_fwd_kernel(
                 SHIFTED,
                 PRECISION,
             )
-            weights, decay, row_max, row_sum = online_softmax_step(
-                scores, row_max, row_sum, 1.0, True
-            )
+            weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, 1.0)
             if DROPOUT:
                 keep = dropout_keep(
                     dropout_seed,
@@ -610,6 +627,17 @@ def softmax_statistics(scores):
     for n in tl.static_range(1, len(scores)):
         row_sum += tl.sum(tl.math.exp2(scores[n] - row_max[:, None]), 1)
     return row_max, 1.0 / row_sum
+
+
+@triton.jit
+def weights_of_rows(scores, shift, factor):
+    """exp2(scores - shift) * factor of (M, N) scores, for rows' maxima and inverse sums.
+
+    Another kernel computed the maxima, maybe in another order, in which large scores round
+    differently: what exceeds them counts as equal.
+    """
+    exponents = tl.minimum(scores - shift[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.math.exp2(exponents) * factor[:, None]
 
 
 @triton.jit(do_not_specialize=_PLAIN_NUMBERS)
@@ -671,9 +699,9 @@ def window_attention_bwd_kernel(
     """Gradients of KEYS keys and values of a head, and of the padding.
 
     For WHOLE these are all keys of a window, and everything else is complete, too: the gradients
-    of queries, bias and logit scale, and the statistics of the rows, which are computed anew and
-    so exact where a rounded log-sum-exp is not. Otherwise `window_attention_bwd_query_kernel`
-    gives all of these.
+    of queries, bias and logit scale, and the statistics of the rows, which are computed anew: the
+    log-sum-exp of large scores has lost all that exp2 needs to rounding. Otherwise
+    `window_attention_bwd_query_kernel` gives all of these.
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
@@ -746,8 +774,7 @@ def window_attention_bwd_kernel(
                 CHECK_ROWS,
             )
             if COSINE:
-                inverse = inverse_norms(query_tiles)
-                query_tiles = normalize_tiles(query_tiles, inverse)
+                query_tiles, inverse = normalize_rows(query_tiles)
 
             scores = ()
             for n in tl.static_range(len(KEY_PIECES)):
@@ -777,15 +804,15 @@ def window_attention_bwd_kernel(
             else:
                 exists = rows < TOKENS
                 shift = tl.load(row_shift + statistics + rows, mask=exists, other=float("inf"))
+                inverse_sum = tl.load(row_scale + statistics + rows, mask=exists, other=0.0)
                 delta = tl.load(row_delta + statistics + rows, mask=exists, other=0.0)
-                if row_scale is not None:
-                    inverse_sum = tl.load(row_scale + statistics + rows, mask=exists, other=0.0)
             weights = ()
             grad_weights = ()
             for n in tl.static_range(len(KEY_PIECES)):
-                tile = tl.math.exp2(scores[n] - shift[:, None])
-                if WHOLE or row_scale is not None:
-                    tile = tile * inverse_sum[:, None]
+                if WHOLE:
+                    tile = tl.math.exp2(scores[n] - shift[:, None]) * inverse_sum[:, None]
+                else:
+                    tile = weights_of_rows(scores[n], shift, inverse_sum)
                 grad_tile = inner_products(grad_out_tiles, value_tiles[n], PRECISION)
                 kept = tile
                 if DROPOUT:
@@ -923,7 +950,6 @@ def window_attention_bwd_query_kernel(
     grad_query,
     grad_query_strides,
     grad_logit_scale,
-    logsumexp,
     row_shift,
     row_scale,
     row_delta,
@@ -959,10 +985,8 @@ def window_attention_bwd_query_kernel(
     """Gradients of ROWS queries of a head and of the logit scale.
 
     Writes what the other kernels must know of the rows, too: row_shift, row_scale and row_delta,
-    with P = exp2(scores - row_shift) * row_scale and
-    dS = P * (dP - row_delta). From half precision the log-sum-exp is exact enough as a shift, and
-    row_scale is None; for float32, which would show its rounding, the maximum and the sum are
-    computed anew.
+    with P = exp2(scores - row_shift) * row_scale and dS = P * (dP - row_delta). The maximum and the
+    sum are computed anew: the log-sum-exp of large scores has lost all that exp2 needs to rounding.
     """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     COSINE: tl.constexpr = logit_scale is not None
@@ -995,53 +1019,9 @@ def window_attention_bwd_query_kernel(
         )
         delta = row_inner_products(grad_out_tiles, out_tiles)
         if COSINE:
-            inverse = inverse_norms(query_tiles)
-            query_tiles = normalize_tiles(query_tiles, inverse)
-        if row_scale is not None:
-            shift = tl.full([ROWS], float("-inf"), tl.float32)
-            row_sum = tl.zeros([ROWS], tl.float32)
-            for n in tl.static_range(len(KEY_PIECES)):
-                columns = piece_tokens(0, KEY_PIECES, n)
-                key_tiles, _, _, _ = load_keys_values(
-                    keys_and_values,
-                    window,
-                    head,
-                    columns,
-                    geometry,
-                    D,
-                    PIECES,
-                    WINDOW,
-                    CHECK_KEYS,
-                    SHIFTED,
-                    PADDING,
-                    COSINE,
-                    UNIT,
-                )
-                bias_tile = bias_of_tile(
-                    biases, 0, n, bias, head, rows, columns, window, geometry, TOKENS, KEEP_BIAS
-                )
-                scores = window_scores(
-                    query_tiles,
-                    key_tiles,
-                    bias_tile,
-                    factor,
-                    rows,
-                    columns,
-                    window,
-                    geometry,
-                    mask_value,
-                    WINDOW,
-                    SHIFTED,
-                    PRECISION,
-                )
-                _, _, shift, row_sum = online_softmax_step(scores, shift, row_sum, 1.0, True)
-            inverse_sum = 1.0 / row_sum
-            tl.store(row_scale + statistics, inverse_sum, mask=exists)
-        else:
-            shift = tl.load(logsumexp + statistics, mask=exists, other=float("inf")) * LOG2E
-        tl.store(row_shift + statistics, shift, mask=exists)
-        tl.store(row_delta + statistics, delta, mask=exists)
-
+            query_tiles, inverse = normalize_rows(query_tiles)
+        shift = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
         grad_query_tiles = zero_tiles(ROWS, PIECES)
         for n in tl.static_range(len(KEY_PIECES)):
             columns = piece_tokens(0, KEY_PIECES, n)
@@ -1077,9 +1057,7 @@ def window_attention_bwd_query_kernel(
                 SHIFTED,
                 PRECISION,
             )
-            weights = tl.math.exp2(scores - shift[:, None])
-            if row_scale is not None:
-                weights = weights * inverse_sum[:, None]
+            weights, decay, shift, row_sum = online_softmax_step(scores, shift, row_sum, 1.0)
             grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
             if DROPOUT:
                 keep = dropout_keep(
@@ -1093,7 +1071,14 @@ def window_attention_bwd_query_kernel(
                 )
                 grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
             grad_scores = weights * (grad_weights - delta[:, None])
+            if n > 0:
+                grad_query_tiles = scale_tiles(grad_query_tiles, decay[:, None])
             grad_query_tiles = add_products(grad_query_tiles, grad_scores, key_tiles, PRECISION)
+        inverse_sum = 1.0 / row_sum
+        grad_query_tiles = scale_tiles(grad_query_tiles, inverse_sum[:, None])
+        tl.store(row_shift + statistics, shift, mask=exists)
+        tl.store(row_scale + statistics, inverse_sum, mask=exists)
+        tl.store(row_delta + statistics, delta, mask=exists)
         if COSINE:
             grad_query_tiles, products = normalization_gradient(
                 grad_query_tiles, query_tiles, inverse
@@ -1209,7 +1194,7 @@ def window_attention_bwd_bias_kernel(
             grad_out, grad_out_strides, window, head, place, geometry, D, PIECES, UNIT, CHECK_ROWS
         )
         if logit_scale is not None:
-            query_tiles = normalize_tiles(query_tiles, inverse_norms(query_tiles))
+            query_tiles, _ = normalize_rows(query_tiles)
         scores = window_scores(
             query_tiles,
             key_tiles,
@@ -1225,10 +1210,8 @@ def window_attention_bwd_bias_kernel(
             PRECISION,
         )
         shift = tl.load(row_shift + statistics, mask=exists, other=float("inf"))
-        weights = tl.math.exp2(scores - shift[:, None])
-        if row_scale is not None:
-            row_factor = tl.load(row_scale + statistics, mask=exists, other=0.0)
-            weights = weights * row_factor[:, None]
+        row_factor = tl.load(row_scale + statistics, mask=exists, other=0.0)
+        weights = weights_of_rows(scores, shift, row_factor)
         grad_weights = inner_products(grad_out_tiles, value_tiles, PRECISION)
         if DROPOUT:
             keep = dropout_keep(
@@ -1547,7 +1530,7 @@ def backward(
         grad_out = grad_out.to(query.dtype)
         statistics = None
         if problem.find_launch(WHOLE_KERNEL) is None:
-            statistics = query_gradient(problem, out, logsumexp.contiguous(), grad_out, gradients)
+            statistics = query_gradient(problem, out, grad_out, gradients)
             if gradients.bias is not None:
                 bias_gradient(problem, statistics, grad_out, gradients.bias)
         key_value_gradients(problem, statistics, grad_out, gradients)
@@ -1587,30 +1570,25 @@ def add_up(partials: torch.Tensor | None, result: torch.Tensor | None) -> None:
 
 
 class RowStatistics(NamedTuple):
-    """What the gradient of keys is computed from, float32 (B, windows, heads, M).
+    """What the gradient of keys is computed from, float32 (windows, heads, M).
 
-    P = exp2(scores - shift) * scale and dS = P * (dP - delta); a scale of None stands for 1.
+    P = exp2(scores - shift) * scale and dS = P * (dP - delta).
     """
 
     shift: torch.Tensor
-    scale: torch.Tensor | None
+    scale: torch.Tensor
     delta: torch.Tensor
 
 
 def query_gradient(
     problem: Problem,
     out: torch.Tensor,
-    logsumexp: torch.Tensor,
     grad_out: torch.Tensor,
     gradients: Gradients,
 ) -> RowStatistics:
     """Gradients of queries and logit scale, and on the way the statistics of all rows."""
-    exact = precision_of(problem.query) != "half"
-    statistics = RowStatistics(
-        torch.empty_like(logsumexp),
-        torch.empty_like(logsumexp) if exact else None,
-        torch.empty_like(logsumexp),
-    )
+    rows = (problem.num_windows, problem.num_heads, problem.tokens)
+    statistics = RowStatistics(*(out.new_empty(rows, dtype=torch.float32) for _ in range(3)))
     grad_query = problem.query if gradients.query is None else gradients.query
     unit = stride_unit(*problem[:3], out, grad_out, grad_query)
 
@@ -1627,7 +1605,6 @@ def query_gradient(
             *with_strides(unit, out, grad_out),
             *with_optional_strides(unit, gradients.query),
             scale_sums,
-            logsumexp,
             *statistics,
             *problem.numbers(groups, splits),
             **problem.constants(unit),

@@ -33,7 +33,11 @@ MORE_CASES = [
     image_case("several blocks of an image's tokens", (1, 1, 150, 32), (1, 2, 20)),
     image_case("several blocks of latents", (1, 2, 20, 32), (1, 2, 150)),
     image_case("negative scale", (1, 2, 21, 32), (1, 2, 20), scale=-0.3),
+    image_case("negative scale, several images", (1, 2, 21, 32), (1, 2, 20), mode="all_previous",
+               scale=-0.3),
     image_case("scale 0", (1, 2, 21, 32), (1, 2, 20), scale=0.0),
+    image_case("scale 0, several images", (1, 2, 21, 32), (1, 2, 20), mode="all_previous",
+               scale=0.0),
     image_case("bits", (1, 4, 70, 32), (2, 3, 20), phi=random_bits(1, 70, 3)),
     image_case("uniform", (1, 4, 70, 32), (2, 3, 20), empty_rows="uniform", overflow="uniform"),
     image_case("uniform, several", (1, 4, 40, 32), (2, 3, 9), 40, mode="all_previous",
@@ -57,8 +61,8 @@ def attend(inputs, plan):
     return [out.detach(), logsumexp, *torch.autograd.grad(out.square().sum(), inputs)]
 
 
-def qkv(tokens=40, images=3, latents=20, dim=16):
-    shapes = ((4, tokens), (2, images, latents), (2, images, latents))
+def qkv(tokens=40, images=3, latents=20, dim=16, heads=4):
+    shapes = ((heads, tokens), (2, images, latents), (2, images, latents))
     return [torch.randn(2, *shape, dim).requires_grad_() for shape in shapes]
 
 
@@ -133,7 +137,9 @@ def test_autotuning_never_cuts_an_image_whose_pass_gives_every_gradient(monkeypa
     assert "cross_attention_bwd_whole" in {shape.kernel for _, shape in configs.searched}
 
 
-@pytest.mark.parametrize("sizes", [{"tokens": 0}, {"images": 0}, {"latents": 0}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"tokens": 0}, {"images": 0}, {"latents": 0}, {"heads": 0}], ids=str
+)
 @pytest.mark.parametrize("empty_rows", ["zero", "uniform", "dense"])
 def test_empty_tensors(sizes, empty_rows):
     inputs = qkv(**sizes)

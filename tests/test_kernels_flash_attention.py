@@ -58,6 +58,51 @@ def test_more_cases(case):
     assert_keeps_budget(case, torch.float32, backend="triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"dropout_p": 0.3}], ids=str)
+def test_rows_of_a_bias_s_gradient_cancel(options, dtype):
+    """Also where the output, with which the gradient could be found, has been rounded."""
+    case = dense_case("", (1, 1, 20, 32), (1, 1, 100), mask=normal_bias(1, 1, 20, 1), **options)
+
+    def by_a_whole_bias(inputs):
+        bias = inputs["attn_mask"].expand(1, 1, 20, 100)
+        return case.kernel({**inputs, "attn_mask": bias}, "triton")
+
+    assert_keeps_budget(case, dtype, kernel=by_a_whole_bias)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5, 1), (1, 2, 1, 1)])
+def test_gradient_of_a_bias_over_queries_is_that_of_the_logsumexp(shape):
+    query, key, value, grad_out = torch.randn(4, 2, 2, 5, 16).unbind(0)
+    bias, grad_logsumexp = torch.randn(shape), torch.randn(2, 2, 5)
+    bias[:, :, -1:] = -torch.inf  # hides its rows: nothing of theirs counts
+    rest = (None, None, 0, 0, 0, 0.3, 0.0, None)
+    out, logsumexp = kernels.forward(query, key, value, bias, *rest)
+    saved = (grad_out, grad_logsumexp, query, key, value, bias, out, logsumexp)
+    gradient = kernels.backward(*saved, *rest, False, False, True)[3]
+    seen = grad_logsumexp.masked_fill(bias[..., 0].expand(2, 2, 5) == -torch.inf, 0.0)
+    torch.testing.assert_close(gradient, seen.unsqueeze(3).sum_to_size(shape))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_huge_logits(is_causal):
+    """Of billions. Weights from a rounded log-sum-exp are then inexact, but bounded."""
+    tensors = torch.randn(3, 1, 1, 40, 32)
+    query, key, value = (x.requires_grad_() for x in tensors.unbind(0))
+    out = attend(query, key, value, is_causal=is_causal, scale=1e9)
+    exact = (x.detach().double() for x in (query, key, value))
+    expected, _ = reference(*exact, causal=int(is_causal), scale=1e9)
+    torch.testing.assert_close(out, expected.float())
+    gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_lengths_that_kernels_cannot_count_are_named():
+    x = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**29 + 1, 8)
+    with pytest.raises(ValueError, match=r"query: expected at most 536870912 rows, got 536870913"):
+        kernels.forward(x, x, x, None, None, None, 0, 0, 0, 1.0, 0.0, None)
+
+
 def attend(query, key, value, **options):
     return VF.scaled_dot_product_attention(query, key, value, backend="triton", **options)
 

@@ -4,13 +4,18 @@ Every launch runs under the guard: memory beyond the arguments, races between pr
 lanes and the order of programs all show.
 """
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tools.budget import assert_keeps_budget
+from tools.window_attention import with_lengths
+from vlmfast.kernels.window_attention import token_pointers
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference import window_attention as reference
 from vlmfast.verify.common import Case
@@ -90,6 +95,77 @@ def test_float32(case):
     assert_keeps_budget(case, torch.float32, backend="triton")
 
 
+# One-hot: a maximum that is off by one rounding of such scores makes weights infinite, or all 0.
+HUGE = [
+    case(
+        f"{scale:g}, w{window}",
+        (1, window, window),
+        (window, window),
+        heads=1,
+        packed=False,
+        scale=scale,
+    )
+    for window in (7, 9)
+    for scale in (-1e7, 1e9, 1e30)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", HUGE, ids=lambda case: case.name)
+def test_huge_logits(case, dtype):
+    if dtype == torch.float32:
+        # The other gradients are P (dP - delta), where torch's delta is dP to the last digit. Here
+        # it sums other products.
+        case = dataclasses.replace(case, differentiable=("value",))
+    assert_keeps_budget(case, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("window", [7, 9])
+def test_signs_of_scale_and_logit_scale_hold(window):
+    plain, cosine = (
+        case("", (1, window, window), (window, window), heads=1, **options)
+        for options in ({"scale": -0.3}, {"cosine": True})
+    )
+    assert_keeps_budget(plain, torch.float32, backend="triton")
+
+    def negative(backend: str) -> Any:
+        return lambda inputs: cosine.kernel(
+            {**inputs, "logit_scale": -inputs["logit_scale"], "query": flipped(inputs["query"])},
+            backend,
+        )
+
+    def flipped(qkv: Tensor) -> Tensor:
+        return qkv * torch.tensor([-1.0, 1.0, 1.0]).repeat_interleave(32)
+
+    assert_keeps_budget(cosine, torch.float32, kernel=negative("triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [7, 9])
+def test_cosines_do_not_depend_on_lengths(window, dtype):
+    cosine = case("", (1, window, window), (window, window), heads=1, cosine=True)
+    for lengths in ((60, 60), (120, 120), (120, -30)):
+        kernel = with_lengths(cosine, *lengths, "triton")
+        assert_keeps_budget(cosine, dtype, kernel=kernel)
+
+
+@triton.jit
+def _image_offsets(out, windows, grid_height, grid_width):
+    geometry = ((1, 1), (grid_height, grid_width), (0, 0), 1)
+    place = (tl.zeros([1], tl.int32), tl.zeros([1], tl.int32))
+    for i in range(4):
+        window = tl.load(windows + i)
+        pointers = token_pointers(out, (1, 0, 0, 0), window, 0, place, geometry, 1, 1)
+        tl.store(pointers, window + tl.zeros([1, 1], tl.int32))
+
+
+def test_images_of_more_windows_than_32_bits_count():
+    """A grid of 65537 x 65537, whose size is 131073 in 32 bits: all windows are of image 0."""
+    out, windows = torch.zeros(4, dtype=torch.int32), torch.arange(4, dtype=torch.int32) * 131073
+    _image_offsets[(1,)](out, windows, 65537, 65537)
+    assert out.tolist() == [3 * 131073, 0, 0, 0]
+
+
 def operands(dtype: torch.dtype = torch.bfloat16, batch: int = 3) -> tuple[list, tuple]:
     qkv = torch.randn(batch, 9, 14, 3 * 64, dtype=dtype)
     tensors = [qkv, None, None, torch.randn(2, 49, 49), torch.rand(2) + 5, torch.randn(192)]
@@ -104,11 +180,12 @@ def backward(tensors: list, numbers: tuple, grad_out: Tensor, *wanted: bool) -> 
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [7, 9])
-def test_lowest_bias_of_every_key_gives_no_nan(window, dtype, cosine):
+@pytest.mark.parametrize("extreme", [LOWEST, -LOWEST])
+def test_extreme_bias_of_every_key_gives_no_nan(extreme, window, dtype, cosine):
     tokens = window**2
     tensors = [torch.randn(1, window, window, 96, dtype=dtype), None, None]
     tensors += [torch.randn(2, tokens, tokens), torch.full((2,), 5.0) if cosine else None, None]
-    tensors[3][:, 3] = LOWEST
+    tensors[3][:, 3] = extreme
     numbers = (2, window, window, 0, 0, True, 0.25, -100.0, 0.0, None)
     out, _ = ops.FORWARD["triton"](*tensors, *numbers)
     gradients = backward(tensors, numbers, torch.ones_like(out), *(True,) * 4)
