@@ -54,7 +54,7 @@ def relative_error(actual: Tensor, truth: Tensor, terms: float = 0.0) -> float:
 def softmax_terms(
     weights: Tensor, value: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None = None
 ) -> Tensor:
-    """What the backward of softmax attention adds up for each weight, without its signs.
+    """What the roundings of the backward of softmax attention add up to for each weight.
 
     The gradient of a logit is its weight times the gradient of the weight, less the mean of these:
 
@@ -62,12 +62,14 @@ def softmax_terms(
 
     Where one key has all the weight the difference is 0. Torch finds exactly that, because it
     subtracts the mean of the very numbers that it has; who computes the mean from the output, and
-    so needs no second pass over the keys, finds the rounding of two dot products, which is as large
-    as the magnitudes that they add up.
+    so needs no second pass over the keys, finds the rounding of two dot products. Independent
+    roundings add up as squares do, once for each level of a tree of sums over d.
     """
     out = weights @ value
-    terms = grad_out.abs() @ value.abs().transpose(-2, -1)
-    terms = terms + (grad_out * out).abs().sum(-1, keepdim=True)
+    squares = grad_out.square() @ value.square().transpose(-2, -1)
+    squares = squares + (grad_out * out).square().sum(-1, keepdim=True)
+    levels = 1 + math.log2(max(1, value.shape[-1]))
+    terms = (levels * squares).sqrt()
     return terms if grad_logsumexp is None else terms + grad_logsumexp.abs()[..., None]
 
 
