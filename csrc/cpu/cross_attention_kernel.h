@@ -385,7 +385,7 @@ struct Forward {
                         sum);
             return sum;
           },
-          [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
+          [&](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
       const Vec logits = load(scores + first) * broadcast(problem.scale * kLog2E);
       const Vec score = first_or(logits, m, -kInfinity);
       store(scores + first, score);
@@ -751,7 +751,7 @@ struct Backward {
           }
           return sum;
         },
-        [](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
+        [&](Vec a, Vec b) VLMFAST_INLINE_LAMBDA { return a + b; });
     const int64_t row = first_row(task, head);
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
     // Lanes without a query get weights of exp2(-inf) = 0.

@@ -1,5 +1,5 @@
 #ifdef __x86_64__
-#include <immintrin.h>
+#include "cpu/intrinsics.h"
 
 #include "cpu/window_attention.h"
 

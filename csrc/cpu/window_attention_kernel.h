@@ -196,7 +196,7 @@ struct ShrunkRows {
 
   void take(Arena* arena, int rows, int columns) {
     data = (T*)arena->take((int64_t)rows * columns);
-    pointers = (T**)arena->take((int64_t)rows * kStep * (sizeof(T*) / sizeof(float)));
+    pointers = (T**)arena->take((int64_t)rows * kStep * (sizeof(void*) / sizeof(float)));
     factors = arena->take(round_up(rows, kLanes));
   }
 
