@@ -29,7 +29,7 @@ NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
 
-LONGEST = 1 << 29  # rows of a tensor
+LONGEST = 1 << 29
 
 SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
 MOST_PIECES = 4
@@ -170,7 +170,7 @@ def check_lengths(**lengths: int) -> None:
     """Raises ValueError for what kernels cannot count in 32 bits."""
     for name, length in lengths.items():
         if length > LONGEST:
-            raise ValueError(f"{name}: expected at most {LONGEST} rows, got {length}")
+            raise ValueError(f"{name}: expected at most {LONGEST}, got {length}")
 
 
 def run_kernel(

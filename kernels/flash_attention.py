@@ -1092,7 +1092,10 @@ def flash_attention_bwd_mask_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     share = tl.cdiv(num_steps, num_splits)
     grad_tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(split * share, tl.minimum((split + 1) * share, num_steps)):
+    # What depends on the columns alone is not kept across steps: registers would spill on sm_90.
+    for step in tl.range(
+        split * share, tl.minimum((split + 1) * share, num_steps), disable_licm=True
+    ):
         first_row = (mask_row_block + step % row_steps) * BLOCK_M
         head = mask_head + step // row_steps % head_steps
         batch = mask_batch + step // row_steps // head_steps

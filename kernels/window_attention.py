@@ -29,6 +29,7 @@ from vlmfast.kernels.common import (
     LN2,
     LOG2E,
     add_products,
+    check_lengths,
     covered_columns,
     dropout_keep,
     dropout_scale,
@@ -176,7 +177,7 @@ def token_pointers(
 ):
     """Addresses (M, 1) of a head's first channel in the located tokens; in 64 bits."""
     grid = geometry[1]
-    batch = window // grid[1] // grid[0]  # whose product may exceed 32 bits
+    batch = window // (grid[0] * grid[1])
     pointer += tl.cast(batch, tl.int64) * strides[0] * UNIT
     pointer += tl.cast(head, tl.int64) * D * strides[3]
     offsets = place[0].to(tl.int64) * strides[1] * UNIT + place[1].to(tl.int64) * strides[2] * UNIT
@@ -1005,7 +1006,8 @@ def window_attention_bwd_query_kernel(
     keys_and_values = (key, key_strides, key_padding, value, value_strides, value_padding)
     scale_sum = 0.0
 
-    for window in range(split, num_windows, num_splits):
+    # What does not depend on the window is not kept in between: registers would spill on sm_90.
+    for window in tl.range(split, num_windows, num_splits, disable_licm=True):
         statistics = (tl.cast(window, tl.int64) * num_heads + head) * TOKENS + rows
         place = locate_tokens(rows, window, geometry, WINDOW, SHIFTED, PADDING)
         query_tiles = load_tokens(
@@ -1432,6 +1434,7 @@ def forward(
         dropout_p,
         dropout_seed,
     )
+    check_lengths(windows=problem.num_windows)
     out = query.new_empty(problem.query.shape)
     statistics = (query.shape[0], math.prod(problem.grid), num_heads, problem.tokens)
     logsumexp = query.new_empty(statistics, dtype=torch.float32)

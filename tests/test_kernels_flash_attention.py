@@ -99,7 +99,7 @@ def test_huge_logits(is_causal):
 
 def test_lengths_that_kernels_cannot_count_are_named():
     x = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**29 + 1, 8)
-    with pytest.raises(ValueError, match=r"query: expected at most 536870912 rows, got 536870913"):
+    with pytest.raises(ValueError, match=r"query: expected at most 536870912, got 536870913"):
         kernels.forward(x, x, x, None, None, None, 0, 0, 0, 1.0, 0.0, None)
 
 

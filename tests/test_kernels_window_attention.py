@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tools.budget import assert_keeps_budget
 from tools.window_attention import with_lengths
+from vlmfast.kernels import window_attention as kernels
 from vlmfast.kernels.window_attention import token_pointers
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference import window_attention as reference
@@ -252,3 +253,11 @@ def test_other_windows_and_heads_do_not_leak():
     tensors[0][..., 64 + 32 : 128] = float("nan")  # the second head's keys
     out, _ = ops.FORWARD["triton"](*tensors, *numbers)
     assert torch.equal(out[:, :, :7, :32], clean[:, :, :7, :32])
+
+
+def test_windows_that_kernels_cannot_count_are_named():
+    qkv = torch.zeros(1, 1, 1, 24).expand(1, 2**15, 2**15, 24)
+    with pytest.raises(ValueError, match="windows: expected at most 536870912, got 1073741824"):
+        kernels.forward(
+            *(qkv, None, None, None, None, None, 1, 1, 1, 0, 0, True, 1.0, -100.0, 0.0, None)
+        )
