@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from tools.budget import assert_keeps_budget
 from tools.window_attention import with_lengths
 from vlmfast.kernels import window_attention as kernels
-from vlmfast.kernels.window_attention import token_pointers
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference import window_attention as reference
 from vlmfast.verify.common import Case
@@ -148,23 +145,6 @@ def test_cosines_do_not_depend_on_lengths(window, dtype):
     for lengths in ((60, 60), (120, 120), (120, -30)):
         kernel = with_lengths(cosine, *lengths, "triton")
         assert_keeps_budget(cosine, dtype, kernel=kernel)
-
-
-@triton.jit
-def _image_offsets(out, windows, grid_height, grid_width):
-    geometry = ((1, 1), (grid_height, grid_width), (0, 0), 1)
-    place = (tl.zeros([1], tl.int32), tl.zeros([1], tl.int32))
-    for i in range(4):
-        window = tl.load(windows + i)
-        pointers = token_pointers(out, (1, 0, 0, 0), window, 0, place, geometry, 1, 1)
-        tl.store(pointers, window + tl.zeros([1, 1], tl.int32))
-
-
-def test_images_of_more_windows_than_32_bits_count():
-    """A grid of 65537 x 65537, whose size is 131073 in 32 bits: all windows are of image 0."""
-    out, windows = torch.zeros(4, dtype=torch.int32), torch.arange(4, dtype=torch.int32) * 131073
-    _image_offsets[(1,)](out, windows, 65537, 65537)
-    assert out.tolist() == [3 * 131073, 0, 0, 0]
 
 
 def operands(dtype: torch.dtype = torch.bfloat16, batch: int = 3) -> tuple[list, tuple]:
