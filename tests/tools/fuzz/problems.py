@@ -314,12 +314,13 @@ def _with_extremes(case: Case, rng: Random) -> Case:
     Float32 queries and keys are not made small: where all logits are 0, all rows have one
     logsumexp, and what its rounding does to the recomputed weights does not average out. Nor is a
     scale of cosines made large: rows of zeros are multiplied by it and twice by 1e12, in float32.
-    Values times queries or keys, which gradients sum, stay representable.
+    Values times queries or keys, which gradients sum, stay representable, and so do values over the
+    square of the least norm of cosines, 1e-12.
     """
     powers = (-140, -60, -30, -12, -4, 3, 6, 10, 14, 30, 60, 90)
     exponents = {x: rng.choice(powers) for x in case.differentiable if _maybe(rng, 0.4)}
     if "value" in exponents:
-        most = 100 - max(exponents.get("query", 0), exponents.get("key", 0))
+        most = 40 - max(0, exponents.get("query", 0), exponents.get("key", 0))
         exponents["value"] = min(exponents["value"], most)
 
     def change(key: str, x: Tensor) -> Tensor:
