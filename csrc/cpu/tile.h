@@ -9,7 +9,7 @@
 // Packed operands consist of 32-bit words: one float, or two bfloat16 that one dot-product
 // instruction takes at once.
 #pragma once
-#include "cpu/vec.h"
+#include "cpu/simd/math.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 

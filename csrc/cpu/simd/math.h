@@ -1,0 +1,43 @@
+// Functions of vectors on top of simd.h, neutral of instruction sets.
+#pragma once
+#include "cpu/simd/simd.h"
+
+namespace vlmfast::cpu::VLMFAST_VARIANT {
+
+// 2^f on [-1/2, 1/2], 1 at 0: relative error 9.4e-8 (degree 5) or 1.1e-4 (degree 3).
+template <int kDegree>
+VLMFAST_INLINE Vec exp2_of_fraction(Vec f) {
+  Vec p;
+  if constexpr (kDegree == 3) {
+    p = broadcast(5.500904471e-02f);
+    p = fma(p, f, broadcast(2.422109544e-01f));
+    p = fma(p, f, broadcast(6.932829022e-01f));
+  } else {
+    static_assert(kDegree == 5);
+    p = broadcast(1.326940721e-03f);
+    p = fma(p, f, broadcast(9.671294130e-03f));
+    p = fma(p, f, broadcast(5.550711229e-02f));
+    p = fma(p, f, broadcast(2.402224690e-01f));
+    p = fma(p, f, broadcast(6.931470037e-01f));
+  }
+  return fma(p, f, broadcast(1.f));
+}
+
+// 2^x for x <= 127. -inf gives 0, NaN stays NaN.
+template <int kDegree>
+VLMFAST_INLINE Vec exp2(Vec x) {
+#if VLMFAST_LEVEL >= 2
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_of_fraction<kDegree>(f), x - f);
+#else
+  x = max(broadcast(-127.f),
+          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
+  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
+  // on the adders instead of the multipliers.
+  const Vec shifted = x + broadcast(12582912.f);
+  const Vec f = x - (shifted - broadcast(12582912.f));
+  return add_exponent(exp2_of_fraction<kDegree>(f), shifted);
+#endif
+}
+
+}  // namespace vlmfast::cpu::VLMFAST_VARIANT
