@@ -7,7 +7,11 @@
 // rows stays in the first-level cache while all columns of the panel pass by. Sums of parts also
 // round less than one long sum.
 #include "cpu/contrastive_loss.h"
-#include "cpu/tile.h"
+#include "cpu/simd/math.h"
+#include "cpu/tile/pack.h"
+#include "cpu/tile/prefetch.h"
+#include "cpu/tile/products.h"
+#include "cpu/tile/scratch.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {

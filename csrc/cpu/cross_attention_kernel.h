@@ -8,7 +8,11 @@
 // results are joined by their maxima and sums (Dao et al., "FlashAttention-2", 2023). Exponents are
 // in units of log2, so that exp2 needs no further factor.
 #include "cpu/cross_attention.h"
-#include "cpu/tile.h"
+#include "cpu/softmax.h"
+#include "cpu/tile/pack.h"
+#include "cpu/tile/prefetch.h"
+#include "cpu/tile/products.h"
+#include "cpu/tile/scratch.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {

@@ -7,7 +7,12 @@
 // (first-level cache). Everything is computed in units of log2, so that exp2 needs no further
 // factor.
 #include "cpu/flash_attention.h"
-#include "cpu/tile.h"
+#include "cpu/softmax.h"
+#include "cpu/tile/dropout.h"
+#include "cpu/tile/pack.h"
+#include "cpu/tile/prefetch.h"
+#include "cpu/tile/products.h"
+#include "cpu/tile/scratch.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {

@@ -5,7 +5,12 @@
 // rows of a window by their addresses, head after head, and scatters results the same way. All keys
 // of a window form one block, so that softmax needs no second look. Everything is computed in units
 // of log2, so that exp2 needs no further factor.
-#include "cpu/tile.h"
+#include "cpu/softmax.h"
+#include "cpu/tile/dropout.h"
+#include "cpu/tile/pack.h"
+#include "cpu/tile/prefetch.h"
+#include "cpu/tile/products.h"
+#include "cpu/tile/scratch.h"
 #include "cpu/window_attention.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {

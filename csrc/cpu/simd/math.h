@@ -4,6 +4,12 @@
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2ELow = 1.925963033500011079e-8f;  // log2(e) - kLog2E
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.40282346638528859812e38f;
+
 // 2^f on [-1/2, 1/2], 1 at 0: relative error 9.4e-8 (degree 5) or 1.1e-4 (degree 3).
 template <int kDegree>
 VLMFAST_INLINE Vec exp2_of_fraction(Vec f) {
@@ -38,6 +44,22 @@ VLMFAST_INLINE Vec exp2(Vec x) {
   const Vec f = x - (shifted - broadcast(12582912.f));
   return add_exponent(exp2_of_fraction<kDegree>(f), shifted);
 #endif
+}
+
+// In place: x[i] = log2(x[i]) for normal x > 0; NaN stays NaN.
+VLMFAST_INLINE void log2_in_place(float* x, int n) {
+  for (int i = 0; i < n; i++) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    const int32_t exponent =
+        (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+    const int32_t mantissa_bits = bits - (exponent << 23);
+    float m;
+    __builtin_memcpy(&m, &mantissa_bits, 4);
+    const float s = (m - 1.f) / (m + 1.f), s2 = s * s;  // log(m) = 2 atanh(s)
+    const float series = 1.f + s2 * (1.f / 3 + s2 * (1.f / 5 + s2 * (1.f / 7 + s2 * (1.f / 9))));
+    x[i] = (float)exponent + 2.88539008178f * s * series + (x[i] - x[i]);
+  }
 }
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT
