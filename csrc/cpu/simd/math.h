@@ -46,6 +46,34 @@ VLMFAST_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+// e^x for x <= 88.
+VLMFAST_INLINE Vec exponential(Vec x) { return exp2<5>(x * broadcast(kLog2E)); }
+
+VLMFAST_INLINE Vec magnitude(Vec x) { return max(zero() - x, x); }
+
+// log(1 + e) for e in [0, 1], also where e is tiny.
+VLMFAST_INLINE Vec log1p_of_fraction(Vec e) {
+  const Vec s = e / (e + broadcast(2.f)), s2 = s * s;  // log(1 + e) = 2 atanh(s), s <= 1/3
+  Vec p = broadcast(2.f / 15);
+  p = fma(p, s2, broadcast(2.f / 13));
+  p = fma(p, s2, broadcast(2.f / 11));
+  p = fma(p, s2, broadcast(2.f / 9));
+  p = fma(p, s2, broadcast(2.f / 7));
+  p = fma(p, s2, broadcast(2.f / 5));
+  p = fma(p, s2, broadcast(2.f / 3));
+  return s * fma(p, s2, broadcast(2.f));
+}
+
+VLMFAST_INLINE Vec softplus(Vec x) {
+  return max(zero(), x) + log1p_of_fraction(exponential(zero() - magnitude(x)));
+}
+
+VLMFAST_INLINE Vec sigmoid(Vec x) {
+  const Vec e = exponential(zero() - magnitude(x));
+  const Vec small = e / (e + broadcast(1.f));  // of the negative one of x and -x
+  return select_eq(max(zero(), x), x, broadcast(1.f) - small, small);
+}
+
 // In place: x[i] = log2(x[i]) for normal x > 0; NaN stays NaN.
 VLMFAST_INLINE void log2_in_place(float* x, int n) {
   for (int i = 0; i < n; i++) {
