@@ -157,12 +157,11 @@ struct Backward : Tiles<Words, T> {
           grad[i][g] =
               select_eq(load(query_index + at), broadcast((float)query), grad[i][g], zero());
       }
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
       if constexpr (kPairs) {
         VLMFAST_UNROLL for (int i = 0; i < 2; i++)
             VLMFAST_UNROLL for (int g = 0; g < kGroups; g += 2)
-                store(left + (j + i) * kDepth + g * kLanes / 2,
-                      (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
+                store_bf16(left + (j + i) * kDepth + g * kLanes / 2, grad[i][g], grad[i][g + 1]);
         VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)
             store(weights + (j / 2 * kGroups + g) * kLanes, interleave(grad[0][g], grad[1][g]));
         continue;

@@ -20,7 +20,7 @@ VLMFAST_INLINE auto with_types(const ContrastiveLossProblem& problem, Body body)
     case ElementType::kHalf:
       return body(Fp32Words(), Half());
     default:
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
       return body(Bf16Words(), BFloat16());
 #else
       return body(Fp32Words(), BFloat16());

@@ -20,7 +20,7 @@ VLMFAST_INLINE auto with_types(const CrossAttentionProblem& problem, Body body) 
       return body(Fp32Words(), float());
     case ElementType::kHalf:
       return body(Fp32Words(), Half());
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
     default:
       return body(Bf16Words(), BFloat16());
 #else

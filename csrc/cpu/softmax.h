@@ -17,7 +17,7 @@ VLMFAST_INLINE Vec in_log2_units(Vec raw, float most) {
 // Stores row j of the weights or, with bf16 words, rows j and j + 1 joined into words of pairs.
 template <class Words, int kGroups>
 VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
   if constexpr (Words::kElements == 2) {
     store(rows + (j / 2 * kGroups + g) * kLanes, interleave(first, second));
     return;
@@ -91,10 +91,9 @@ VLMFAST_INLINE bool split_logsumexp(float logsumexp, float* top, float* share) {
 // Rounds fp32 weights to words of Words, in place; beyond the n there are zeros.
 template <class Words>
 VLMFAST_INLINE void round_weights(float* weights, int n) {
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
   if constexpr (Words::kElements == 2)
-    for (int j = 0; j < n; j += kLanes)
-      _mm256_storeu_si256((__m256i*)(weights + j / 2), narrow_bf16(load(weights + j)));
+    for (int j = 0; j < n; j += kLanes) store_bf16(weights + j / 2, load(weights + j));
 #endif
 }
 
@@ -106,18 +105,18 @@ VLMFAST_INLINE void store_gradients(int j, const Vec (&weight)[Words::kElements]
                                     const Vec (&grad)[Words::kElements][kGroups], float* left,
                                     float* grad_left, float* right) {
   constexpr int kWidth = kGroups * kLanes;
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
   if constexpr (Words::kElements == 2) {
     VLMFAST_UNROLL for (int i = 0; i < 2; i++) {
       float *l = left + (j + i) * kWidth / 2, *gl = grad_left + (j + i) * kWidth / 2;
       VLMFAST_UNROLL for (int g = 0; g + 1 < kGroups; g += 2) {
-        store(l + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(weight[i][g + 1], weight[i][g]));
-        store(gl + g * kLanes / 2, (Vec)_mm512_cvtne2ps_pbh(grad[i][g + 1], grad[i][g]));
+        store_bf16(l + g * kLanes / 2, weight[i][g], weight[i][g + 1]);
+        store_bf16(gl + g * kLanes / 2, grad[i][g], grad[i][g + 1]);
       }
       if constexpr (kGroups % 2 == 1) {
         constexpr int g = kGroups - 1;
-        _mm256_storeu_si256((__m256i*)(l + g * kLanes / 2), narrow_bf16(weight[i][g]));
-        _mm256_storeu_si256((__m256i*)(gl + g * kLanes / 2), narrow_bf16(grad[i][g]));
+        store_bf16(l + g * kLanes / 2, weight[i][g]);
+        store_bf16(gl + g * kLanes / 2, grad[i][g]);
       }
     }
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++)

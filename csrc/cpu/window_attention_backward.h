@@ -229,12 +229,10 @@ struct Backward {
   VLMFAST_INLINE void for_each_column(Body body) const {
     for (int w = 0; w < words; w++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec x = load(query + (w * kGroups + g) * kLanes);
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
         if constexpr (kPairs) {
-          const __m512i bits = _mm512_castps_si512(x);
-          body(2 * w, g, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
-          body(2 * w + 1, g,
-               _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000))));
+          body(2 * w, g, low_of_pairs(x));
+          body(2 * w + 1, g, high_of_pairs(x));
           continue;
         }
 #endif

@@ -5,6 +5,7 @@ namespace vlmfast::cpu::VLMFAST_VARIANT {
 
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
+constexpr bool kFused = true;
 using Vec = __m512;
 using IntVec = __m512i;
 
@@ -14,7 +15,6 @@ VLMFAST_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 VLMFAST_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 VLMFAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 VLMFAST_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
-// NaN in the second operand survives, NaN in the first does not.
 VLMFAST_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 VLMFAST_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 VLMFAST_INLINE Vec sqrt(Vec x) { return _mm512_sqrt_ps(x); }
@@ -94,7 +94,7 @@ VLMFAST_INLINE void transpose(Vec r[16]) {
     r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
-// Lane i: the sum of all lanes of r[i].
+
 VLMFAST_INLINE Vec sum_of_lanes(const Vec r[16]) {
   Vec four[4];  // in each 128 bits a part of the sums of four
   VLMFAST_UNROLL for (int i = 0; i < 4; i++) {
@@ -111,5 +111,55 @@ VLMFAST_INLINE Vec sum_of_lanes(const Vec r[16]) {
       _mm512_shuffle_f32x4(four[2], four[3], 0x88) + _mm512_shuffle_f32x4(four[2], four[3], 0xdd);
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
+
+VLMFAST_INLINE Vec split_exponent(Vec x, Vec* fraction) {
+  *fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return x - *fraction;
+}
+VLMFAST_INLINE Vec add_exponent(Vec p, Vec exponent) { return _mm512_scalef_ps(p, exponent); }
+
+#if VLMFAST_LEVEL >= 3
+#define VLMFAST_BF16_WORDS
+using Bf16Vec = __m256i;
+
+VLMFAST_INLINE Bf16Vec zero_bf16() { return _mm256_setzero_si256(); }
+VLMFAST_INLINE Vec dot_pairs(Vec a, Vec b, Vec sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+VLMFAST_INLINE Vec load_pairs(const BFloat16* p, int n) {
+  return (Vec)_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1, p);
+}
+VLMFAST_INLINE Bf16Vec load_bf16(const BFloat16* p, int n) {
+  return _mm256_maskz_loadu_epi16(first_lanes(n), p);
+}
+VLMFAST_INLINE __m512i interleaving_order() {
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                          6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+}
+VLMFAST_INLINE Vec interleave(Bf16Vec low, Bf16Vec high) {
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
+}
+VLMFAST_INLINE Vec interleave(Vec low, Vec high) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
+}
+VLMFAST_INLINE void store_bf16(float* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, narrow_bf16(x));
+}
+VLMFAST_INLINE void store_bf16(float* p, Vec first, Vec second) {
+  store(p, (Vec)_mm512_cvtne2ps_pbh(second, first));
+}
+VLMFAST_INLINE Vec negate_pairs(Vec x) {
+  return (Vec)_mm512_xor_si512((__m512i)x, _mm512_set1_epi32((int)0x80008000));
+}
+VLMFAST_INLINE Vec low_of_pairs(Vec x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16));
+}
+VLMFAST_INLINE Vec high_of_pairs(Vec x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000)));
+}
+#endif
 
 }  // namespace vlmfast::cpu::VLMFAST_VARIANT

@@ -32,18 +32,9 @@ VLMFAST_INLINE Vec exp2_of_fraction(Vec f) {
 // 2^x for x <= 127. -inf gives 0, NaN stays NaN.
 template <int kDegree>
 VLMFAST_INLINE Vec exp2(Vec x) {
-#if VLMFAST_LEVEL >= 2
-  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(exp2_of_fraction<kDegree>(f), x - f);
-#else
-  x = max(broadcast(-127.f),
-          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
-  // on the adders instead of the multipliers.
-  const Vec shifted = x + broadcast(12582912.f);
-  const Vec f = x - (shifted - broadcast(12582912.f));
-  return add_exponent(exp2_of_fraction<kDegree>(f), shifted);
-#endif
+  Vec fraction;
+  const Vec exponent = split_exponent(x, &fraction);
+  return add_exponent(exp2_of_fraction<kDegree>(fraction), exponent);
 }
 
 // e^x for x <= 88.

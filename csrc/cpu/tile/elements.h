@@ -21,27 +21,12 @@ struct Fp32Words {
   static VLMFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
 
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
 struct Bf16Words {
   static constexpr int kElements = 2;
   static constexpr int kExpDegree = 3;
-  static VLMFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
+  static VLMFAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return dot_pairs(a, b, sum); }
 };
-VLMFAST_INLINE __m512i interleaving_order() {
-  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                          6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-}
-// Words of (low[i], high[i]).
-VLMFAST_INLINE Vec interleave(__m256i low, __m256i high) {
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
-}
-VLMFAST_INLINE Vec interleave(Vec low, Vec high) {
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleaving_order(), both));
-}
 #endif
 
 template <class Words>
@@ -83,9 +68,9 @@ struct Operand {
 // zero.
 template <class Words, class T>
 VLMFAST_INLINE Vec load_words(const T* p, int n) {
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
   if constexpr (Words::kElements == 2)
-    return (Vec)_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1, p);
+    return load_pairs(p, n);
   else
 #endif
     return load_first(p, n);
@@ -136,7 +121,7 @@ VLMFAST_INLINE auto with_types(ElementType dtype, Body body) {
       return body(Fp32Words(), float());
     case ElementType::kHalf:
       return body(Fp32Words(), Half());
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
     default:
       return body(Bf16Words(), BFloat16());
 #else

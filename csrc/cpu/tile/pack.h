@@ -20,10 +20,9 @@ VLMFAST_NOINLINE void pack_transposed(Source rows, int n_rows, int columns, floa
         r[i] = row < n_rows ? load_row(row) : zero();
         if constexpr (Words::kElements == 1) r[i] = r[i] * factor;
       }
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
       if (Words::kElements == 2 && scale < 0)
-        for (int i = 0; i < kLanes; i++)
-          r[i] = (Vec)_mm512_xor_si512((__m512i)r[i], _mm512_set1_epi32((int)0x80008000));
+        for (int i = 0; i < kLanes; i++) r[i] = negate_pairs(r[i]);
 #endif
       transpose(r);
       float* target = out + (word * kGroups + g) * kLanes;
@@ -60,15 +59,15 @@ VLMFAST_NOINLINE void pack_row_pairs(Source rows, int n_rows, int padded_rows, i
                                      int padded_columns, float* out) {
   if constexpr (Words::kElements == 1)
     pack_rows<Words>(rows, n_rows, padded_rows, columns, padded_columns, out);
-#if VLMFAST_LEVEL >= 3
+#ifdef VLMFAST_BF16_WORDS
   else {
     const auto half = [&](int j, int d, int n) VLMFAST_INLINE_LAMBDA {
-      if (j >= n_rows) return _mm256_setzero_si256();
+      if (j >= n_rows) return zero_bf16();
       const auto* p = rows.row(j) + d * rows.column_stride;
-      if (rows.column_stride == 1) return _mm256_maskz_loadu_epi16(first_lanes(n), p);
+      if (rows.column_stride == 1) return load_bf16(p, n);
       typename Source::Element buffer[kLanes];
       for (int i = 0; i < n; i++) buffer[i] = p[i * rows.column_stride];
-      return _mm256_maskz_loadu_epi16(first_lanes(n), buffer);
+      return load_bf16(buffer, n);
     };
     for (int j = 0; j < padded_rows; j += 2) {
       float* target = out + (int64_t)(j / 2) * padded_columns;

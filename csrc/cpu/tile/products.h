@@ -30,31 +30,31 @@ VLMFAST_INLINE void for_each_product(const float* __restrict query, const float*
         sum[r][g] = zero();
     for (int w = 0; w < words; w += kWordStep) {
       between();
-#if VLMFAST_LEVEL == 0
-      // Products are rounded here before they are added. Summed up kWordStep at a time, they meet
-      // the larger sum less often.
-      VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-        Vec part[kGroups];
-        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] = zero();
+      if constexpr (kFused) {
         VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
-          const Vec k = broadcast(key[r * key_stride + w + u]);
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] =
-              Words::multiply_add(load(query + ((w + u) * kGroups + g) * kLanes), k, part[g]);
+          Vec q[kGroups];
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
+              load(query + ((w + u) * kGroups + g) * kLanes);
+          VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
+            const Vec k = broadcast(key[r * key_stride + w + u]);
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] =
+                Words::multiply_add(q[g], k, sum[r][g]);
+          }
         }
-        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] = sum[r][g] + part[g];
-      }
-#else
-      VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
-        Vec q[kGroups];
-        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) q[g] =
-            load(query + ((w + u) * kGroups + g) * kLanes);
+      } else {
+        // Products are rounded here before they are added. Summed up kWordStep at a time, they meet
+        // the larger sum less often.
         VLMFAST_UNROLL for (int r = 0; r < kRows; r++) {
-          const Vec k = broadcast(key[r * key_stride + w + u]);
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] =
-              Words::multiply_add(q[g], k, sum[r][g]);
+          Vec part[kGroups];
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] = zero();
+          VLMFAST_UNROLL for (int u = 0; u < kWordStep; u++) {
+            const Vec k = broadcast(key[r * key_stride + w + u]);
+            VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) part[g] =
+                Words::multiply_add(load(query + ((w + u) * kGroups + g) * kLanes), k, part[g]);
+          }
+          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[r][g] = sum[r][g] + part[g];
         }
       }
-#endif
     }
     body(j, sum);
   }
