@@ -11,26 +11,10 @@
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
-// Runs `body` with the word and element types of the problem.
-template <class Body>
-VLMFAST_INLINE auto with_types(const ContrastiveLossProblem& problem, Body body) {
-  switch (problem.dtype) {
-    case ElementType::kFloat:
-      return body(Fp32Words(), float());
-    case ElementType::kHalf:
-      return body(Fp32Words(), Half());
-    default:
-#ifdef VLMFAST_BF16_WORDS
-      return body(Bf16Words(), BFloat16());
-#else
-      return body(Fp32Words(), BFloat16());
-#endif
-  }
-}
 
 template <class Body>
 VLMFAST_INLINE auto with_forward(const ContrastiveLossForward& problem, float* scratch, Body body) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return body(Forward<decltype(words), decltype(element)>(problem, Arena{scratch}));
   });
 }
@@ -38,7 +22,7 @@ VLMFAST_INLINE auto with_forward(const ContrastiveLossForward& problem, float* s
 template <class Body>
 VLMFAST_INLINE auto with_backward(const ContrastiveLossBackward& problem, float* scratch,
                                   Body body) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return body(Backward<decltype(words), decltype(element)>(problem, Arena{scratch}), element);
   });
 }
@@ -93,7 +77,7 @@ void scale_columns(const ContrastiveLossBackward& problem, int first, int last) 
 }
 
 void store_columns(const ContrastiveLossBackward& problem, int first, int last) {
-  with_types(problem, [&](auto, auto element) {
+  with_types(problem.dtype, [&](auto, auto element) {
     if (problem.float32_grads)
       scale_columns<float>(problem, first, last);
     else

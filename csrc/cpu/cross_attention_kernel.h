@@ -12,58 +12,41 @@
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
-// Runs `body` with the word and element types of the problem.
-template <class Body>
-VLMFAST_INLINE auto with_types(const CrossAttentionProblem& problem, Body body) {
-  switch (problem.dtype) {
-    case ElementType::kFloat:
-      return body(Fp32Words(), float());
-    case ElementType::kHalf:
-      return body(Fp32Words(), Half());
-#ifdef VLMFAST_BF16_WORDS
-    default:
-      return body(Bf16Words(), BFloat16());
-#else
-    default:
-      return body(Fp32Words(), BFloat16());
-#endif
-  }
-}
 
 int64_t forward_scratch(const CrossAttentionForward& problem) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return Forward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
   });
 }
 
 void forward(const CrossAttentionForward& problem, const CrossAttentionTask& task,
              const CrossAttentionTask& next, float* scratch) {
-  with_types(problem, [&](auto words, auto element) {
+  with_types(problem.dtype, [&](auto words, auto element) {
     Forward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
 
 void fill_rows(const CrossAttentionForward& problem, int batch, int key_head, float* scratch) {
-  with_types(problem, [&](auto words, auto element) {
+  with_types(problem.dtype, [&](auto words, auto element) {
     Forward<decltype(words), decltype(element)>(problem, scratch).fill_rows(batch, key_head);
   });
 }
 
 int64_t backward_scratch(const CrossAttentionBackward& problem) {
-  return with_types(problem, [&](auto words, auto element) {
+  return with_types(problem.dtype, [&](auto words, auto element) {
     return Backward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;
   });
 }
 
 void backward(const CrossAttentionBackward& problem, const CrossAttentionTask& task,
               const CrossAttentionTask& next, float* scratch) {
-  with_types(problem, [&](auto words, auto element) {
+  with_types(problem.dtype, [&](auto words, auto element) {
     Backward<decltype(words), decltype(element)>(problem, scratch).run(task, next);
   });
 }
 
 void clear_grad_rows(const CrossAttentionBackward& problem, int batch, int key_head) {
-  with_types(problem, [&](auto, auto element) {
+  with_types(problem.dtype, [&](auto, auto element) {
     for (int token = 0; token < problem.tokens; token++) {
       const int32_t kind = problem.image_index[(int64_t)batch * problem.tokens + token];
       if (kind > 0 && length_of(problem, batch, kind - 1) > 0) continue;
@@ -78,7 +61,7 @@ void clear_grad_rows(const CrossAttentionBackward& problem, int batch, int key_h
 // Of grad_out over the uniform rows of a key head's queries, divided by the number of values; in
 // runs of rows, so that rounding does not grow with their number.
 void sum_uniform_rows(const CrossAttentionBackward& problem, int batch, int key_head) {
-  with_types(problem, [&](auto, auto element) {
+  with_types(problem.dtype, [&](auto, auto element) {
     using T = decltype(element);
     constexpr int kRun = 128;
     const int32_t* kinds = problem.image_index + (int64_t)batch * problem.tokens;
@@ -104,7 +87,7 @@ void sum_uniform_rows(const CrossAttentionBackward& problem, int batch, int key_
 
 // The gradient of one query from its `splits` partial sums, added in order.
 void sum_splits(const CrossAttentionBackward& problem, int splits, int batch, int head, int token) {
-  with_types(problem, [&](auto, auto element) {
+  with_types(problem.dtype, [&](auto, auto element) {
     auto* out = problem.grad_query.at<decltype(element)>(batch, head, token);
     const float* partial =
         problem.grad_query_splits +

@@ -11,6 +11,7 @@
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
+
 int64_t forward_scratch(const FlashAttentionForward& problem) {
   return with_types(problem.dtype, [&](auto words, auto element) {
     return Forward<decltype(words), decltype(element)>(problem, nullptr).scratch_size;

@@ -10,6 +10,7 @@
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
+
 int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
 
 void sum_bias(const WindowAttentionBackward& problem, int splits, int head) {

@@ -121,11 +121,10 @@ VLMFAST_INLINE auto with_types(ElementType dtype, Body body) {
       return body(Fp32Words(), float());
     case ElementType::kHalf:
       return body(Fp32Words(), Half());
-#ifdef VLMFAST_BF16_WORDS
     default:
+#ifdef VLMFAST_BF16_WORDS
       return body(Bf16Words(), BFloat16());
 #else
-    default:
       return body(Fp32Words(), BFloat16());
 #endif
   }
