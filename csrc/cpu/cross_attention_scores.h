@@ -19,27 +19,11 @@ constexpr int kFewRows = kLanes / 4;
 // Up to so many queries of an image do not average rounding away. In backward their softmax is
 // computed afresh, and scores are summed up kPartWords words at a time.
 constexpr int kImpreciseRows = 8, kPartWords = 16;
-template <int n>
-struct Groups {
-  static constexpr int value = n;
-};
 
-// Calls body(Groups<g>()) with as many vectors as a tile of n queries has.
+// Calls body(Count<groups>()) with as many vectors as a tile of n queries has.
 template <class Body>
 VLMFAST_INLINE void with_groups(int n, Body body) {
-  switch ((n + kLanes - 1) / kLanes) {
-    case 1:
-      return body(Groups<1>());
-    case 2:
-      return body(Groups<2>());
-#if VLMFAST_LEVEL >= 2
-    case 3:
-      if constexpr (kTileGroups > 2) return body(Groups<3>());
-      return;
-    case 4:
-      if constexpr (kTileGroups > 2) return body(Groups<4>());
-#endif
-  }
+  with_count<kTileGroups>((n + kLanes - 1) / kLanes, body);
 }
 
 // Tokens that follow each other in their list, and see an image.

@@ -515,24 +515,9 @@ struct Backward {
           float* sum =
               grad_query + (many_panels ? ((int64_t)h * tiling.tiles + t) * grad_query_tile : 0);
           panel.ahead = prefetcher(task, next, panel, tiling, (int64_t)h * tiling.tiles + t);
-          switch (groups) {
-            case 1:
-              tile<1>(task, panel, head, first_query, count, h + t == 0, sum);
-              break;
-            case 2:
-              tile<2>(task, panel, head, first_query, count, h + t == 0, sum);
-              break;
-#if VLMFAST_LEVEL >= 1
-            case 3:
-              tile<3>(task, panel, head, first_query, count, h + t == 0, sum);
-              break;
-#endif
-#if VLMFAST_LEVEL >= 2
-            case 4:
-              tile<4>(task, panel, head, first_query, count, h + t == 0, sum);
-              break;
-#endif
-          }
+          with_count<kMaxGroups>(groups, [&](auto vectors) VLMFAST_INLINE_LAMBDA {
+            tile<decltype(vectors)::value>(task, panel, head, first_query, count, h + t == 0, sum);
+          });
         }
         if (tiling.leaves_one)
           one_query(task, panel, task.head * problem.group + h, task.q_end - 1);

@@ -219,24 +219,9 @@ struct Forward {
         const int first_query = task.q_begin + first * kLanes;
         const int count = minimum(groups * kLanes, task.q_end - first_query);
         float* slot = state + (keeps_state ? t * state_size : 0);
-        switch (groups) {
-          case 1:
-            tile<1>(task, panel, first_query, count, slot);
-            break;
-          case 2:
-            tile<2>(task, panel, first_query, count, slot);
-            break;
-#if VLMFAST_LEVEL >= 1
-          case 3:
-            tile<3>(task, panel, first_query, count, slot);
-            break;
-#endif
-#if VLMFAST_LEVEL >= 2
-          case 4:
-            tile<4>(task, panel, first_query, count, slot);
-            break;
-#endif
-        }
+        with_count<kMaxGroups>(groups, [&](auto vectors) VLMFAST_INLINE_LAMBDA {
+          tile<decltype(vectors)::value>(task, panel, first_query, count, slot);
+        });
       }
       if (tiling.leaves_one) one_query(task, panel, task.q_end - 1);
       begin = end;

@@ -180,8 +180,8 @@ struct Backward {
     pack_row_pairs<Words>(grad_in, count, kWidth, dim, vectors * kLanes, grad_out_rows);
     logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
     with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
-      multiply_rows<Words, kGroups, decltype(rows)::kCount>(grad_out, values, words, words, n,
-                                                            grad_scores, nullptr, ahead);
+      multiply_rows<Words, kGroups, decltype(rows)::value>(grad_out, values, words, words, n,
+                                                           grad_scores, nullptr, ahead);
     });
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
@@ -407,10 +407,10 @@ struct Backward {
     if (tiling.has_last)
       last_query(window, logits, head, at, grad_bias, is_first, &grad_logit_scale);
     for (int t = 0; t < tiling.tiles; t++) {
-      const int first = tiling.first_vector(t);
-      with_groups(tiling.first_vector(t + 1) - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-        tile<decltype(groups)::kCount>(window, logits, head, first, at, t == 0 && !tiling.has_last,
-                                       grad_bias, is_first, &grad_logit_scale, ahead);
+      const int first = tiling.first_vector(t), vectors = tiling.first_vector(t + 1) - first;
+      with_count<kMaxGroups>(vectors, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+        tile<decltype(groups)::value>(window, logits, head, first, at, t == 0 && !tiling.has_last,
+                                      grad_bias, is_first, &grad_logit_scale, ahead);
       });
     }
     if (problem.grad_logit_scale != nullptr)

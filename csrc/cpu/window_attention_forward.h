@@ -149,9 +149,9 @@ struct Forward {
     const int64_t at = index * problem.heads + head;
     float* logsumexp = problem.logsumexp + at * n;
     for (int t = 0; t < tiling.tiles; t++) {
-      const int first = tiling.first_vector(t);
-      with_groups(tiling.first_vector(t + 1) - first, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-        tile<decltype(groups)::kCount>(window, logits, head, first, (uint32_t)at, logsumexp, ahead);
+      const int first = tiling.first_vector(t), vectors = tiling.first_vector(t + 1) - first;
+      with_count<kMaxGroups>(vectors, [&](auto groups) VLMFAST_INLINE_LAMBDA {
+        tile<decltype(groups)::value>(window, logits, head, first, (uint32_t)at, logsumexp, ahead);
       });
     }
     if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);

@@ -125,11 +125,6 @@ VLMFAST_INLINE void set_outer(const float* weights, const float* row, int n, int
   }
 }
 
-template <int kValue>
-struct Count {
-  static constexpr int kCount = kValue;
-};
-
 // Calls body(Count<rows of keys that one register tile holds>()): one less than usual where that
 // wastes less of the last tile (49 = 7 * 7), and no more than there are.
 template <int kGroups, int kMany = kTileRows<kGroups>, class Body>
@@ -159,7 +154,7 @@ struct Logits {
   VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
                            Vec* most, WindowPrefetcher& ahead) const {
     with_rows<kGroups>(tiling.tokens, [&](auto rows) VLMFAST_INLINE_LAMBDA {
-      constexpr int kRows = decltype(rows)::kCount;
+      constexpr int kRows = decltype(rows)::value;
       if (bias != nullptr && key_factors == nullptr && regions == nullptr)
         tile<kGroups, kRows, true>(query, first, factor, logits, most, ahead);
       else
@@ -226,25 +221,6 @@ VLMFAST_INLINE float exponentiate_row(float* logits, int n, float* most) {
     store(logits + j, p);
   }
   return horizontal_sum(sum);
-}
-
-// Calls body(Count<groups>()) for a tile of that many vectors.
-template <class Body>
-VLMFAST_INLINE void with_groups(int groups, Body body) {
-  switch (groups) {
-    case 1:
-      return body(Count<1>());
-    case 2:
-      return body(Count<2>());
-#if VLMFAST_LEVEL >= 1
-    case 3:
-      return body(Count<3>());
-#endif
-#if VLMFAST_LEVEL >= 2
-    case 4:
-      return body(Count<4>());
-#endif
-  }
 }
 
 }  // namespace

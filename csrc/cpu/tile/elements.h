@@ -15,6 +15,34 @@ VLMFAST_INLINE int round_up(int n, int step) { return (n + step - 1) / step * st
 VLMFAST_INLINE int minimum(int a, int b) { return a < b ? a : b; }
 VLMFAST_INLINE int maximum(int a, int b) { return a > b ? a : b; }
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls body(Count<n>()), for n in [1, kMost].
+template <int kMost, class Body>
+VLMFAST_INLINE void with_count(int n, Body body) {
+  static_assert(kMost >= 2 && kMost <= 6);
+  switch (n) {
+    case 1:
+      return body(Count<1>());
+    case 2:
+      return body(Count<2>());
+    case 3:
+      if constexpr (kMost >= 3) return body(Count<3>());
+      return;
+    case 4:
+      if constexpr (kMost >= 4) return body(Count<4>());
+      return;
+    case 5:
+      if constexpr (kMost >= 5) return body(Count<5>());
+      return;
+    case 6:
+      if constexpr (kMost >= 6) return body(Count<6>());
+  }
+}
+
 struct Fp32Words {
   static constexpr int kElements = 1;
   static constexpr int kExpDegree = 5;

@@ -176,34 +176,10 @@ VLMFAST_NOINLINE void outer_accumulate(const float* left, int left_stride, const
     const int n = (left_over + parts - 1) / parts, first = (vectors - left_over) * kLanes;
     const float* x = right + first;
     float* o = out + first;
-    switch (n) {
-      case 1:
-        outer_columns<Words, 1, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-      case 2:
-        outer_columns<Words, 2, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-#if VLMFAST_LEVEL >= 2
-      case 3:
-        outer_columns<Words, 3, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-      case 4:
-        outer_columns<Words, 4, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-      case 5:
-        outer_columns<Words, 5, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-      case 6:
-        outer_columns<Words, 6, kLeftByColumns>(left, left_stride, x, stride, depth, n_rows,
-                                                overwrite, o, stride);
-        break;
-#endif
-    }
+    with_count<kMost>(n, [&](auto vectors) VLMFAST_INLINE_LAMBDA {
+      outer_columns<Words, decltype(vectors)::value, kLeftByColumns>(
+          left, left_stride, x, stride, depth, n_rows, overwrite, o, stride);
+    });
     left_over -= n;
   }
 }
