@@ -57,8 +57,7 @@ struct Backward : Tiles<Words, T> {
           store(state_of(t, which, g), which == kShift ? shift_of(x) : x);
         }
       if (wants_rows() && problem.n_columns == 0)
-        for (int64_t i = 0; i < problem.queries * row_sums_tile; i += kLanes)
-          store(row_sums + t * problem.queries * row_sums_tile + i, zero());
+        clear(row_sums + t * problem.queries * row_sums_tile, problem.queries * row_sums_tile);
       if (!wants_columns()) continue;
       for (int q = 0; q < problem.queries; q++)
         pack_row_pairs<Words>(Base::rows_of(block, t, q), count, kWidth, problem.dim,
@@ -135,8 +134,7 @@ struct Backward : Tiles<Words, T> {
         store(p, grad);
       }
     }
-    for (int i = n * kWidth; i < round_up(n, kRowStep) * kWidth; i += kLanes)
-      store(logits + i, zero());
+    clear(logits + n * kWidth, (round_up(n, kRowStep) - n) * kWidth);
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       float *s = state_of(tile, kGradScale, g), *b = state_of(tile, kGradBias, g);
       store(s, load(s) + grad_scale[g]);

@@ -70,9 +70,7 @@ void scale_columns(const ContrastiveLossBackward& problem, int first, int last) 
   for (int j = first; j < last; j++) {
     const float* sums = problem.column_sums + (int64_t)j * padded;
     Out* out = (Out*)problem.grad_columns + (int64_t)j * problem.dim;
-    for (int d = 0; d < problem.dim; d += kLanes)
-      store_first(out + d, load(sums + d) * broadcast(problem.scale),
-                  minimum(kLanes, problem.dim - d));
+    store_scaled(out, sums, problem.dim, broadcast(problem.scale));
   }
 }
 

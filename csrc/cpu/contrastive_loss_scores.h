@@ -1,6 +1,7 @@
 // The logits of a block of rows against a panel of columns.
 #pragma once
 #include "cpu/contrastive_loss.h"
+#include "cpu/rows.h"
 #include "cpu/simd/math.h"
 #include "cpu/tile/pack.h"
 #include "cpu/tile/prefetch.h"

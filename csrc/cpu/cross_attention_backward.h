@@ -313,8 +313,8 @@ struct Backward {
 
   VLMFAST_INLINE void clear_grad_latents() const {
     const int64_t padded = round_up(problem.latents, kRowStep);
-    for (int64_t i = 0; i < padded * stride; i += kLanes) store(grad_keys + i, zero());
-    for (int64_t i = 0; i < padded * value_stride; i += kLanes) store(grad_values + i, zero());
+    clear(grad_keys, padded * stride);
+    clear(grad_values, padded * value_stride);
   }
 
   VLMFAST_INLINE void store_grad_latents(const CrossAttentionTask& task, int image) const {

@@ -67,8 +67,7 @@ struct Forward {
   VLMFAST_NOINLINE void attend_row(const Rows<T>& queries, int token, Rows<T> key, Rows<T> value,
                                    int n, Prefetcher& ahead, Softmax* softmax) const {
     const int dim = problem.head_dim;
-    for (int d = 0; d < dim; d += kLanes)
-      store(query + d, load_columns(queries, token, d, minimum(kLanes, dim - d)));
+    load_row(queries, token, dim, query);
     Vec most = broadcast(-kInfinity);
     for (int first = 0; first < n; first += kLanes) {
       const int m = minimum(kLanes, n - first);
@@ -268,7 +267,7 @@ struct Forward {
       return (int64_t)(head - task.head * problem.group) * range - task.begin;
     };
     rows.clear(held);
-    for (int64_t i = 0; i < held * value_stride; i += kLanes) store(row_out + i, zero());
+    clear(row_out, held * value_stride);
     for (int image = task.image_begin; image < task.image_end; image++)
       for_each_list(problem, task.batch, image, [&](Tokens all, int n) {
         const Tokens tokens = all.within(task.begin, task.end);

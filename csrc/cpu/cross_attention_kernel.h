@@ -88,17 +88,11 @@ void sum_uniform_rows(const CrossAttentionBackward& problem, int batch, int key_
 // The gradient of one query from its `splits` partial sums, added in order.
 void sum_splits(const CrossAttentionBackward& problem, int splits, int batch, int head, int token) {
   with_types(problem.dtype, [&](auto, auto element) {
-    auto* out = problem.grad_query.at<decltype(element)>(batch, head, token);
     const float* partial =
         problem.grad_query_splits +
         (((int64_t)batch * problem.heads + head) * problem.tokens + token) * problem.head_dim;
-    for (int d = 0; d < problem.head_dim; d += kLanes) {
-      const int n = minimum(kLanes, problem.head_dim - d);
-      Vec sum = zero();
-      for (int i = 0; i < splits; i++)
-        sum = sum + load_first(partial + i * problem.grad_query_split_size + d, n);
-      store_first(out + d, sum, n);
-    }
+    store_sum(problem.grad_query.at<decltype(element)>(batch, head, token), partial, splits,
+              problem.grad_query_split_size, problem.head_dim);
   });
 }
 

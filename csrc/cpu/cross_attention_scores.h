@@ -1,6 +1,7 @@
 // Which tokens see an image, tiles of them, and the softmax of their scores.
 #pragma once
 #include "cpu/cross_attention.h"
+#include "cpu/rows.h"
 #include "cpu/softmax.h"
 #include "cpu/tile/pack.h"
 #include "cpu/tile/prefetch.h"
@@ -101,13 +102,6 @@ VLMFAST_INLINE void store_zeros(T* row, int columns) {
 }
 
 template <class T>
-VLMFAST_INLINE Vec load_columns(const Rows<T>& rows, int row, int d, int n) {
-  const T* p = rows.row(row) + d * rows.column_stride;
-  return rows.column_stride == 1 ? load_first(p, n)
-                                 : gather_words<Fp32Words>(p, rows.column_stride, n);
-}
-
-template <class T>
 VLMFAST_INLINE Rows<T> rows_from(const Rows<T>& rows, int first) {
   return {rows.row(first), rows.row_stride, rows.column_stride};
 }
@@ -182,15 +176,6 @@ VLMFAST_INLINE void score(const float* query, const Operand& keys, int words, in
 
 VLMFAST_INLINE Vec first_or(Vec x, int lanes, float other) {
   return lanes >= kLanes ? x : select_ge(lane_index(0), lanes, broadcast(other), x);
-}
-
-// Columns of a row, times `scale`.
-template <class T>
-VLMFAST_INLINE void store_scaled(T* target, const float* source, int columns, Vec scale) {
-  int d = 0;
-  for (; d + kLanes <= columns; d += kLanes)
-    store_first(target + d, load(source + d) * scale, kLanes);
-  if (d < columns) store_first(target + d, load(source + d) * scale, columns - d);
 }
 
 // Running maxima (log2 units) and sums of exponentials of a tile's rows.

@@ -305,8 +305,7 @@ struct Backward {
                                 count,   query, panel.ahead, mask_tile};
     const int end = tile.visible_end(panel.end);
     Vec factors[kGroups];
-    if (panel.is_first)
-      for (int i = 0; i < columns * kWidth; i += kLanes) store(grad_query_sum + i, zero());
+    if (panel.is_first) clear(grad_query_sum, (int64_t)columns * kWidth);
     if (panel.begin < end) {
       const Rows<T> query_in = rows_of<T>(problem.query, task.batch, head, first_query);
       const Rows<T> grad_in = rows_of<T>(problem.grad_out, task.batch, head, first_query);
@@ -408,10 +407,8 @@ struct Backward {
     for (int j = 0; j < n; j += kLanes)
       store(grad_scores + j, load(scores + j) * (load(grad_scores + j) - broadcast(delta)));
     if (problem.wants_key_value) {
-      for (int d = 0; d < problem.head_dim; d += kLanes)
-        store(query_rows + d, load_columns(query_in, d, problem.head_dim));
-      for (int d = 0; d < problem.value_dim; d += kLanes)
-        store(grad_out_rows + d, load_columns(grad_in, d, problem.value_dim));
+      load_row(query_in, 0, problem.head_dim, query_rows);
+      load_row(grad_in, 0, problem.value_dim, grad_out_rows);
       add_outer(scores, grad_out_rows, n, value_vectors, grad_values);
       add_outer(grad_scores, query_rows, n, vectors, grad_keys);
     }
@@ -420,17 +417,8 @@ struct Backward {
     combine_rows<Words>(grad_scores, panel.key_pairs.rows, panel.key_pairs.stride,
                         (n + Words::kElements - 1) / Words::kElements, problem.head_dim,
                         grad_query);
-    T* target = problem.grad_query.at<T>(task.batch, head, row);
-    for (int d = 0; d < problem.head_dim; d += kLanes)
-      store_first(target + d, load(grad_query + d) * broadcast(problem.scale),
-                  minimum(kLanes, problem.head_dim - d));
-  }
-
-  VLMFAST_INLINE Vec load_columns(const Rows<T>& row, int d, int columns) const {
-    const int n = minimum(kLanes, columns - d);
-    const T* p = row.data + d * row.column_stride;
-    return row.column_stride == 1 ? load_first(p, n)
-                                  : gather_words<Fp32Words>(p, row.column_stride, n);
+    store_scaled(problem.grad_query.at<T>(task.batch, head, row), grad_query, problem.head_dim,
+                 broadcast(problem.scale));
   }
 
   // Where the first tile of queries meets every key it can store its share of grad_keys and
@@ -501,10 +489,8 @@ struct Backward {
         panel.key_pairs = {key_pairs, columns};
       }
       if (problem.wants_key_value && (!overwrites() || tiling.tiles == 0)) {
-        for (int64_t i = 0; i < (int64_t)padded * vectors * kLanes; i += kLanes)
-          store(grad_keys + i, zero());
-        for (int64_t i = 0; i < (int64_t)padded * value_vectors * kLanes; i += kLanes)
-          store(grad_values + i, zero());
+        clear(grad_keys, (int64_t)padded * vectors * kLanes);
+        clear(grad_values, (int64_t)padded * value_vectors * kLanes);
       }
       for (int h = 0; h < problem.group; h++) {
         for (int t = 0; t < tiling.tiles; t++) {

@@ -98,8 +98,7 @@ struct Forward {
       }
       return;
     }
-    if (*started == 0.f)
-      for (int i = 0; i < value_columns * kWidth; i += kLanes) store(out + i, zero());
+    if (*started == 0.f) clear(out, (int64_t)value_columns * kWidth);
     finish<kGroups>(task, first_query, count, most, sum, out);
   }
 
@@ -125,10 +124,8 @@ struct Forward {
     round_weights<Words>(scores, n);
     combine_rows<Words>(scores, panel.values.rows, panel.values.stride,
                         (n + Words::kElements - 1) / Words::kElements, problem.value_dim, state);
-    T* target = problem.out.at<T>(task.batch, task.head, row);
-    for (int d = 0; d < problem.value_dim; d += kLanes)
-      store_first(target + d, load(state + d) * broadcast(statistics.inverse),
-                  minimum(kLanes, problem.value_dim - d));
+    store_scaled(problem.out.at<T>(task.batch, task.head, row), state, problem.value_dim,
+                 broadcast(statistics.inverse));
   }
 
   template <int kGroups>

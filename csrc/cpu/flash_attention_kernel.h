@@ -43,17 +43,11 @@ void sum_splits(const FlashAttentionBackward& problem, int splits, int64_t batch
                 int64_t row) {
   with_types(problem.dtype, [&](auto, auto element) {
     using T = decltype(element);
-    T* out = problem.grad_query.at<T>(batch, head, row);
     const float* partial =
         problem.grad_query_splits +
         ((batch * problem.heads + head) * problem.query_length + row) * problem.head_dim;
-    for (int d = 0; d < problem.head_dim; d += kLanes) {
-      const int n = minimum(kLanes, problem.head_dim - d);
-      Vec sum = zero();
-      for (int i = 0; i < splits; i++)
-        sum = sum + load_first(partial + i * problem.grad_query_split_size + d, n);
-      store_first(out + d, sum, n);
-    }
+    store_sum(problem.grad_query.at<T>(batch, head, row), partial, splits,
+              problem.grad_query_split_size, problem.head_dim);
   });
 }
 

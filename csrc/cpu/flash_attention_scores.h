@@ -1,6 +1,7 @@
 // The scores of a tile of queries against a block of keys, under a mask and the causal diagonal.
 #pragma once
 #include "cpu/flash_attention.h"
+#include "cpu/rows.h"
 #include "cpu/softmax.h"
 #include "cpu/tile/dropout.h"
 #include "cpu/tile/pack.h"

@@ -1,5 +1,6 @@
 // Forward: window after window, head after head.
 #pragma once
+#include "cpu/rows.h"
 #include "cpu/tile/dropout.h"
 #include "cpu/window_attention_bias.h"
 #include "cpu/window_attention_scores.h"
@@ -126,10 +127,8 @@ struct Forward {
     round_weights<Words>(row_scores, n);
     combine_rows<Words>(row_scores, values, value_columns,
                         (n + Words::kElements - 1) / Words::kElements, problem.head_dim, row);
-    T* out = window.of(kOut, column, q).row(0);
-    const Vec scaled = broadcast(kept_scale(problem.dropout_p) / sum);
-    for (int d = 0; d < problem.head_dim; d += kLanes)
-      store_first(out + d, scaled * load(row + d), minimum(kLanes, problem.head_dim - d));
+    store_scaled(window.of(kOut, column, q).row(0), row, problem.head_dim,
+                 broadcast(kept_scale(problem.dropout_p) / sum));
     log2_in_place(&sum, 1);
     logsumexp[q] = (most + sum) * (float)kLn2;
   }
