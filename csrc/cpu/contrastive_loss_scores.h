@@ -2,7 +2,7 @@
 #pragma once
 #include "cpu/contrastive_loss.h"
 #include "cpu/rows.h"
-#include "cpu/simd/math.h"
+#include "cpu/softmax.h"
 #include "cpu/tile/pack.h"
 #include "cpu/tile/prefetch.h"
 #include "cpu/tile/products.h"
@@ -48,11 +48,6 @@ VLMFAST_NOINLINE void multiply_part(const float* __restrict rows, const float* _
       store(p, is_first ? sum[r][g] : load(p) + sum[r][g]);
     }
   }
-}
-
-// A maximum as what may be subtracted: that of nothing must not turn -inf into NaN.
-VLMFAST_INLINE Vec shift_of(Vec most) {
-  return select_eq(most, broadcast(-kInfinity), zero(), most);
 }
 
 // Which lanes of a tile hold a row, and which of them is a column's pair.

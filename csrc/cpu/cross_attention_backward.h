@@ -152,7 +152,7 @@ struct Backward {
     constexpr int kWidth = kGroups * kLanes;
     Vec top[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      top[g] = select_eq(most[g], broadcast(-kInfinity), zero(), most[g]);
+      top[g] = shift_of(most[g]);
       sum[g] = products[g] = zero();
     }
     const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, top));

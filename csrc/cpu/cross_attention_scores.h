@@ -193,8 +193,7 @@ struct Softmax {
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       const int c = g * kLanes;
       const Vec old = load(top + c), next = max(old, block_top[g]);
-      // Where there is nothing but -inf, subtracting 0 gives weights of 0, not NaN.
-      subtracted[g] = select_eq(next, broadcast(-kInfinity), zero(), next);
+      subtracted[g] = shift_of(next);
       const Vec factor = exp2<5>(old - subtracted[g]);
       store(rescale + c, factor);
       store(sum + c, load(sum + c) * factor);
@@ -233,10 +232,6 @@ VLMFAST_INLINE void reduce_rows(int count, float* out, Body body, Reduce reduce)
 VLMFAST_INLINE void log2_of_sums(const float* sums, float* logs) {
   for (int i = 0; i < kTile; i++) logs[i] = sums[i] == 0.f ? 1.f : sums[i];
   log2_in_place(logs, kTile);
-}
-
-VLMFAST_INLINE float natural_logsumexp(float top, float log2_sum) {
-  return (float)(((double)top + log2_sum) * kLn2);
 }
 
 // Maxima and sums of all rows, where they come from several images.

@@ -140,7 +140,7 @@ struct Backward {
       if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
-        const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
+        const Vec subtracted = shift_of(next);
         const Vec rescale = exp2<5>(most[g] - subtracted);
         Vec block_sum = zero(), block_products = zero();
         for (int j = 0; j < n; j++) {
@@ -182,7 +182,7 @@ struct Backward {
     const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem.dropout_p));
     Vec shift[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      shift[g] = select_eq(most[g], broadcast(-kInfinity), zero(), most[g]);
+      shift[g] = shift_of(most[g]);
       sum[g] = products[g] = zero();
     }
     for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {

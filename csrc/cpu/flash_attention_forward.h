@@ -70,9 +70,7 @@ struct Forward {
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         const Vec next = max(most[g], block_most[g]);
-        // Where nothing is visible yet the maximum is -inf; subtracting 0 instead gives weights of
-        // 0, not NaN.
-        const Vec subtracted = select_eq(next, broadcast(-kInfinity), zero(), next);
+        const Vec subtracted = shift_of(next);
         rescale[g] = exp2<5>(most[g] - subtracted);
         sum[g] = sum[g] * rescale[g];
         most[g] = next;
@@ -120,7 +118,7 @@ struct Forward {
     float log_sum = statistics.sum == 0.f ? 1.f : statistics.sum;
     log2_in_place(&log_sum, 1);
     problem.logsumexp[(task.batch * problem.heads + task.head) * problem.query_length + row] =
-        (float)(((double)statistics.top + log_sum) * kLn2);
+        natural_logsumexp(statistics.top, log_sum);
     round_weights<Words>(scores, n);
     combine_rows<Words>(scores, panel.values.rows, panel.values.stride,
                         (n + Words::kElements - 1) / Words::kElements, problem.value_dim, state);
@@ -147,7 +145,7 @@ struct Forward {
                        first_query;
     // A row of nothing but the lowest mask was clamped there in log2 units.
     for (int i = 0; i < count; i++)
-      logsumexp[i] = tops[i] == kLowest ? kLowest : (float)(((double)tops[i] + logs[i]) * kLn2);
+      logsumexp[i] = tops[i] == kLowest ? kLowest : natural_logsumexp(tops[i], logs[i]);
     const auto target = rows_of<T>(problem.out, task.batch, task.head, first_query);
     store_transposed<kGroups>(out, factor, target, count, problem.value_dim);
   }

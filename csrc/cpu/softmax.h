@@ -14,6 +14,17 @@ VLMFAST_INLINE Vec in_log2_units(Vec raw, float most) {
   return select_eq(magnitude, broadcast(kInfinity), raw, scaled);
 }
 
+// What to subtract from scores whose maximum is `most`. Where that is -inf, as nothing is visible,
+// it is 0: weights are 0 then, not NaN.
+VLMFAST_INLINE Vec shift_of(Vec most) {
+  return select_eq(most, broadcast(-kInfinity), zero(), most);
+}
+
+// The logsumexp of scores in units of log2 from their maximum and the log2 of their sum.
+VLMFAST_INLINE float natural_logsumexp(float top, float log2_sum) {
+  return (float)(((double)top + log2_sum) * kLn2);
+}
+
 // Stores row j of the weights or, with bf16 words, rows j and j + 1 joined into words of pairs.
 template <class Words, int kGroups>
 VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec second) {
