@@ -27,7 +27,7 @@ struct Backward {
     value_vectors = (p.value_dim + kLanes - 1) / kLanes;
     const int64_t per_key = words + value_words + (kPairs ? columns / 2 : 0) +
                             (p.wants_key_value ? (vectors + value_vectors) * kLanes : 0);
-    const int64_t tiles = (int64_t)Tiling(p.queries_most, p.causal, false).tiles * p.group;
+    const int64_t tiles = (int64_t)tiling_of(p.queries_most, p.causal, false).tiles * p.group;
     const int64_t panel = tiles <= 2 ? kBackwardPanel / 8 : kBackwardPanel;
     keys_at_once = panel_keys(panel, per_key, p.keys_most);
     grad_query_tile = (int64_t)columns * kMaxTile;
@@ -473,7 +473,7 @@ struct Backward {
 
   // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
+    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const bool many_panels = task.k_end - task.k_begin > keys_at_once;
     int begin = task.k_begin;
     do {

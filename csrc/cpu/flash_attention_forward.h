@@ -18,7 +18,7 @@ struct Forward {
   Forward(const FlashAttentionForward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
     value_columns = round_up(p.value_dim, kRowStep);
-    const int tiles = Tiling(p.queries_most, p.causal, false).tiles;
+    const int tiles = tiling_of(p.queries_most, p.causal, false).tiles;
     keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.keys_most);
     // A panel that only a tile or two will read need not stay in the cache, and a short one lets
     // the next be fetched meanwhile.
@@ -189,7 +189,7 @@ struct Forward {
 
   // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
+    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
     const int key_head = task.head / problem.group;
     int begin = task.k_begin;
     do {

@@ -7,6 +7,7 @@
 #include "cpu/tile/pack.h"
 #include "cpu/tile/prefetch.h"
 #include "cpu/tile/products.h"
+#include "cpu/tiling.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
@@ -24,23 +25,12 @@ int panel_keys(int64_t budget, int64_t floats_per_key, int keys) {
   return panels <= 1 ? keys : round_up((keys + panels - 1) / panels, kBlock);
 }
 
-// Queries are cut into tiles of nearly equal size: a short last tile would use few lanes and few
-// accumulators. A single query beyond whole vectors (257 = 16 * 16 + 1, as vision transformers
-// have) is left to itself where `may_leave_one`.
-struct Tiling {
-  int vectors, tiles;
-  bool leaves_one;
-
-  // Narrow tiles under a causal mask: they compute less of what the diagonal hides.
-  Tiling(int queries, bool causal, bool may_leave_one)
-      : vectors((queries + kLanes - 1) / kLanes),
-        leaves_one(may_leave_one && vectors > 1 && queries % kLanes == 1) {
-    if (leaves_one) vectors--;
-    const int most = causal ? minimum(2, kMaxGroups) : kMaxGroups;
-    tiles = (vectors + most - 1) / most;
-  }
-  VLMFAST_INLINE int first_vector(int tile) const { return (int)((int64_t)vectors * tile / tiles); }
-};
+// A single query alone has no tile to share its work with, and is one. Under a causal mask tiles
+// are narrow: they compute less of what the diagonal hides.
+VLMFAST_INLINE Tiling tiling_of(int queries, bool causal, bool may_leave_one) {
+  const int max_groups = causal ? minimum(2, kMaxGroups) : kMaxGroups;
+  return Tiling(queries, max_groups, may_leave_one && queries > 1);
+}
 
 template <class M>
 VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {

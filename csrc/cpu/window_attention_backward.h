@@ -12,7 +12,7 @@ struct Backward {
   enum Tensors { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kTensors };
   static constexpr bool kPairs = Words::kElements == 2;
   const WindowAttentionBackward& problem;
-  Tiling tiling;
+  WindowTiling tiling;
   bool wants_products;
   int words, columns, vectors, row_words;
   float* biases;
@@ -404,12 +404,12 @@ struct Backward {
     const uint32_t at = (uint32_t)(index * problem.heads + head);
     Vec grad_logit_scale = zero();
     const bool is_first = index == task.window_begin;
-    if (tiling.has_last)
+    if (tiling.leaves_one)
       last_query(window, logits, head, at, grad_bias, is_first, &grad_logit_scale);
     for (int t = 0; t < tiling.tiles; t++) {
       const int first = tiling.first_vector(t), vectors = tiling.first_vector(t + 1) - first;
       with_count<kMaxGroups>(vectors, [&](auto groups) VLMFAST_INLINE_LAMBDA {
-        tile<decltype(groups)::value>(window, logits, head, first, at, t == 0 && !tiling.has_last,
+        tile<decltype(groups)::value>(window, logits, head, first, at, t == 0 && !tiling.leaves_one,
                                       grad_bias, is_first, &grad_logit_scale, ahead);
       });
     }

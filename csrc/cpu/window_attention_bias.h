@@ -22,7 +22,7 @@ VLMFAST_INLINE void with_element(ElementType dtype, Body body) {
 // Calls body(vector, at, stride) for every vector of queries in a tile: there a packed bias holds
 // the row of key j at `at` + j * stride.
 template <class Body>
-void for_each_bias_vector(const Tiling& tiling, Body body) {
+void for_each_bias_vector(const WindowTiling& tiling, Body body) {
   for (int t = 0; t < tiling.tiles; t++) {
     const int first = tiling.first_vector(t), end = tiling.first_vector(t + 1);
     for (int v = first; v < end; v++)
@@ -32,7 +32,7 @@ void for_each_bias_vector(const Tiling& tiling, Body body) {
 
 // load(query, key, n) gives n elements of a query's row.
 template <class Load>
-VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* packed) {
+VLMFAST_INLINE void pack_bias_rows(const WindowTiling& tiling, Load load_keys, float* packed) {
   const int tokens = tiling.tokens;
   for_each_bias_vector(tiling, [&](int v, int64_t at, int stride) {
     const int queries = minimum(kLanes, tokens - v * kLanes);
@@ -46,15 +46,15 @@ VLMFAST_INLINE void pack_bias_rows(const Tiling& tiling, Load load_keys, float* 
       VLMFAST_UNROLL for (int i = 0; i < kLanes; i++) if (i < n) store(target + i * stride, r[i]);
     }
   });
-  if (tiling.has_last)
+  if (tiling.leaves_one)
     for (int key = 0; key < tokens; key += kLanes)
       store(packed + tiling.bias_tiles_size() + key,
             load_keys(tokens - 1, key, minimum(kLanes, tokens - key)));
 }
 
 // Packs the biases of a task's heads in log2 units.
-VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const Tiling& tiling, int head_begin,
-                                  int head_end, float* packed) {
+VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const WindowTiling& tiling,
+                                  int head_begin, int head_end, float* packed) {
   const int64_t size = tiling.bias_size();
   with_element(bias.dtype, [&](auto element) {
     using T = decltype(element);
@@ -87,7 +87,7 @@ VLMFAST_NOINLINE void pack_biases(const WindowBias& bias, const Tiling& tiling, 
 
 // The gradient of a head's bias from its partial sums, which lie `split_stride` apart.
 VLMFAST_NOINLINE void store_bias_gradient(const float* partial, int splits, int64_t split_stride,
-                                          const Tiling& tiling, int head,
+                                          const WindowTiling& tiling, int head,
                                           const WindowBias& gradient) {
   with_element(gradient.dtype, [&](auto element) {
     using T = decltype(element);
@@ -111,7 +111,7 @@ VLMFAST_NOINLINE void store_bias_gradient(const float* partial, int splits, int6
           store_first(out + (v * kLanes + i) * gradient.query_stride + key, r[i], n);
       }
     });
-    if (tiling.has_last)
+    if (tiling.leaves_one)
       for (int key = 0; key < tokens; key += kLanes)
         store_first(out + (tokens - 1) * gradient.query_stride + key,
                     total(tiling.bias_tiles_size() + key), minimum(kLanes, tokens - key));

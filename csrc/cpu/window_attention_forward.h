@@ -12,7 +12,7 @@ template <class Words, class T>
 struct Forward {
   enum Tensors { kQuery, kKey, kValue, kOut, kTensors };
   const WindowAttentionForward& problem;
-  Tiling tiling;
+  WindowTiling tiling;
   int words, value_columns, row_words;
   float *biases, *keys, *values, *key_factors, *query, *scores, *keep, *sums, *row, *row_scores;
   mutable Window<T, kTensors> windows[2];
@@ -153,7 +153,7 @@ struct Forward {
         tile<decltype(groups)::value>(window, logits, head, first, (uint32_t)at, logsumexp, ahead);
       });
     }
-    if (tiling.has_last) last_query(window, logits, head, (uint32_t)at, logsumexp);
+    if (tiling.leaves_one) last_query(window, logits, head, (uint32_t)at, logsumexp);
   }
 
   void run(const WindowAttentionTask& task, const WindowAttentionTask& next,

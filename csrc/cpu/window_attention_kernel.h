@@ -11,10 +11,10 @@
 namespace vlmfast::cpu::VLMFAST_VARIANT {
 namespace {
 
-int64_t bias_size(int tokens) { return Tiling(tokens).bias_size(); }
+int64_t bias_size(int tokens) { return WindowTiling(tokens).bias_size(); }
 
 void sum_bias(const WindowAttentionBackward& problem, int splits, int head) {
-  const Tiling tiling(problem.window_height * problem.window_width);
+  const WindowTiling tiling(problem.window_height * problem.window_width);
   store_bias_gradient(problem.bias_sums + head * tiling.bias_size(), splits,
                       problem.heads * tiling.bias_size(), tiling, head, problem.grad_bias);
 }

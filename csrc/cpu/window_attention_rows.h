@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/tile/elements.h"
 #include "cpu/tile/scratch.h"
+#include "cpu/tiling.h"
 #include "cpu/window_attention.h"
 
 namespace vlmfast::cpu::VLMFAST_VARIANT {
@@ -14,22 +15,15 @@ constexpr int kRun = 8;
 constexpr float kSmallestNorm = 1e-12f;       // of torch.nn.functional.normalize
 constexpr float kShortestInverse = 0x1p-32f;  // of norms of rows that are taken as they are
 
-// How the queries of a window are spread over the lanes: in tiles of nearly equal size, and a last
-// one, which would have a vector to itself, apart (7 x 7 = 3 x 16 + 1).
-struct Tiling {
-  int tokens, vectors, tiles, padded_tokens;
-  bool has_last;
+// The tiles of a window's queries; a query left to itself is the last one.
+struct WindowTiling : Tiling {
+  int tokens, padded_tokens;
 
-  explicit Tiling(int tokens)
-      : tokens(tokens),
-        vectors((tokens + kLanes - 1) / kLanes),
-        padded_tokens(round_up(tokens, maximum(kLanes, kRowStep))),
-        has_last(tokens % kLanes == 1) {
-    if (has_last) vectors--;
-    tiles = (vectors + kMaxGroups - 1) / kMaxGroups;
-  }
-  VLMFAST_INLINE int first_vector(int tile) const { return vectors * tile / tiles; }
-  VLMFAST_INLINE int tiled_queries() const { return has_last ? tokens - 1 : tokens; }
+  explicit WindowTiling(int tokens)
+      : Tiling(tokens, kMaxGroups, true),
+        tokens(tokens),
+        padded_tokens(round_up(tokens, maximum(kLanes, kRowStep))) {}
+  VLMFAST_INLINE int tiled_queries() const { return leaves_one ? tokens - 1 : tokens; }
 
   // A packed bias holds [key][the tile's vectors * kLanes], tile after tile, and then the last
   // query's row [padded_tokens].
@@ -38,7 +32,7 @@ struct Tiling {
   }
   VLMFAST_INLINE int64_t bias_tiles_size() const { return bias_tile(vectors); }
   VLMFAST_INLINE int64_t bias_size() const {
-    return bias_tiles_size() + (has_last ? padded_tokens : 0);
+    return bias_tiles_size() + (leaves_one ? padded_tokens : 0);
   }
 };
 
@@ -52,7 +46,7 @@ struct Window {
 
   static constexpr int kFloatsPerPointer = (sizeof(T*) + sizeof(float) - 1) / sizeof(float);
 
-  void take(Arena* arena, const Tiling& tiling) {
+  void take(Arena* arena, const WindowTiling& tiling) {
     rows = (T**)arena->take((int64_t)tiling.tokens * kTensors * kFloatsPerPointer);
     regions = arena->take(tiling.padded_tokens);
     is_padding = (bool*)arena->take(tiling.tokens);
@@ -136,7 +130,7 @@ class WindowPrefetcher {
   // Of each row `columns` columns from `column` on; spread over `products` products of all queries
   // and keys.
   template <class T, int kTensors>
-  VLMFAST_INLINE WindowPrefetcher(const Window<T, kTensors>& window, const Tiling& tiling,
+  VLMFAST_INLINE WindowPrefetcher(const Window<T, kTensors>& window, const WindowTiling& tiling,
                                   int column, int columns, int products, int words)
       : row_((const char* const*)window.rows),
         end_(row_ + (int64_t)tiling.tokens * kTensors),

@@ -141,7 +141,7 @@ VLMFAST_INLINE void with_rows(int n, Body body) {
 // The logits of one head in one window, in log2 units.
 template <class Words>
 struct Logits {
-  const Tiling& tiling;
+  const WindowTiling& tiling;
   const float* keys;         // pack_rows
   const float* key_factors;  // inverse norms, or nullptr
   int words;
