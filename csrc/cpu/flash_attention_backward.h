@@ -372,14 +372,6 @@ struct Backward {
     }
   }
 
-  // Whether a query may run by itself: where nothing is hidden, and one panel holds all keys.
-  VLMFAST_INLINE bool may_leave_one(const FlashAttentionTask& task) const {
-    const int n = task.k_end - task.k_begin;
-    return n > 0 && n == task.all_k_end - task.all_k_begin &&
-           n <= minimum(keys_at_once, kBlock * kMaxTile) && !problem.causal &&
-           problem.mask.data == nullptr && keep == nullptr;
-  }
-
   // One query, after others have met these keys; lanes are keys in the scores, features in the
   // sums.
   VLMFAST_NOINLINE void one_query(const FlashAttentionTask& task, const Panel& panel, int head,
@@ -473,8 +465,11 @@ struct Backward {
 
   // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
-    const bool many_panels = task.k_end - task.k_begin > keys_at_once;
+    const int task_keys = task.k_end - task.k_begin;
+    const bool may_leave_one = task_keys == task.all_k_end - task.all_k_begin &&
+                               runs_alone(problem, task_keys, keys_at_once);
+    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one);
+    const bool many_panels = task_keys > keys_at_once;
     int begin = task.k_begin;
     do {
       const int end = minimum(begin + keys_at_once, task.k_end), n = end - begin;

@@ -100,13 +100,6 @@ struct Forward {
     finish<kGroups>(task, first_query, count, most, sum, out);
   }
 
-  // Whether a query may run by itself: where nothing is hidden, and one panel holds all keys.
-  VLMFAST_INLINE bool may_leave_one(const FlashAttentionTask& task) const {
-    const int n = task.k_end - task.k_begin;
-    return n > 0 && n <= minimum(keys_at_once, kBlock * kMaxTile) && !problem.causal &&
-           problem.mask.data == nullptr && keep == nullptr;
-  }
-
   // One query; lanes are keys in the scores and features in the sum.
   VLMFAST_NOINLINE void one_query(const FlashAttentionTask& task, const Panel& panel,
                                   int row) const {
@@ -189,7 +182,8 @@ struct Forward {
 
   // `next` is what this thread runs afterwards.
   void run(const FlashAttentionTask& task, const FlashAttentionTask& next) const {
-    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one(task));
+    const bool may_leave_one = runs_alone(problem, task.k_end - task.k_begin, keys_at_once);
+    const Tiling tiling = tiling_of(task.q_end - task.q_begin, problem.causal, may_leave_one);
     const int key_head = task.head / problem.group;
     int begin = task.k_begin;
     do {

@@ -32,6 +32,13 @@ VLMFAST_INLINE Tiling tiling_of(int queries, bool causal, bool may_leave_one) {
   return Tiling(queries, max_groups, may_leave_one && queries > 1);
 }
 
+// Whether a query may be run by itself against n keys: where it sees and keeps all of them, and one
+// panel holds them.
+VLMFAST_INLINE bool runs_alone(const FlashAttentionProblem& problem, int n, int keys_at_once) {
+  return n > 0 && n <= minimum(keys_at_once, kBlock * kMaxTile) && !problem.causal &&
+         problem.mask.data == nullptr && !(problem.dropout_p > 0);
+}
+
 template <class M>
 VLMFAST_INLINE Vec load_mask_row(const M* row, int64_t stride, int n) {
   const Vec raw = stride == 1 ? load_first(row, n) : gather_words<Fp32Words>(row, stride, n);
