@@ -82,13 +82,13 @@ struct Forward : Tiles<Words, T> {
 
   template <bool kMasked>
   VLMFAST_INLINE void scale_and_find_maxima(const Lanes& lanes, int tile, int n) const {
-    Vec most[kGroups], total[kGroups], positive[kGroups];
+    Vec row_max[kGroups], total[kGroups], positive[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      most[g] = broadcast(-kInfinity);
+      row_max[g] = broadcast(-kInfinity);
       total[g] = positive[g] = zero();
     }
     for (int j = 0; j < n; j++) {
-      Vec column_most = broadcast(-kInfinity);
+      Vec max_of_column = broadcast(-kInfinity);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
         Vec x = logit<kMasked>(lanes, g, j, total, positive);
         if constexpr (kMasked) {
@@ -96,15 +96,15 @@ struct Forward : Tiles<Words, T> {
           x = lanes.existing(g, lanes.paired(g, j, hidden, x), hidden);
         }
         store(logits + j * kWidth + g * kLanes, x);
-        most[g] = max(most[g], x);
-        column_most = max(column_most, x);
+        row_max[g] = max(row_max[g], x);
+        max_of_column = max(max_of_column, x);
       }
-      tile_max[j] = horizontal_max(column_most);
+      tile_max[j] = horizontal_max(max_of_column);
     }
     add_state(tile, kTotal, total);
     if (kMasked) add_state(tile, kPositive, positive);
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      const Vec old = load(state_of(tile, kMax, g)), now = max(old, most[g]);
+      const Vec old = load(state_of(tile, kMax, g)), now = max(old, row_max[g]);
       store(state_of(tile, kMax, g), now);
       float* sum = state_of(tile, kSum, g);
       store(sum, load(sum) * exponential(old - shift_of(now)));
@@ -137,10 +137,10 @@ struct Forward : Tiles<Words, T> {
     for (int j = 0; j < panel.n; j += kLanes) {
       const int m = minimum(kLanes, panel.n - j);
       const Vec old = load_first(maxima + j, m), here = load_first(tile_max + j, m);
-      const Vec most = max(old, here), shift = shift_of(most);
+      const Vec now = max(old, here), shift = shift_of(now);
       const Vec sum = load_first(sums + j, m) * exponential(old - shift) +
                       load_first(tile_sum + j, m) * exponential(here - shift);
-      store_first(maxima + j, most, m);
+      store_first(maxima + j, now, m);
       store_first(sums + j, sum, m);
     }
   }

@@ -14,7 +14,7 @@ namespace {
 constexpr int kGroups = kMaxGroups;
 constexpr int kWidth = kGroups * kLanes;
 constexpr int kPanel = 96;
-constexpr int kPartWords = 128;  // of a product: 32 KiB of packed rows at most
+constexpr int kPartWords = 128;  // of a product: 32 KiB of packed rows, no more
 constexpr int kProductRows = kRegisters == 32 ? 6 : 4;
 static_assert(kPanel % 24 == 0 && 24 % kProductRows == 0 && 24 % kRowStep == 0);
 
@@ -177,12 +177,12 @@ struct Tiles {
     for (int q = 1; q < problem.queries; q++) {
       multiply(packed + q * tile_floats, panel, one_query, ahead);
       for (int i = 0; i < panel.n * kWidth; i += kLanes) {
-        const Vec old = load(logits + i), most = max(old, load(one_query + i));
+        const Vec old = load(logits + i), largest = max(old, load(one_query + i));
         const Vec index = q == 1 ? zero() : load(query_index + i);
         // The first of equals, and NaN once there is one.
-        const Vec stays = select_eq(most, old, index, broadcast((float)q));
+        const Vec stays = select_eq(largest, old, index, broadcast((float)q));
         store(query_index + i, select_eq(old, old, stays, index));
-        store(logits + i, select_eq(old, old, most, old));
+        store(logits + i, select_eq(old, old, largest, old));
       }
     }
   }

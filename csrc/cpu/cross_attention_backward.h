@@ -14,7 +14,7 @@ struct Backward {
   float *keys, *values, *key_rows, *grad_keys, *grad_values;
   float *query, *grad_out, *query_rows, *grad_out_rows, *grad_query;
   float *scores, *grad_scores, *left, *grad_left;
-  RowStatistics rows{};  // where tokens may see several images
+  JoinedRows rows{};  // where tokens may see several images
   int64_t scratch_size;
 
   static constexpr int kStep = Words::kElements;
@@ -51,12 +51,12 @@ struct Backward {
 
   // Scores of `count` packed queries, from n packed latents on; grad_scores may hold parts of them.
   template <int kGroups, class Ahead>
-  VLMFAST_INLINE void scores_of(int count, const Operand& latents, int n, Vec* most,
+  VLMFAST_INLINE void scores_of(int count, const Operand& latents, int n, Vec* row_max,
                                 Ahead& ahead) const {
     constexpr int kWidth = kGroups * kLanes;
     if ((kGroups - 1) * kLanes >= kImpreciseRows || count > kImpreciseRows)
-      return score<Words, kGroups>(query, latents, words, n, factor, scores, most, ahead);
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
+      return score<Words, kGroups>(query, latents, words, n, factor, scores, row_max, ahead);
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) row_max[g] = broadcast(-kInfinity);
     for (int w = 0; w < words; w += kPartWords) {
       const bool is_last = w + kPartWords >= words;
       multiply_rows<Words, kGroups>(query + w * kWidth, latents.rows + w, latents.stride,
@@ -65,7 +65,7 @@ struct Backward {
       for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
           const int at = j * kWidth + g * kLanes;
           if (w > 0) store(scores + at, load(scores + at) + load(grad_scores + at));
-          if (is_last) most[g] = max(most[g], load(scores + at) * broadcast(factor));
+          if (is_last) row_max[g] = max(row_max[g], load(scores + at) * broadcast(factor));
         }
     }
   }
@@ -80,10 +80,10 @@ struct Backward {
     softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      Vec most[kGroups], subtracted[kGroups];
+      Vec row_max[kGroups], subtracted[kGroups];
       float rescale[kTile];
-      scores_of<kGroups>(count, packed.from(first), m, most, none);
-      softmax->raise<kGroups>(most, subtracted, rescale);
+      scores_of<kGroups>(count, packed.from(first), m, row_max, none);
+      softmax->raise<kGroups>(row_max, subtracted, rescale);
       softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
     }
   }
@@ -147,12 +147,12 @@ struct Backward {
   // Where the scores of all n latents are at hand: turns them into their exponentials, and finds
   // `share`, the reciprocal of their sum, and delta = sum(P * dP) - grad_logsumexp.
   template <int kGroups>
-  VLMFAST_INLINE void whole_rows(Tokens tile, int64_t row, int n, const Vec* most, float* delta,
+  VLMFAST_INLINE void whole_rows(Tokens tile, int64_t row, int n, const Vec* row_max, float* delta,
                                  float* share) const {
     constexpr int kWidth = kGroups * kLanes;
     Vec top[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      top[g] = shift_of(most[g]);
+      top[g] = shift_of(row_max[g]);
       sum[g] = products[g] = zero();
     }
     const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, top));
@@ -209,9 +209,9 @@ struct Backward {
 
   template <int kGroups>
   VLMFAST_NOINLINE void gradients_of_whole_rows(Tokens tile, int64_t row, int n,
-                                                const Vec* most) const {
+                                                const Vec* row_max) const {
     float delta[kTile], share[kTile];
-    whole_rows<kGroups>(tile, row, n, most, delta, share);
+    whole_rows<kGroups>(tile, row, n, row_max, delta, share);
     gradients<kGroups>(tile.count, n, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
       return load(scores + at) * load(share + g * kLanes);
     });
@@ -241,12 +241,12 @@ struct Backward {
     const Operand packed{keys, words};
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      Vec most[kGroups];
-      scores_of<kGroups>(tile.count, packed.from(first), m, most, ahead);
+      Vec row_max[kGroups];
+      scores_of<kGroups>(tile.count, packed.from(first), m, row_max, ahead);
       multiply_rows<Words, kGroups>(grad_out, values + (int64_t)first * value_words, value_words,
                                     value_words, m, grad_scores, nullptr, ahead);
       if (whole)
-        gradients_of_whole_rows<kGroups>(tile, first_row(task, head), m, most);
+        gradients_of_whole_rows<kGroups>(tile, first_row(task, head), m, row_max);
       else
         gradients_of_part<kGroups>(tile.count, m, delta, top, share);
       if (problem.wants_key_value) {

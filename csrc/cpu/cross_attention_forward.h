@@ -13,7 +13,7 @@ struct Forward {
   float factor, sign;  // of the products, before exp2, and of the packed queries
   float *keys, *values, *query, *scores, *out;
   // Where tokens may see several images:
-  RowStatistics rows{};
+  JoinedRows rows{};
   float* row_out;
   int64_t scratch_size;
 
@@ -30,7 +30,7 @@ struct Forward {
     query = arena.take((int64_t)kTile * round_up(maximum(words, p.head_dim), kLanes));
     scores = arena.take(maximum(kScores, round_up(p.latents, kLanes)));
     out = arena.take((int64_t)kTile * value_stride);
-    const int64_t held = p.several ? (int64_t)p.group * p.queries_most : 0;
+    const int64_t held = p.several ? (int64_t)p.group * p.max_queries : 0;
     rows.tops = arena.take(held);
     rows.sums = arena.take(held);
     row_out = arena.take(held * value_stride);
@@ -47,10 +47,11 @@ struct Forward {
     softmax->clear();
     for (int first = 0; first < n; first += kBlock) {
       const int m = minimum(kBlock, n - first);
-      Vec most[kGroups], subtracted[kGroups];
+      Vec row_max[kGroups], subtracted[kGroups];
       float rescale[kTile];
-      score<Words, kGroups>(query, image_keys.from(first), words, m, factor, scores, most, ahead);
-      softmax->raise<kGroups>(most, subtracted, rescale);
+      score<Words, kGroups>(query, image_keys.from(first), words, m, factor, scores, row_max,
+                            ahead);
+      softmax->raise<kGroups>(row_max, subtracted, rescale);
       softmax->weigh<Words, kGroups>(scores, m, factor, subtracted);
       if (first > 0)
         for (int i = 0; i < count; i++)
@@ -68,7 +69,7 @@ struct Forward {
                                    int n, Prefetcher& ahead, Softmax* softmax) const {
     const int dim = problem.head_dim;
     load_row(queries, token, dim, query);
-    Vec most = broadcast(-kInfinity);
+    Vec row_max = broadcast(-kInfinity);
     for (int first = 0; first < n; first += kLanes) {
       const int m = minimum(kLanes, n - first);
       ahead.step();
@@ -85,10 +86,10 @@ struct Forward {
       const Vec logits = load(scores + first) * broadcast(problem.scale * kLog2E);
       const Vec score = first_or(logits, m, -kInfinity);
       store(scores + first, score);
-      most = max(most, score);
+      row_max = max(row_max, score);
     }
     softmax->clear();
-    const float top = horizontal_max(most), subtracted = top == -kInfinity ? 0.f : top;
+    const float top = horizontal_max(row_max), subtracted = top == -kInfinity ? 0.f : top;
     Vec total = zero();
     for (int first = 0; first < n; first += kLanes) {
       const Vec p = exp2<Words::kExpDegree>(load(scores + first) - broadcast(subtracted));

@@ -165,13 +165,14 @@ VLMFAST_INLINE int64_t product_steps(Tokens tokens, int n, int words) {
   return rounds * (words / kWordStep);
 }
 
-// scores[latent][kGroups * kLanes] of n packed latents; `most` becomes their maxima times factor.
+// scores[latent][kGroups * kLanes] of n packed latents; `row_max` becomes their maxima times
+// factor.
 template <class Words, int kGroups, class Ahead>
 VLMFAST_INLINE void score(const float* query, const Operand& keys, int words, int n, float factor,
-                          float* scores, Vec* most, Ahead& ahead) {
-  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = broadcast(-kInfinity);
-  multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, n, scores, most, ahead);
-  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = most[g] * broadcast(factor);
+                          float* scores, Vec* row_max, Ahead& ahead) {
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) row_max[g] = broadcast(-kInfinity);
+  multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, n, scores, row_max, ahead);
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) row_max[g] = row_max[g] * broadcast(factor);
 }
 
 VLMFAST_INLINE Vec first_or(Vec x, int lanes, float other) {
@@ -234,8 +235,8 @@ VLMFAST_INLINE void log2_of_sums(const float* sums, float* logs) {
   log2_in_place(logs, kTile);
 }
 
-// Maxima and sums of all rows, where they come from several images.
-struct RowStatistics {
+// Maxima and sums of all rows, joined from several images.
+struct JoinedRows {
   float *tops, *sums;
 
   VLMFAST_INLINE void clear(int64_t rows) const {

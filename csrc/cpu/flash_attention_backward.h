@@ -27,9 +27,9 @@ struct Backward {
     value_vectors = (p.value_dim + kLanes - 1) / kLanes;
     const int64_t per_key = words + value_words + (kPairs ? columns / 2 : 0) +
                             (p.wants_key_value ? (vectors + value_vectors) * kLanes : 0);
-    const int64_t tiles = (int64_t)tiling_of(p.queries_most, p.causal, false).tiles * p.group;
+    const int64_t tiles = (int64_t)tiling_of(p.max_queries, p.causal, false).tiles * p.group;
     const int64_t panel = tiles <= 2 ? kBackwardPanel / 8 : kBackwardPanel;
-    keys_at_once = panel_keys(panel, per_key, p.keys_most);
+    keys_at_once = panel_keys(panel, per_key, p.max_keys);
     grad_query_tile = (int64_t)columns * kMaxTile;
     Arena arena{scratch};
     const int64_t padded = round_up(keys_at_once, kRowStep);
@@ -52,7 +52,7 @@ struct Backward {
     mask_tile = p.mask.data == nullptr ? nullptr : arena.take(kBlock * kMaxTile);
     keep = p.dropout_p > 0 ? arena.take(kBlock * kMaxTile) : nullptr;
     temporary_rows = arena.take((int64_t)kBlock * maximum(words, value_words));
-    const bool many_panels = keys_at_once < p.keys_most || p.grad_query_splits != nullptr;
+    const bool many_panels = keys_at_once < p.max_keys || p.grad_query_splits != nullptr;
     grad_query = arena.take(grad_query_tile * (many_panels ? tiles : 1));
     scratch_size = arena.used;
   }
@@ -118,9 +118,9 @@ struct Backward {
     const FlashAttentionTask& task = tile.task;
     const int key_head = tile.head / problem.group;
     const Vec scale = broadcast(kept_scale(problem.dropout_p));
-    Vec most[kGroups], sum[kGroups], products[kGroups];
+    Vec row_max[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      most[g] = broadcast(-kInfinity);
+      row_max[g] = broadcast(-kInfinity);
       sum[g] = products[g] = zero();
     }
     const int end = tile.visible_end(task.all_k_end);
@@ -129,9 +129,9 @@ struct Backward {
       pack_rows<Words>(rows_of<T>(problem.key, task.batch, key_head, key), n, padded,
                        problem.head_dim, words, temporary_rows);
       float factor;
-      Vec block_most[kGroups];
+      Vec block_max[kGroups];
       if (!tile.template block<kGroups>({temporary_rows, words}, words, key, n, scores, &factor,
-                                        block_most))
+                                        block_max))
         continue;
       pack_rows<Words>(rows_of<T>(problem.value, task.batch, key_head, key), n, padded,
                        problem.value_dim, value_words, temporary_rows);
@@ -139,9 +139,9 @@ struct Backward {
                                     grad_scores, nullptr, tile.ahead);
       if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const Vec next = max(most[g], block_most[g]);
+        const Vec next = max(row_max[g], block_max[g]);
         const Vec subtracted = shift_of(next);
-        const Vec rescale = exp2<5>(most[g] - subtracted);
+        const Vec rescale = exp2<5>(row_max[g] - subtracted);
         Vec block_sum = zero(), block_products = zero();
         for (int j = 0; j < n; j++) {
           const int at = j * kWidth + g * kLanes;
@@ -152,13 +152,13 @@ struct Backward {
         }
         sum[g] = fma(sum[g], rescale, block_sum);
         products[g] = fma(products[g], rescale, block_products);
-        most[g] = next;
+        row_max[g] = next;
       }
     }
     float tops[kWidth], shares[kWidth];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       const Vec inverse = broadcast(1.f) / sum[g];
-      store(tops + g * kLanes, most[g]);
+      store(tops + g * kLanes, row_max[g]);
       store(shares + g * kLanes, inverse);
       store(delta + g * kLanes, products[g] * inverse);
     }
@@ -176,13 +176,13 @@ struct Backward {
   // into their exponentials, and finds the reciprocal of their sum and
   // delta = sum(P * dP) - grad_logsumexp. Rows that see no key get reciprocal 0.
   template <int kGroups>
-  void whole_rows(const Scores<Words, T>& tile, int n, float factor, const Vec* most, float* delta,
-                  float* inverse) const {
+  void whole_rows(const Scores<Words, T>& tile, int n, float factor, const Vec* row_max,
+                  float* delta, float* inverse) const {
     constexpr int kWidth = kGroups * kLanes;
     const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem.dropout_p));
     Vec shift[kGroups], sum[kGroups], products[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      shift[g] = shift_of(most[g]);
+      shift[g] = shift_of(row_max[g]);
       sum[g] = products[g] = zero();
     }
     for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
@@ -327,16 +327,16 @@ struct Backward {
         const int n = minimum(kBlock, end - key), padded = round_up(n, kRowStep),
                   at = key - panel.begin;
         float factor;
-        Vec most[kGroups];
+        Vec row_max[kGroups];
         if (!tile.template block<kGroups>(panel.keys.from(at), words, key, n, scores, &factor,
-                                          whole ? most : nullptr))
+                                          whole ? row_max : nullptr))
           continue;
         multiply_rows<Words, kGroups>(grad_out, panel.values.from(at).rows, panel.values.stride,
                                       value_words, n, grad_scores, nullptr, panel.ahead);
         if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
         if (whole) {
           float inverse[kWidth];
-          whole_rows<kGroups>(tile, n, factor, most, delta, inverse);
+          whole_rows<kGroups>(tile, n, factor, row_max, delta, inverse);
           gradients_of_whole_rows<kGroups>(n, padded, delta, inverse);
         } else if (problem.exact_delta) {
           gradients_of_part<kGroups, 5>(n, padded, factor, delta, top, share);

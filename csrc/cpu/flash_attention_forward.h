@@ -18,12 +18,12 @@ struct Forward {
   Forward(const FlashAttentionForward& p, float* scratch) : problem(p) {
     words = word_count<Words>(p.head_dim);
     value_columns = round_up(p.value_dim, kRowStep);
-    const int tiles = tiling_of(p.queries_most, p.causal, false).tiles;
-    keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.keys_most);
+    const int tiles = tiling_of(p.max_queries, p.causal, false).tiles;
+    keys_at_once = panel_keys(kForwardPanel, words + value_columns / Words::kElements, p.max_keys);
     // A panel that only a tile or two will read need not stay in the cache, and a short one lets
     // the next be fetched meanwhile.
-    if (tiles <= 2 && p.keys_most > 2 * kBlock) keys_at_once = kBlock;
-    keeps_state = keys_at_once < p.keys_most;
+    if (tiles <= 2 && p.max_keys > 2 * kBlock) keys_at_once = kBlock;
+    keeps_state = keys_at_once < p.max_keys;
     state_size = (value_columns + 2) * kMaxTile + 16;
     Arena arena{scratch};
     const int64_t padded = round_up(keys_at_once, kRowStep);
@@ -38,9 +38,9 @@ struct Forward {
   }
 
   template <int kGroups>
-  VLMFAST_NOINLINE void weights(int n, float factor, const Vec* most, Vec* sum,
+  VLMFAST_NOINLINE void weights(int n, float factor, const Vec* row_max, Vec* sum,
                                 const float* kept) const {
-    exponentiate<Words, kGroups>(scores, n, factor, most, sum, kept);
+    exponentiate<Words, kGroups>(scores, n, factor, row_max, sum, kept);
   }
 
   template <int kGroups>
@@ -54,34 +54,34 @@ struct Forward {
     const Rows<T> rows = rows_of<T>(problem.query, task.batch, task.head, first_query);
     if (panel.packs_query)
       pack_transposed<Words, kGroups>(rows, count, problem.head_dim, problem.scale * kLog2E, query);
-    Vec most[kGroups], sum[kGroups];
+    Vec row_max[kGroups], sum[kGroups];
     if (panel.is_first) *started = 0.f;
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      most[g] = panel.is_first ? broadcast(-kInfinity) : load(slot + g * kLanes);
+      row_max[g] = panel.is_first ? broadcast(-kInfinity) : load(slot + g * kLanes);
       sum[g] = panel.is_first ? zero() : load(slot + kWidth + g * kLanes);
     }
     const int end = tile.visible_end(panel.end);
     for (int key = panel.begin; key < end; key += kBlock) {
       const int n = minimum(kBlock, end - key);
       float factor;
-      Vec block_most[kGroups], rescale[kGroups];
+      Vec block_max[kGroups], rescale[kGroups];
       if (!tile.template block<kGroups>(panel.keys.from(key - panel.begin), words, key, n, scores,
-                                        &factor, block_most))
+                                        &factor, block_max))
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const Vec next = max(most[g], block_most[g]);
+        const Vec next = max(row_max[g], block_max[g]);
         const Vec subtracted = shift_of(next);
-        rescale[g] = exp2<5>(most[g] - subtracted);
+        rescale[g] = exp2<5>(row_max[g] - subtracted);
         sum[g] = sum[g] * rescale[g];
-        most[g] = next;
-        block_most[g] = subtracted;
+        row_max[g] = next;
+        block_max[g] = subtracted;
       }
       if (keep != nullptr) {
         dropout(problem).keep(key, n, first_query, kWidth,
                               (uint32_t)(task.batch * problem.heads + task.head), keep);
-        weights<kGroups>(n, factor, block_most, sum, keep);
+        weights<kGroups>(n, factor, block_max, sum, keep);
       } else {
-        weights<kGroups>(n, factor, block_most, sum, nullptr);
+        weights<kGroups>(n, factor, block_max, sum, nullptr);
       }
       const int n_rows = (n + Words::kElements - 1) / Words::kElements;
       weighted_sum<Words, kGroups>(
@@ -91,13 +91,13 @@ struct Forward {
     }
     if (!panel.is_last) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        store(slot + g * kLanes, most[g]);
+        store(slot + g * kLanes, row_max[g]);
         store(slot + kWidth + g * kLanes, sum[g]);
       }
       return;
     }
     if (*started == 0.f) clear(out, (int64_t)value_columns * kWidth);
-    finish<kGroups>(task, first_query, count, most, sum, out);
+    finish<kGroups>(task, first_query, count, row_max, sum, out);
   }
 
   // One query; lanes are keys in the scores and features in the sum.
@@ -121,7 +121,7 @@ struct Forward {
 
   template <int kGroups>
   VLMFAST_INLINE void finish(const FlashAttentionTask& task, int first_query, int count,
-                             const Vec* most, const Vec* sum, const float* out) const {
+                             const Vec* row_max, const Vec* sum, const float* out) const {
     constexpr int kWidth = kGroups * kLanes;
     const Vec kept = broadcast(kept_scale(problem.dropout_p));
     float logs[kWidth], tops[kWidth];
@@ -130,7 +130,7 @@ struct Forward {
       // Rows that see no key have a sum of 0 and give 0.
       factor[g] = select_eq(sum[g], zero(), zero(), kept / sum[g]);
       store(logs + g * kLanes, select_eq(sum[g], zero(), broadcast(1.f), sum[g]));
-      store(tops + g * kLanes, most[g]);
+      store(tops + g * kLanes, row_max[g]);
     }
     log2_in_place(logs, kWidth);
     float* logsumexp = problem.logsumexp +

@@ -20,8 +20,8 @@ constexpr int64_t kForwardPanel = 96 * 1024;
 constexpr int64_t kBackwardPanel = 144 * 1024;
 
 int panel_keys(int64_t budget, int64_t floats_per_key, int keys) {
-  const int most = maximum((int)(budget / floats_per_key) / kBlock * kBlock, kBlock);
-  const int panels = (keys + most - 1) / most;
+  const int max_keys = maximum((int)(budget / floats_per_key) / kBlock * kBlock, kBlock);
+  const int panels = (keys + max_keys - 1) / max_keys;
   return panels <= 1 ? keys : round_up((keys + panels - 1) / panels, kBlock);
 }
 
@@ -159,12 +159,12 @@ struct Scores {
     }
   }
 
-  // Scores of keys [key, key + n), with `factor` still to be multiplied in; `most` (or nullptr)
+  // Scores of keys [key, key + n), with `factor` still to be multiplied in; `row_max` (or nullptr)
   // gets their maximum, times factor. False where a mask hides all of them; `scores` is then not
   // written.
   template <int kGroups>
   VLMFAST_INLINE bool block(const Operand& keys, int words, int key, int n, float* scores,
-                            float* factor, Vec* most) const {
+                            float* factor, Vec* row_max) const {
     constexpr int kWidth = kGroups * kLanes;
     const bool masked = problem.mask.data != nullptr, diagonal = crosses_diagonal(key, n);
     if (masked && !load_mask<kGroups>(key, n)) return false;
@@ -184,7 +184,7 @@ struct Scores {
                          : n;
     if (open > 0)
       multiply_rows<Words, kGroups>(query, keys.rows, keys.stride, words, open, scores,
-                                    most == nullptr ? nullptr : top, ahead);
+                                    row_max == nullptr ? nullptr : top, ahead);
     if (open < n)
       multiply_rows<Words, kGroups>(query, keys.from(open).rows, keys.stride, words, n - open,
                                     scores + open * kWidth, nullptr, ahead);
@@ -209,9 +209,9 @@ struct Scores {
           top[g] = max(top[g], x);
         }
     }
-    if (most != nullptr) {
-      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g] * broadcast(*factor);
-      *factor = remaining_factor<kGroups>(scores, n, *factor, most);
+    if (row_max != nullptr) {
+      VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) row_max[g] = top[g] * broadcast(*factor);
+      *factor = remaining_factor<kGroups>(scores, n, *factor, row_max);
     }
     return true;
   }
@@ -237,13 +237,13 @@ struct RowStatistics {
 template <class Words>
 VLMFAST_INLINE RowStatistics exponentiate_row(float* scores, int n, float factor) {
   const Vec hidden = broadcast(-kInfinity);
-  Vec most = hidden, total = zero();
+  Vec row_max = hidden, total = zero();
   for (int j = 0; j < n; j += kLanes) {
     const Vec x = select_ge(lane_index(j), n, hidden, load(scores + j) * broadcast(factor));
     store(scores + j, x);
-    most = max(most, x);
+    row_max = max(row_max, x);
   }
-  const float top = horizontal_max(most);
+  const float top = horizontal_max(row_max);
   for (int j = 0; j < n; j += kLanes) {
     const Vec weight =
         exp2<Words::kExpDegree>(load(scores + j) - broadcast(top == -kInfinity ? 0.f : top));

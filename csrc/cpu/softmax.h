@@ -8,16 +8,16 @@ namespace vlmfast::cpu::VLMFAST_VARIANT {
 
 // What is added to logits, in units of log2. Finite values stay finite, as torch adds them: a row
 // of equal lowest values is uniform, not empty.
-VLMFAST_INLINE Vec in_log2_units(Vec raw, float most) {
-  const Vec scaled = min(broadcast(most), max(broadcast(-most), raw * broadcast(kLog2E)));
+VLMFAST_INLINE Vec in_log2_units(Vec raw, float limit) {
+  const Vec scaled = min(broadcast(limit), max(broadcast(-limit), raw * broadcast(kLog2E)));
   const Vec magnitude = max(raw, broadcast(0.f) - raw);
   return select_eq(magnitude, broadcast(kInfinity), raw, scaled);
 }
 
-// What to subtract from scores whose maximum is `most`. Where that is -inf, as nothing is visible,
-// it is 0: weights are 0 then, not NaN.
-VLMFAST_INLINE Vec shift_of(Vec most) {
-  return select_eq(most, broadcast(-kInfinity), zero(), most);
+// What to subtract from scores whose maximum is `row_max`. Where that is -inf, as nothing is
+// visible, it is 0: weights are 0 then, not NaN.
+VLMFAST_INLINE Vec shift_of(Vec row_max) {
+  return select_eq(row_max, broadcast(-kInfinity), zero(), row_max);
 }
 
 // The logsumexp of scores in units of log2 from their maximum and the log2 of their sum.
@@ -42,12 +42,12 @@ VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec secon
 // overflows or all weights vanish. There scores are multiplied here, rounded likewise, and no
 // longer exceed it.
 template <int kGroups>
-VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* most) {
-  constexpr float kLarge = 1024.f;  // up to there rounding takes at most 2^-14
+VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* row_max) {
+  constexpr float kLarge = 1024.f;  // up to there rounding takes up to 2^-14
   if (factor == 1.f) return factor;
   Vec largest = zero();
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-    const Vec size = max(most[g], zero() - most[g]);
+    const Vec size = max(row_max[g], zero() - row_max[g]);
     largest = max(select_eq(size, broadcast(kInfinity), zero(), size), largest);
   }
   if (!(horizontal_max(largest) > kLarge)) return factor;
@@ -56,10 +56,10 @@ VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const 
   return 1.f;
 }
 
-// scores[row][kGroups * kLanes] become exp2(factor * score - most), times `kept` (or nullptr), in
-// words of Words; their sums over the rows, before `kept`, are added to `sum`.
+// scores[row][kGroups * kLanes] become exp2(factor * score - row_max), times `kept` (or nullptr),
+// in words of Words; their sums over the rows, before `kept`, are added to `sum`.
 template <class Words, int kGroups>
-VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* most, Vec* sum,
+VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* row_max, Vec* sum,
                                  const float* kept) {
   const Vec f = broadcast(factor);
   constexpr int kStep = Words::kElements, kWidth = kGroups * kLanes;
@@ -71,7 +71,7 @@ VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* 
       VLMFAST_UNROLL for (int i = 0; i < kStep; i++) {
         if (kStep == 2 && j + i >= n) break;
         const int at = (j + i) * kWidth + g * kLanes;
-        p[i] = exp2<Words::kExpDegree>(fms(f, load(scores + at), most[g]));
+        p[i] = exp2<Words::kExpDegree>(fms(f, load(scores + at), row_max[g]));
         total[g] = total[g] + p[i];
         if (kept != nullptr) p[i] = p[i] * load(kept + at);
       }

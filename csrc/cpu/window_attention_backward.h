@@ -99,7 +99,7 @@ struct Backward {
   // any, but not in the gradient of the bias.
   // kPlain: neither dropout nor cosines.
   template <int kGroups, bool kPlain>
-  VLMFAST_NOINLINE void gradients(const Vec* most, const Vec* query_factor, float* grad_bias,
+  VLMFAST_NOINLINE void gradients(const Vec* row_max, const Vec* query_factor, float* grad_bias,
                                   bool is_first) const {
     constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
     const int n = tiling.tokens;
@@ -112,7 +112,7 @@ struct Backward {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) run_sum[g] = run_delta[g] = zero();
       for (int j = begin; j < end; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
           const int at = j * kWidth + g * kLanes;
-          const Vec p = exp2<Words::kExpDegree>(load(scores + at) - most[g]);
+          const Vec p = exp2<Words::kExpDegree>(load(scores + at) - row_max[g]);
           Vec grad = load(grad_scores + at);
           if (!kPlain && keep != nullptr) {
             grad = grad * (load(keep + at) * kept_factor);
@@ -165,7 +165,7 @@ struct Backward {
     pack_transposed<Words, kGroups>(query_in, count, dim, 1.f, query);
     pack_transposed<Words, kGroups>(grad_in, count, dim, 1.f, grad_out);
     bool are_copies = false;
-    Vec factor[kGroups], inverse[kGroups], square[kGroups], most[kGroups];
+    Vec factor[kGroups], inverse[kGroups], square[kGroups], row_max[kGroups];
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) inverse[g] = broadcast(1.f);
     if (key_factors == nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
@@ -178,7 +178,7 @@ struct Backward {
     }
     pack_row_pairs<Words>(query_in, count, kWidth, dim, vectors * kLanes, query_rows);
     pack_row_pairs<Words>(grad_in, count, kWidth, dim, vectors * kLanes, grad_out_rows);
-    logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
+    logits.template tile<kGroups>(query, first, factor, scores, row_max, ahead);
     with_rows<kGroups>(n, [&](auto rows) VLMFAST_INLINE_LAMBDA {
       multiply_rows<Words, kGroups, decltype(rows)::value>(grad_out, values, words, words, n,
                                                            grad_scores, nullptr, ahead);
@@ -188,9 +188,9 @@ struct Backward {
           .keep(0, n, first_query, kWidth, dropout_row, keep);
     float* grad_bias_tile = grad_bias == nullptr ? nullptr : grad_bias + tiling.bias_tile(first);
     if (keep == nullptr && key_factors == nullptr)
-      gradients<kGroups, true>(most, inverse, grad_bias_tile, is_first);
+      gradients<kGroups, true>(row_max, inverse, grad_bias_tile, is_first);
     else
-      gradients<kGroups, false>(most, inverse, grad_bias_tile, is_first);
+      gradients<kGroups, false>(row_max, inverse, grad_bias_tile, is_first);
     if (!wants_products) return;
     outer_accumulate<Words>(left, kDepth, grad_out_rows, kDepth, n, overwrite, grad_values,
                             vectors);
@@ -210,7 +210,7 @@ struct Backward {
   }
 
   // The gradients of a tile's queries, but for their factor. That of a logit scale is a sum over
-  // them in which most cancels out: it wants runs.
+  // them in which nearly all cancels out: it wants runs.
   template <int kGroups>
   VLMFAST_INLINE void sum_grad_query() const {
     constexpr int kWidth = kGroups * kLanes;
@@ -293,8 +293,8 @@ struct Backward {
     load_exact_row(window.of(kGradOut, column, q), exact_grad_row);
     logits.last(row, factor * inverse * kLog2E, row_scores);
     multiply_row<Words>(grad_row, values, words, words, n, row_grads);
-    float most;
-    const float normalise = 1.f / exponentiate_row<Words>(row_scores, n, &most);
+    float row_max;
+    const float normalise = 1.f / exponentiate_row<Words>(row_scores, n, &row_max);
     if (keep != nullptr) {
       philox(problem.dropout_p, problem.dropout_seed).keep(0, n, q, 1, dropout_row, keep);
       const float kept = kept_scale(problem.dropout_p);

@@ -66,7 +66,7 @@ struct Forward {
               count = minimum(kWidth, tiling.tiled_queries() - first_query);
     auto rows = window.of(kQuery, column, first_query);
     pack_transposed<Words, kGroups>(rows, count, problem.head_dim, 1.f, query);
-    Vec factor[kGroups], most[kGroups], sum[kGroups];
+    Vec factor[kGroups], row_max[kGroups], sum[kGroups];
     if (problem.logit_scale == nullptr) {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
           broadcast(problem.scale * kLog2E);
@@ -77,7 +77,7 @@ struct Forward {
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) factor[g] =
           factor[g] * broadcast(problem.logit_scale[head] * kLog2E);
     }
-    logits.template tile<kGroups>(query, first, factor, scores, most, ahead);
+    logits.template tile<kGroups>(query, first, factor, scores, row_max, ahead);
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = zero();
     if (keep != nullptr)
       philox(problem.dropout_p, problem.dropout_seed)
@@ -87,9 +87,10 @@ struct Forward {
     for (int j = 0; j < n; j += step) {
       const int run = minimum(step, n - j);
       if (keep != nullptr)
-        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, keep + j * kWidth);
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, row_max, sum,
+                                     keep + j * kWidth);
       else
-        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, most, sum, nullptr);
+        exponentiate<Words, kGroups>(scores + j * kWidth, run, 1.f, row_max, sum, nullptr);
     }
     weighted_sum<Words, kGroups>(scores, values, value_columns,
                                  (n + Words::kElements - 1) / Words::kElements, value_columns, sums,
@@ -99,7 +100,7 @@ struct Forward {
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       factor[g] = kept / sum[g];
       store(logs + g * kLanes, sum[g]);
-      store(tops + g * kLanes, most[g]);
+      store(tops + g * kLanes, row_max[g]);
     }
     log2_in_place(logs, kWidth);
     for (int i = 0; i < count; i++) logsumexp[first_query + i] = (tops[i] + logs[i]) * (float)kLn2;
@@ -119,7 +120,7 @@ struct Forward {
       factor = norm[0] * problem.logit_scale[head] * kLog2E;
     }
     logits.last(row, factor, row_scores);
-    float most, sum = exponentiate_row<Words>(row_scores, n, &most);
+    float row_max, sum = exponentiate_row<Words>(row_scores, n, &row_max);
     if (keep != nullptr) {
       philox(problem.dropout_p, problem.dropout_seed).keep(0, n, q, 1, dropout_row, keep);
       for (int j = 0; j < n; j++) row_scores[j] *= keep[j];
@@ -130,7 +131,7 @@ struct Forward {
     store_scaled(window.of(kOut, column, q).row(0), row, problem.head_dim,
                  broadcast(kept_scale(problem.dropout_p) / sum));
     log2_in_place(&sum, 1);
-    logsumexp[q] = (most + sum) * (float)kLn2;
+    logsumexp[q] = (row_max + sum) * (float)kLn2;
   }
 
   void run_head(const Window<T, kTensors>& window, int64_t index, int head, const float* bias,

@@ -73,7 +73,7 @@ struct Side {
     }
     return at < size ? (at + shift) % size : -1;
   }
-  VLMFAST_INLINE bool came_round(int at) const { return at >= padded - shift; }
+  VLMFAST_INLINE bool wrapped(int at) const { return at >= padded - shift; }
 };
 
 // A tensor (B, H, W, C) and the row that stands for it where there is padding.
@@ -105,7 +105,7 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
     T* row[kTensors];
     VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) row[t] =
         maps[t].tensor.template at<T>(image, y < 0 ? 0 : y, 0);
-    const float region = rows.came_round(top + i) ? 2.f : 0.f;
+    const float region = rows.wrapped(top + i) ? 2.f : 0.f;
     for (int j = 0; j < problem.window_width; j++, token++) {
       const int x = columns.place(left + j);
       const bool padding = y < 0 || x < 0;
@@ -115,7 +115,7 @@ VLMFAST_NOINLINE void locate(const WindowAttentionProblem& problem, int64_t inde
       } else {
         VLMFAST_UNROLL for (int t = 0; t < kTensors; t++) target[t] = row[t] + x * stride[t];
       }
-      window->regions[token] = region + (columns.came_round(left + j) ? 1.f : 0.f);
+      window->regions[token] = region + (columns.wrapped(left + j) ? 1.f : 0.f);
       window->is_padding[token] = padding;
     }
   }

@@ -43,12 +43,12 @@ struct ShrunkRows {
     for (int i = 0; i < n_rows; i++) {
       const T* from = rows.row(i);
       T* to = data + (int64_t)i * columns;
-      Vec most = zero();
+      Vec largest = zero();
       for (int d = 0; d < columns; d += kLanes) {
         const Vec x = load_first(from + d, minimum(kLanes, columns - d));
-        most = max(most, max(x, zero() - x));
+        largest = max(largest, max(x, zero() - x));
       }
-      factors[i] = factor(horizontal_max(most));
+      factors[i] = factor(horizontal_max(largest));
       pointers[i * kStep] = to;
       for (int d = 0; d < columns; d += kLanes) {
         const int n = minimum(kLanes, columns - d);
@@ -59,12 +59,12 @@ struct ShrunkRows {
   }
 
  private:
-  static VLMFAST_INLINE float factor(float most) {
+  static VLMFAST_INLINE float factor(float largest) {
     uint32_t bits;
-    __builtin_memcpy(&bits, &most, sizeof bits);
+    __builtin_memcpy(&bits, &largest, sizeof bits);
     bits = (uint32_t)minimum(127, maximum(1, 255 - (int)(bits >> 23))) << 23;
-    __builtin_memcpy(&most, &bits, sizeof bits);
-    return most;
+    __builtin_memcpy(&largest, &bits, sizeof bits);
+    return largest;
   }
 };
 
@@ -152,23 +152,23 @@ struct Logits {
   // logits[key][lane] for the tile's queries from the vector `first` on, and their maxima.
   template <int kGroups>
   VLMFAST_INLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                           Vec* most, WindowPrefetcher& ahead) const {
+                           Vec* row_max, WindowPrefetcher& ahead) const {
     with_rows<kGroups>(tiling.tokens, [&](auto rows) VLMFAST_INLINE_LAMBDA {
       constexpr int kRows = decltype(rows)::value;
       if (bias != nullptr && key_factors == nullptr && regions == nullptr)
-        tile<kGroups, kRows, true>(query, first, factor, logits, most, ahead);
+        tile<kGroups, kRows, true>(query, first, factor, logits, row_max, ahead);
       else
-        tile<kGroups, kRows, false>(query, first, factor, logits, most, ahead);
+        tile<kGroups, kRows, false>(query, first, factor, logits, row_max, ahead);
     });
   }
 
   // kPlain: a bias, and neither cosines nor regions.
   template <int kGroups, int kRows, bool kPlain>
   VLMFAST_NOINLINE void tile(const float* query, int first, const Vec* factor, float* logits,
-                             Vec* most, WindowPrefetcher& ahead) const {
+                             Vec* row_max, WindowPrefetcher& ahead) const {
     const int n = tiling.tokens;
     const float* added = bias == nullptr ? nullptr : bias + tiling.bias_tile(first);
-    Vec top[kGroups];  // in registers, which `most` cannot be
+    Vec top[kGroups];  // in registers, which `row_max` cannot be
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) top[g] = broadcast(-kInfinity);
     const auto finish = [&](int j, int g, Vec sum) VLMFAST_INLINE_LAMBDA {
       Vec f = factor[g];
@@ -186,7 +186,7 @@ struct Logits {
           VLMFAST_UNROLL for (int r = 0; r < kRows; r++)
               VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) finish(j + r, g, sum[r][g]);
         });
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) most[g] = top[g];
+    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) row_max[g] = top[g];
   }
 
   VLMFAST_INLINE Vec masked(Vec regions_of_lanes, float region) const {
@@ -211,12 +211,12 @@ struct Logits {
 
 // In place: exp2(logits - their maximum), and their sum, of one row.
 template <class Words>
-VLMFAST_INLINE float exponentiate_row(float* logits, int n, float* most) {
+VLMFAST_INLINE float exponentiate_row(float* logits, int n, float* row_max) {
   Vec top = broadcast(-kInfinity), sum = zero();
   for (int j = 0; j < n; j += kLanes) top = max(top, load(logits + j));
-  *most = horizontal_max(top);
+  *row_max = horizontal_max(top);
   for (int j = 0; j < n; j += kLanes) {
-    const Vec p = exp2<Words::kExpDegree>(load(logits + j) - broadcast(*most));
+    const Vec p = exp2<Words::kExpDegree>(load(logits + j) - broadcast(*row_max));
     sum = sum + p;
     store(logits + j, p);
   }
