@@ -98,7 +98,7 @@ struct Backward {
     return softmax;
   }
 
-  // grad_out . out - grad_logsumexp of each row, and its logsumexp as `split` has it.
+  // grad_out . out - grad_logsumexp of each row, and its logsumexp as split_logsumexp gives it.
   VLMFAST_INLINE void row_values(const CrossAttentionTask& task, int head, Tokens tile, int n,
                                  float* delta, float* top, float* share) const {
     const Rows<T> grad = rows_of<T>(problem.grad_out, task.batch, head);

@@ -39,8 +39,8 @@ VLMFAST_INLINE void store_weight(float* rows, int j, int g, Vec first, Vec secon
 
 // The factor that scores still need before exp2. A maximum is a product rounded, which exact
 // products exceed or miss by what rounding took: by so much, where logits are huge, that exp2
-// overflows or all weights vanish. There scores are multiplied here, rounded likewise, and no
-// longer exceed it.
+// overflows or all weights vanish. There scores are multiplied here, rounded as the maximum
+// was, and no longer exceed it.
 template <int kGroups>
 VLMFAST_INLINE float remaining_factor(float* scores, int n, float factor, const Vec* row_max) {
   constexpr float kLarge = 1024.f;  // up to there rounding takes up to 2^-14

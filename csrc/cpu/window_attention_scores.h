@@ -100,8 +100,8 @@ VLMFAST_INLINE void square_norms(const float* query, int words, Vec* squares) {
     }
 }
 
-// These and the inverse norms; where some are too long, `rows` and `packed` become shrunk copies.
-// Gives whether they did.
+// The squared and the inverse norms of a tile's packed queries; where some are too long, `rows` and
+// `packed` become shrunk copies. Gives whether they did.
 template <class Words, int kGroups, class T, int kStep>
 VLMFAST_INLINE bool norms_of_queries(ScatteredRows<T, kStep>* rows, int n_rows, int columns,
                                      int words, const ShrunkRows<T, kStep>& copies, float* packed,

@@ -104,7 +104,7 @@ VLMFAST_INLINE Vec load_words(const T* p, int n) {
     return load_first(p, n);
 }
 
-// The same of a row whose elements lie `stride` apart.
+// kLanes words from the first n elements of a row, which lie `stride` apart.
 template <class Words, class T>
 VLMFAST_INLINE Vec gather_words(const T* p, int64_t stride, int n) {
   T buffer[kLanes * Words::kElements];
