@@ -23,7 +23,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 EXTENSION := vlmfast/_C.abi3.so
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 FORMATTED := $(CPP_FILES) $(wildcard tests/tools/*.cpp tests/tools/*/*.c tests/emulation/*.h)
 
 .DEFAULT_GOAL := help

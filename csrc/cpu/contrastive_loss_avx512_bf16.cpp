@@ -1,9 +1,9 @@
 #ifdef __x86_64__
-#include "cpu/intrinsics.h"
+#include "cpu/simd/intrinsics.h"
 
 #include "cpu/contrastive_loss.h"
 
-#include "cpu/target_avx512_bf16.h"
+#include "cpu/simd/target_avx512_bf16.h"
 
 #include "cpu/contrastive_loss_kernel.h"
 #endif

@@ -130,7 +130,7 @@ void describe(const Inputs& in, CrossAttentionProblem* problem) {
   problem->latents = static_cast<int>(latents);
   problem->head_dim = static_cast<int>(in.query.size(3));
   problem->value_dim = static_cast<int>(in.value.size(4));
-  problem->queries_most = problem->tokens;
+  problem->max_queries = problem->tokens;
   problem->scale = static_cast<float>(in.scale);
   problem->several = in.visible.has_value();
 
@@ -225,10 +225,10 @@ int64_t group_size(const std::vector<CrossAttentionTask>& tasks, int64_t key_hea
   return std::clamp<int64_t>(most, 1, std::max<int64_t>(key_heads, 1));
 }
 
-void set_most(const std::vector<CrossAttentionTask>& tasks, CrossAttentionProblem* problem) {
-  problem->queries_most = 0;
+void set_maxima(const std::vector<CrossAttentionTask>& tasks, CrossAttentionProblem* problem) {
+  problem->max_queries = 0;
   for (const auto& task : tasks)
-    problem->queries_most = std::max(problem->queries_most, task.end - task.begin);
+    problem->max_queries = std::max(problem->max_queries, task.end - task.begin);
 }
 
 // The batch elements that have rows of a kind.
@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
   const CrossAttentionKernel& run = VLMFAST_CURRENT_VARIANT(cross_attention_kernel);
   const auto tasks = problem.several ? token_tasks(problem, batch, key_heads, run.queries_per_tile)
                                      : image_tasks(problem, key, run.queries_per_tile);
-  set_most(tasks, &problem);
+  set_maxima(tasks, &problem);
   const int64_t scratch_size = run.forward_scratch(problem);
   for_each_task(
       static_cast<int64_t>(tasks.size()), scratch_size,

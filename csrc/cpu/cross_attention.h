@@ -29,7 +29,7 @@ struct CrossAttentionProblem {
   int group;                 // query heads per key head
   int tokens, images, latents;
   int head_dim, value_dim;
-  int queries_most;  // of one head, of all tasks
+  int max_queries;  // of one head, of all tasks
   float scale;
   bool several;                  // a token may see more than one image
   bool prefetch;                 // the tensors do not lie in a cache already

@@ -1,10 +1,9 @@
 #ifdef __x86_64__
-#include "cpu/intrinsics.h"
+#include "cpu/simd/intrinsics.h"
 
 #include "cpu/cross_attention.h"
 
-#pragma GCC target("avx2,fma,f16c")
-#define VLMFAST_VARIANT avx2
-#define VLMFAST_LEVEL 1
+#include "cpu/simd/target_avx2.h"
+
 #include "cpu/cross_attention_kernel.h"
 #endif

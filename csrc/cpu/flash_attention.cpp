@@ -151,11 +151,11 @@ std::vector<Segment> segments(const Inputs& in) {
   return result;
 }
 
-void set_most(const std::vector<FlashAttentionTask>& tasks, FlashAttentionProblem* problem) {
-  problem->queries_most = problem->keys_most = 0;
+void set_maxima(const std::vector<FlashAttentionTask>& tasks, FlashAttentionProblem* problem) {
+  problem->max_queries = problem->max_keys = 0;
   for (const auto& task : tasks) {
-    problem->queries_most = std::max(problem->queries_most, task.q_end - task.q_begin);
-    problem->keys_most = std::max(problem->keys_most, task.k_end - task.k_begin);
+    problem->max_queries = std::max(problem->max_queries, task.q_end - task.q_begin);
+    problem->max_keys = std::max(problem->max_keys, task.k_end - task.k_begin);
   }
 }
 
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
   const FlashAttentionKernel& run = VLMFAST_CURRENT_VARIANT(flash_attention_kernel);
   const auto tasks = forward_tasks(segments(in), problem.heads, run.queries_per_tile);
-  set_most(tasks, &problem);
+  set_maxima(tasks, &problem);
   for_each_task(static_cast<int64_t>(tasks.size()), run.forward_scratch(problem),
                 [&](const Claim& claim, float* scratch) {
                   run.forward(problem, tasks[claim.task], tasks[claim.next], scratch);
@@ -219,17 +219,17 @@ std::tuple<Tensor, Tensor> flash_attention(const Tensor& query, const Tensor& ke
 // Where those are fewer than the threads, the keys are split further, and the partial sums of
 // grad_query are added in order afterwards.
 int key_splits(const std::vector<Segment>& all, int64_t key_heads, int64_t split_bytes) {
-  int64_t units = 0, keys_most = 0;
+  int64_t units = 0, max_keys = 0;
   for (const auto& s : all) {
     if (s.q_end > s.q_begin && s.k_end > s.k_begin) units += key_heads;
-    keys_most = std::max<int64_t>(keys_most, s.k_end - s.k_begin);
+    max_keys = std::max<int64_t>(max_keys, s.k_end - s.k_begin);
   }
   const int64_t threads = torch::stable::get_num_threads();
   if (units == 0 || units >= threads) return 1;
   constexpr int64_t kKeysPerSplit = 192;
   const int64_t wanted = divide_up(2 * threads, units);
   const int64_t most =
-      std::min(keys_most / kKeysPerSplit, kMostPartialBytes / std::max<int64_t>(split_bytes, 1));
+      std::min(max_keys / kKeysPerSplit, kMostPartialBytes / std::max<int64_t>(split_bytes, 1));
   return static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
 }
 
@@ -372,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_backward(
     problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
   }
   auto tasks = backward_tasks(all, key_heads, splits, wants_mask && mask->size(0) == 1);
-  set_most(tasks, &problem);
+  set_maxima(tasks, &problem);
   const auto run_task = [&](int64_t task, int64_t next, float* scratch) {
     run.backward(problem, tasks[task], tasks[next], scratch);
   };

@@ -13,7 +13,7 @@ struct FlashAttentionProblem {
   ElementType mask_dtype = ElementType::kFloat;
   int heads, group;  // query heads; query heads per key head
   int64_t query_length;
-  int queries_most, keys_most;  // of all tasks
+  int max_queries, max_keys;  // of all tasks
   int head_dim, value_dim;
   bool causal;    // some task has a causal_shift
   bool prefetch;  // the tensors do not lie in a cache already

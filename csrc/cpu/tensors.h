@@ -115,7 +115,7 @@ Tensor empty(const std::array<int64_t, kDims>& sizes, ScalarType dtype,
   return Tensor(handle);
 }
 
-// The same, contiguous.
+// A contiguous tensor of those sizes, not written.
 template <size_t kDims>
 Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
   std::array<int64_t, kDims> all;
@@ -127,7 +127,7 @@ Tensor empty(const int64_t (&sizes)[kDims], ScalarType dtype) {
   return empty<kDims>(all, dtype, memory);
 }
 
-// The same, of zeros.
+// A contiguous tensor of zeros.
 template <size_t kDims>
 Tensor zeros(const int64_t (&sizes)[kDims], ScalarType dtype) {
   Tensor result = empty(sizes, dtype);
