@@ -13,11 +13,11 @@ import torch
 
 import vlmfast
 from bench import compare
-from bench.cases import CASES, SELECTION, SWEEPS
 from bench.contest import Contest, contests, run
+from bench.contestant import OURS, is_installed
+from bench.families import FAMILIES
 from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
-from bench.peers import OURS, is_installed
 from bench.report import (
     Results,
     append_csv,
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     for family in options.families:
-        if family not in CASES:
-            parser.error(f"argument FAMILY: expected one of {', '.join(CASES)}, got {family!r}")
+        if family not in FAMILIES:
+            parser.error(f"argument FAMILY: expected one of {', '.join(FAMILIES)}, got {family!r}")
     chosen = list(_chosen(options))
     if not chosen:
         print(f"no case has {options.filter!r} in its name", file=sys.stderr)
@@ -126,10 +126,10 @@ def _report(arguments: Sequence[str]) -> int:
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
     """Of every family in turn: where time runs out, it has seen something of each."""
     families = []
-    for family in options.families or CASES:
-        found = contests(family, options.dtype, MODES[options.mode], options.filter, options.device)
-        wanted = SELECTION[family] if options.selection else None
-        families.append([x for x in found if wanted is None or x.case.name in wanted])
+    for name in options.families or FAMILIES:
+        found = contests(name, options.dtype, MODES[options.mode], options.filter, options.device)
+        wanted = FAMILIES[name].selected if options.selection else FAMILIES[name].cases
+        families.append([contest for contest in found if contest.case in wanted])
     return _in_turn(families)
 
 
@@ -137,9 +137,9 @@ def _swept(options: argparse.Namespace) -> Iterator[Contest]:
     """Small cases of all families before the large ones."""
     dtype, mode = SWEPT[options.device]
     return _in_turn(
-        [Contest(family, case, dtype, mode, options.device) for _, case in SWEEPS[family].cases]
-        for family in options.families or SWEEPS
-        if family in SWEEPS
+        [Contest(name, case, dtype, mode, options.device) for _, case in sweep.cases]
+        for name in options.families or FAMILIES
+        if (sweep := FAMILIES[name].sweep)
     )
 
 
@@ -189,7 +189,7 @@ class _Race:
         if self.options.minutes is None:
             return 0.0
         dtype = getattr(torch, contest.dtype)
-        work = contest.page.work(contest.case, dtype, contest.mode)
+        work = contest.family_calls.work(contest.case, dtype, contest.mode)
         calls = COST * self.results.ceilings.least_seconds(work, contest.dtype)
         unhurried = UNHURRIED_CALLS * work.flops / self.rates.get(contest.dtype, math.inf)
         return FIXED + self.options.seconds + max(calls, unhurried)
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m bench report RESULTS: the report of one that is kept.",
     )
     parser.add_argument(
-        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(CASES)}; default: all"
+        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given repeatedly")
     parser.add_argument(

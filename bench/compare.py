@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers import OURS
+from bench.contestant import OURS
 from bench.report import machine
 
 # Of the uncertainty of a ratio: beyond three standard deviations one in 370 is chance.

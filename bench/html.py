@@ -11,9 +11,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bench.cases import SWEEPS, Sweep
+from bench.contestant import OURS
+from bench.families import FAMILIES
+from bench.family import Sweep
 from bench.measure import Ceilings
-from bench.peers import OURS
 from bench.report import Results, Row, by_family, details, facts, notes, summary
 
 matplotlib.rcParams["svg.hashsalt"] = "vlmfast"  # so that equal plots are equal files
@@ -48,7 +49,7 @@ def page(results: Results) -> str:
     if results.sweeps:
         parts.append("<h2>How cost grows</h2>")
     for family, members in results.sweeps.items():
-        sweep = SWEEPS[family]
+        sweep = FAMILIES[family].sweep
         parts += [f"<h3>{_text(family)}: {_text(sweep.size)}</h3>", _growth(sweep, members)]
         tables = _table(*summary(members, ceilings)) + _table(*details(members, ceilings))
         parts.append(_folded("as a table", tables))

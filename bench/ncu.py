@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, SELECTION
 from bench.contest import Contest
-from bench.peers import CONTESTANTS
+from bench.families import FAMILIES
 from vlmfast.profile import ncu_command, read_ncu
 
 RUN = "--run"
@@ -28,9 +27,7 @@ def command(family: str, report: Path) -> list[str]:
 def measured(family: str) -> Contest | None:
     """The first selected case of a family, where what it needs is installed."""
     found = (
-        Contest(family, case, "bfloat16", "fwd+bwd", "cuda")
-        for case in CASES[family]
-        if case.name in SELECTION[family]
+        Contest(family, case, "bfloat16", "fwd+bwd", "cuda") for case in FAMILIES[family].selected
     )
     return next((contest for contest in found if not contest.missing), None)
 
@@ -40,9 +37,10 @@ def _run(family: str) -> None:
     contest = measured(family)
     if contest is None:
         raise ValueError(f"family: what the cases of {family} need is not installed")
-    ours = CONTESTANTS[contest.family][0].prepare(contest.case)
-    inputs = contest.page.make_inputs(contest.case, torch.bfloat16, contest.mode, device="cuda")
-    call = contest.page.make_call(ours, inputs, contest.mode)
+    module, mode = contest.family_calls, contest.mode
+    ours = FAMILIES[family].contestants[0].prepare(contest.case)
+    inputs = module.make_inputs(contest.case, torch.bfloat16, mode, device="cuda")
+    call = module.make_call(ours, inputs, mode)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -77,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     reports, failures = [], 0
-    for family in CASES:
+    for family in FAMILIES:
         if measured(family) is None:
             print(f"{family}: what its cases need is not installed", file=sys.stderr)
             continue

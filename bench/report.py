@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import vlmfast
+from bench.contestant import OURS, is_installed
+from bench.families import FAMILIES
 from bench.measure import Ceilings, Timing, Verdict, Work
-from bench.peers import OURS, REMARKS, is_installed
 from vlmfast.ops.common import EXTENSION_ERROR
 
 # Whose versions are told beside torch's: Triton, and where peers come from.
@@ -174,7 +175,7 @@ def notes(results: Results) -> list[str]:
             where = missing.setdefault((row.family, name, reason), [])
             where.append(f"{row.case} {row.dtype} {row.mode}")
     raced = {family: len(members) for family, members in by_family(rows).items()}
-    lines = [f"{family}: {REMARKS[family]}" for family in raced if family in REMARKS]
+    lines = [f"{x}: {FAMILIES[x].remark}" for x in raced if FAMILIES[x].remark]
     for (family, name, reason), contests in missing.items():
         everywhere = len(contests) == raced[family] > 1
         lines.append(

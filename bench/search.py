@@ -1,7 +1,7 @@
 """Launch configurations searched on this GPU: VLMFAST_AUTOTUNE=1 python -m bench.search FILE.
 
 Runs the selected cases, forward and backward, with the search of `kernels/configs.py` switched on,
-and writes what it found, after every case, as rows in the form that the tables of that page have.
+and writes what it found, after every case, as rows in the form that the tables of that file have.
 """
 
 import os
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, SELECTION
 from bench.contest import Contest
-from bench.peers import CONTESTANTS
+from bench.families import FAMILIES
 
 
 def formatted(searched: Mapping[tuple[int, object], object]) -> str:
@@ -34,14 +33,13 @@ def formatted(searched: Mapping[tuple[int, object], object]) -> str:
 
 def contests(device: str) -> list[Contest]:
     """What is searched with: the selected cases of every family, as they train."""
-    return [
-        Contest(family, case, dtype, "fwd+bwd", device)
-        for family, cases in CASES.items()
-        for case in cases
-        if case.name in SELECTION[family]
+    found = (
+        Contest(name, case, dtype, "fwd+bwd", device)
+        for name, family in FAMILIES.items()
+        for case in family.selected
         for dtype in ("bfloat16", "float32")
-        if not Contest(family, case, dtype, "fwd+bwd", device).missing
-    ]
+    )
+    return [contest for contest in found if not contest.missing]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     for contest in contests("cuda"):
         print(contest, flush=True)
-        dtype = getattr(torch, contest.dtype)
-        inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device="cuda")
-        ours = CONTESTANTS[contest.family][0].prepare(contest.case)
-        contest.page.make_call(ours, inputs, contest.mode)()
+        module, dtype = contest.family_calls, getattr(torch, contest.dtype)
+        inputs = module.make_inputs(contest.case, dtype, contest.mode, device="cuda")
+        ours = FAMILIES[contest.family].contestants[0].prepare(contest.case)
+        module.make_call(ours, inputs, contest.mode)()
         target.write_text(formatted(configs.searched))
     return 0
 

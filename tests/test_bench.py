@@ -19,27 +19,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command_line
 from bench import contest as contest_module
-from bench import contrastive_loss as losses_family
-from bench import flash_attention as family
-from bench import measure, modules, ncu, peers, search
+from bench import contestant as contestant_module
+from bench import measure, ncu, search
 from bench import report as report_module
-from bench import window_attention as windows_family
-from bench.cases import (
-    CASES,
-    LAYERS,
-    MODELS,
-    SELECTION,
-    SWEEPS,
-    AttentionCase,
-    Case,
-    ImageAttentionCase,
-    LossCase,
-    ModuleCase,
-    WindowCase,
-)
 from bench.compare import changes, losses
 from bench.contest import Contest, checked_calls, contests
 from bench.contest import run as race_contest
+from bench.contestant import OURS, Contestant
+from bench.contrastive_loss import calls as losses_family
+from bench.contrastive_loss.cases import BIAS, LossCase
+from bench.contrastive_loss.peers import dense_loss
+from bench.cross_attention.cases import ImageAttentionCase
+from bench.families import FAMILIES
+from bench.family import Case
+from bench.flash_attention import calls as family
+from bench.flash_attention.cases import AttentionCase
+from bench.flash_attention.peers import CONTESTANTS, eager_attention
 from bench.html import page
 from bench.measure import (
     Call,
@@ -55,16 +50,9 @@ from bench.measure import (
     race,
 )
 from bench.memory import MemoryMeter
-from bench.peers import (
-    CONTESTANTS,
-    EAGER,
-    FLASH_ATTENTION,
-    OURS,
-    SDPA,
-    Contestant,
-    dense_loss,
-    eager_attention,
-)
+from bench.modules import calls as modules
+from bench.modules import peers as module_peers
+from bench.modules.cases import LAYERS, MODELS, ModuleCase
 from bench.report import (
     Results,
     Row,
@@ -76,9 +64,12 @@ from bench.report import (
     notes,
     write_json,
 )
+from bench.window_attention import calls as windows_family
+from bench.window_attention.cases import WindowCase
 from vlmfast import verify
 from vlmfast.verify.common import relative_error
 
+FLASH_ATTENTION, SDPA, EAGER = CONTESTANTS[:3]
 ROOT = Path(__file__).resolve().parent.parent
 SELF = AttentionCase("tiny", "a test", 2, 3, 10, 10, 16)
 CAUSAL = replace(SELF, name="tiny-causal", is_causal=True)
@@ -151,7 +142,7 @@ def test_contrastive_losses_are_right_and_do_the_work_that_is_stated(loss: str, 
     truths = losses_family.reference(case, inputs, mode)
     for x, y in zip(by_autograd, truths, strict=True):
         torch.testing.assert_close(x.double(), y.value, rtol=1e-6, atol=1e-12)
-    ours = next(x for x in CONTESTANTS["contrastive_loss"] if x.name == OURS).prepare(case)
+    ours = FAMILIES["contrastive_loss"].contestants[0].prepare(case)
     inputs = losses_family.make_inputs(case, torch.float32, mode)
     call = losses_family.make_call(ours, inputs, mode)
     with FlopCounterMode(display=False) as counter:
@@ -169,7 +160,7 @@ def test_terms_of_contrastive_losses_are_those_of_verify(loss: str, monkeypatch)
     verified = make("tiny", page.random_pairs(40, 16))
     named = {"image": inputs.image, "text": inputs.text, "scale": inputs.scale.double()}
     if loss == "siglip":
-        named["bias"] = torch.tensor(losses_family.BIAS, dtype=torch.float64)
+        named["bias"] = torch.tensor(BIAS, dtype=torch.float64)
     named = {name: x.detach() for name, x in named.items()}
     expected = verified.terms(named, {"loss": torch.ones((), dtype=torch.float64)})
     found = [truth.terms for truth in losses_family.reference(case, inputs, "fwd+bwd")]
@@ -310,14 +301,14 @@ TINY = {
 
 
 def why_not(family: str, name: str, case: Case, dtype: torch.dtype) -> str | None:
-    (peer,) = (x for x in CONTESTANTS[family] if x.name == name)
+    (peer,) = (x for x in FAMILIES[family].contestants if x.name == name)
     return peer.refusal(case, dtype)
 
 
 def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.bfloat16, torch.float32
     losses, siglip = TINY["contrastive_loss"], replace(TINY["contrastive_loss"], loss="siglip")
-    monkeypatch.setattr(peers, "is_installed", lambda name: False)
+    monkeypatch.setattr(contestant_module, "is_installed", lambda name: False)
     for peers_of, name in (
         ("flash_attention", "flash-attn"),
         ("flash_attention", "torch varlen"),
@@ -327,7 +318,7 @@ def test_peers_say_what_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("contrastive_loss", "open_clip"),
     ):
         assert why_not(peers_of, name, TINY[peers_of], half) == "not installed"
-    monkeypatch.setattr(peers, "is_installed", lambda name: True)
+    monkeypatch.setattr(contestant_module, "is_installed", lambda name: True)
     for name in ("flash-attn", "torch varlen"):
         assert why_not("flash_attention", name, CAUSAL, half) is None
         assert "float32" in why_not("flash_attention", name, CAUSAL, single)
@@ -379,7 +370,7 @@ def test_original_is_never_further_off_than_its_yardstick() -> None:
 def test_a_module_that_nothing_is_replaced_in_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(LAYERS[0], batch=1)
     report = type("Report", (), {"replaced": []})()
-    monkeypatch.setattr(peers.vlmfast, "patch", lambda *_, **__: report)
+    monkeypatch.setattr(module_peers.vlmfast, "patch", lambda *_, **__: report)
     with pytest.raises(RuntimeError, match="replaced nothing"):
         race_contest(Contest("layers", case, "float32", "fwd"), 0.0)
 
@@ -427,7 +418,7 @@ def test_inputs_that_a_cache_holds_take_turns(monkeypatch: pytest.MonkeyPatch) -
     contest_module._prepared.cache_clear()
     _, calls = checked_calls(contest)
     assert len(calls[OURS].calls) == input_sets(
-        contest.page.work(SELF, torch.float32, "fwd"), "cpu"
+        contest.family_calls.work(SELF, torch.float32, "fwd"), "cpu"
     )
     contest_module._prepared.cache_clear()
 
@@ -516,12 +507,11 @@ def test_ceilings_and_the_fraction_of_them() -> None:
 
 
 def test_names_are_unique_and_lengths_are_real() -> None:
-    for cases in CASES.values():
-        assert len({case.name for case in cases}) == len(cases)
+    for row in FAMILIES.values():
+        assert len({case.name for case in row.cases}) == len(row.cases)
+        assert [case.name for case in row.selected] == list(row.selection)
     chosen = list(contests("flash_attention", ["float16"], ("fwd", "bwd"), "vit-h"))
     assert [str(contest) for contest in chosen] == ["vit-h14 float16 fwd", "vit-h14 float16 bwd"]
-    for family_name, names in SELECTION.items():
-        assert set(names) <= {case.name for case in CASES[family_name]}
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -577,7 +567,8 @@ def test_what_there_is_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_sweeps_reach_the_sizes_that_they_should() -> None:
-    sizes = {name: [size for size, _ in sweep.cases] for name, sweep in SWEEPS.items()}
+    sweeps = {name: row.sweep for name, row in FAMILIES.items() if row.sweep}
+    sizes = {name: [size for size, _ in sweep.cases] for name, sweep in sweeps.items()}
     for name, first, last in (
         ("flash_attention", 128, 16384),
         ("cross_attention", 1, 64),
@@ -587,7 +578,7 @@ def test_sweeps_reach_the_sizes_that_they_should() -> None:
         assert (sizes[name][0], sizes[name][-1]) == (first, last)
     order = [contest.case.name for contest in command_line._swept(parsed("--sweeps"))]
     assert order.index("tokens-16384") > order.index("pairs-256")
-    assert sorted(order) == sorted(case.name for x in SWEEPS.values() for _, case in x.cases)
+    assert sorted(order) == sorted(case.name for x in sweeps.values() for _, case in x.cases)
 
 
 def parsed(*arguments: str):
@@ -596,7 +587,7 @@ def parsed(*arguments: str):
 
 def test_peak_memory_is_that_of_the_scores() -> None:
     """Eager attention holds matrices of scores, the kernel none."""
-    case = next(case for case in CASES["flash_attention"] if case.name == "long-4096")
+    case = next(case for case in FAMILIES["flash_attention"].cases if case.name == "long-4096")
     with MemoryMeter("cpu") as meter:
         contest = Contest("flash_attention", case, "float32", "fwd")
         found = meter.peak_bytes(contest, [OURS, "eager"])
@@ -607,7 +598,7 @@ def test_peak_memory_is_that_of_the_scores() -> None:
 
 def test_peak_memory_is_that_of_the_forced_backend() -> None:
     """The reference holds matrices of scores, the kernel none."""
-    case = next(case for case in CASES["flash_attention"] if case.name == "vit-l14-336")
+    case = next(case for case in FAMILIES["flash_attention"].cases if case.name == "vit-l14-336")
     scores = case.heads * case.query_length * case.key_length * 4
     with MemoryMeter("cpu", "reference") as meter:
         contest = Contest("flash_attention", case, "float32", "fwd")
@@ -616,7 +607,7 @@ def test_peak_memory_is_that_of_the_forced_backend() -> None:
 
 def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
     """What torch imports for it is nobody's."""
-    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    case = next(case for case in FAMILIES["flash_attention"].cases if case.name == "vit-h14")
     contest = Contest("flash_attention", case, "float32", "fwd+bwd")
     with MemoryMeter("cpu") as meter:
         first, second = (meter.peak_bytes(contest, ["torch SDPA"]) for _ in range(2))
@@ -624,7 +615,7 @@ def test_peak_memory_of_a_first_gradient_is_that_of_a_second() -> None:
 
 
 def test_a_process_that_measures_memory_and_ends_costs_one_contest() -> None:
-    case = next(case for case in CASES["flash_attention"] if case.name == "vit-h14")
+    case = next(case for case in FAMILIES["flash_attention"].cases if case.name == "vit-h14")
     contest = Contest("flash_attention", case, "float32", "fwd")
     with MemoryMeter("cpu") as meter:
         meter._child.kill()
@@ -634,7 +625,7 @@ def test_a_process_that_measures_memory_and_ends_costs_one_contest() -> None:
 
 
 def test_the_page_draws_sweeps_and_says_who_wins(tmp_path: Path, capsys) -> None:
-    sweep = SWEEPS["flash_attention"]
+    sweep = FAMILIES["flash_attention"].sweep
     rows = []
     for (_, case), ratio in zip(sweep.cases, itertools.count(1), strict=False):
         row = Row(
@@ -672,7 +663,7 @@ def test_the_report_says_what_else_a_family_gains_from() -> None:
     sizes = ("", "", "", "float32", "fwd", "cpu", "cpu", WORK)
     rows = [Row("layers", *sizes), Row("flash_attention", *sizes)]
     told = notes(Results(rows, CEILINGS))
-    assert [x for x in told if "inference=True" in x] == [f"layers: {peers.REMARKS['layers']}"]
+    assert [x for x in told if "inference=True" in x] == [f"layers: {FAMILIES['layers'].remark}"]
 
 
 def recorded(ours: float, peer: float, spread: float = 0.01) -> dict:
@@ -826,7 +817,7 @@ def test_compare_wants_two_runs_of_the_same_contests(tmp_path: Path) -> None:
 
 def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
     """And so it is where nothing can draw."""
-    installed = peers.is_installed
+    installed = contestant_module.is_installed
     gone = {"timm", "open_clip", "flamingo_pytorch", "torchvision", "matplotlib"}
     for module in (command_line, contest_module, modules, report_module):
         monkeypatch.setattr(module, "is_installed", lambda x: x not in gone and installed(x))
@@ -859,7 +850,8 @@ def test_every_module_says_which_library_it_is_from() -> None:
 def test_command_line_fails_on_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(CONTESTANTS, "flash_attention", (planted(OURS, 1e-3), SDPA))
+    wrong = replace(FAMILIES["flash_attention"], contestants=(planted(OURS, 1e-3), SDPA))
+    monkeypatch.setitem(FAMILIES, "flash_attention", wrong)
     arguments = ["flash_attention", "--dtype", "float32", "--filter", "vit-h14", "--seconds", "0"]
     assert command_line.main([*arguments, "--ceiling-size", "64"]) == 1
     assert "WRONG" in capsys.readouterr().out

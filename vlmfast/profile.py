@@ -197,8 +197,8 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
     contest = _bench("contest")
     if contest is None:
         raise SystemExit(f"no model is called {options.target!r}, and cases need bench/")
-    for family, members in contest.CASES.items():
-        for case in members:
+    for family, members in contest.FAMILIES.items():
+        for case in members.cases:
             if case.name == options.target:
                 found = contest.Contest(family, case, options.dtype, options.mode, device)
                 if found.missing:
@@ -214,7 +214,7 @@ def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
                     work = row.work
                     yield Target(name, calls[name], options.dtype, work.flops, work.least_bytes)
                 return
-    names = ", ".join(case.name for members in contest.CASES.values() for case in members)
+    names = ", ".join(case.name for x in contest.FAMILIES.values() for case in x.cases)
     raise SystemExit(f"TARGET: expected a row of the demo, a model of timm, or one of {names}")
 
 
