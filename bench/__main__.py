@@ -12,22 +12,15 @@ from pathlib import Path
 import torch
 
 import vlmfast
-from bench import compare
+from bench import compare, report
 from bench.contest import Contest, contests, run
 from bench.contestant import OURS, is_installed
 from bench.families import FAMILIES
 from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
-from bench.report import (
-    Results,
-    append_csv,
-    check_csv,
-    machine_file,
-    markdown,
-    read_json,
-    write_json,
-    write_report,
-)
+from bench.report import write_report
+from bench.results import Results, append_csv, check_csv, machine_file, write_json
+from bench.tables import markdown
 from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] == "compare":
         return compare.main(arguments[1:])
     if arguments and arguments[0] == "report":
-        return _report(arguments[1:])
+        return report.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     for family in options.families:
@@ -103,24 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         append_csv(options.append, race.results.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
     return int(any(OURS in row.refusals for row in race.results.rows))
-
-
-def _report(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench report",
-        description="Makes the report of a run afresh, or of one that did not end.",
-    )
-    parser.add_argument("results", type=Path, help="the results.json of python -m bench --out")
-    parser.add_argument("--out", type=Path, help="folder for it (default: where RESULTS lies)")
-    options = parser.parse_args(arguments)
-    try:
-        results = read_json(options.results)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{options.results}: not the results of a run: {error!r}")
-    folder = options.out or options.results.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"report: {write_report(folder, results)}")
-    return 0
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.contestant import OURS
-from bench.report import machine
+from bench.results import machine
 
 # Of the uncertainty of a ratio: beyond three standard deviations one in 370 is chance.
 DEVIATIONS = 3.0

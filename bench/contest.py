@@ -24,7 +24,7 @@ from bench.measure import (
     race,
 )
 from bench.modules.cases import ModuleCase
-from bench.report import Row
+from bench.results import Row
 
 
 class Contest(NamedTuple):

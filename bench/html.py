@@ -15,7 +15,8 @@ from bench.contestant import OURS
 from bench.families import FAMILIES
 from bench.family import Sweep
 from bench.measure import Ceilings
-from bench.report import Results, Row, by_family, details, facts, notes, summary
+from bench.results import Results, Row, by_family
+from bench.tables import HOW_TO_READ, details, facts, notes, summary
 
 matplotlib.rcParams["svg.hashsalt"] = "vlmfast"  # so that equal plots are equal files
 
@@ -36,9 +37,8 @@ svg { max-width: 100%; height: auto }
 def page(results: Results) -> str:
     """The whole report."""
     rows, ceilings = results.contests, results.ceilings
-    told, _, meaning = facts(results)
     parts = ["<h1>vlmfast against its peers</h1>", _verdict(rows)]
-    parts += [_note(told), _note(meaning)]
+    parts += [_note(facts(results)), _note(HOW_TO_READ)]
     for family, members in by_family(rows).items():
         parts.append(f"<h2>{_text(family)}</h2>")
         raced = [row for row in members if row.best_peer and row.ratio(row.best_peer)]

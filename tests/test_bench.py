@@ -53,17 +53,16 @@ from bench.memory import MemoryMeter
 from bench.modules import calls as modules
 from bench.modules import peers as module_peers
 from bench.modules.cases import LAYERS, MODELS, ModuleCase
-from bench.report import (
+from bench.results import (
     Results,
     Row,
     append_csv,
     check_csv,
     machine,
     machine_file,
-    markdown,
-    notes,
     write_json,
 )
+from bench.tables import markdown, notes
 from bench.window_attention import calls as windows_family
 from bench.window_attention.cases import WindowCase
 from vlmfast import verify
