@@ -15,6 +15,7 @@ import torch
 from bench.contest import Contest
 from bench.families import FAMILIES
 from vlmfast.profile import ncu_command, read_ncu
+from vlmfast.tables import markdown_table
 
 RUN = "--run"
 
@@ -53,10 +54,8 @@ def tables(reports: Sequence[Path]) -> str:
     """A Markdown table of each report."""
     lines = []
     for report in reports:
-        header, body = read_ncu(report.read_text().splitlines())
-        lines += [f"## {report.stem.removeprefix('ncu-')}", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
-        lines.append("")
+        table = read_ncu(report.read_text().splitlines())
+        lines += [f"## {report.stem.removeprefix('ncu-')}", "", markdown_table(*table), ""]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from bench.contestant import OURS
 from bench.families import FAMILIES
 from bench.measure import Ceilings, Timing
 from bench.results import Results, Row, by_family
+from vlmfast.tables import markdown_table, milliseconds
 
 HOW_TO_READ = (
     "Medians of interleaved runs. ± is how far the ratio was off when our call raced itself. "
@@ -26,7 +27,8 @@ def _summary_cells(row: Row, ceilings: Ceilings) -> list[str]:
     cells = [row.case, row.shape, row.dtype, row.mode]
     if ours is None:
         return [*cells, "WRONG", *[""] * 6]
-    cells += [_ms(ours.median), best or "", _ms(row.timings[best].median) if best else ""]
+    cells += [milliseconds(ours.median), best or ""]
+    cells += [milliseconds(row.timings[best].median) if best else ""]
     ratio = row.ratio(best) if best else None
     cells += [f"{ratio:.2f} ± {row.noise:.1%}" if ratio and row.noise is not None else ""]
     fraction = ceilings.least_seconds(row.work, row.dtype) / ours.median
@@ -58,7 +60,8 @@ def details(rows: Sequence[Row], ceilings: Ceilings) -> Table:
 def _spread(timing: Timing | None) -> str:
     if timing is None:
         return ""
-    return f"{_ms(timing.median)} ({_ms(timing.p20)} to {_ms(timing.p80)})"
+    median, p20, p80 = map(milliseconds, (timing.median, timing.p20, timing.p80))
+    return f"{median} ({p20} to {p80})"
 
 
 def facts(results: Results) -> str:
@@ -103,25 +106,11 @@ def markdown(results: Results) -> str:
     for suffix, some in (("", by_family(results.contests)), (", sweep", results.sweeps)):
         for family, members in some.items():
             found = summary(members, results.ceilings), details(members, results.ceilings)
-            lines += [f"## {family}{suffix}", "", *_markdown_table(found[0])]
+            lines += [f"## {family}{suffix}", "", markdown_table(*found[0])]
             lines += ["", "Every contestant, p20 to p80 in brackets:", ""]
-            lines += [*_markdown_table(found[1]), ""]
+            lines += [markdown_table(*found[1]), ""]
     lines += [f"- {note}" for note in notes(results)]
     return "\n".join(lines)
-
-
-def _markdown_table(table: Table) -> list[str]:
-    header, body = table
-    return [_line(header), _line(["---"] * len(header)), *map(_line, body)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _ms(seconds: float) -> str:
-    milliseconds = seconds * 1e3
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _megabytes(size: int | None) -> str:

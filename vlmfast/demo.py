@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast._torchvision_ops import import_torchvision
+from vlmfast.tables import markdown_table
 from vlmfast.verify.common import budget, relative_error
 
 import_torchvision()
@@ -372,29 +373,20 @@ def _measure(case: Case, quick: bool, seconds: float, say: Callable[[str], None]
     )
 
 
-def _markdown(rows: list[Row]) -> str:
-    titles = "model, layers replaced, error ours / theirs, time before / after, speed-up, "
-    titles += "peak memory before / after"
-    cells: list[tuple[str, ...]] = [tuple(titles.split(", "))]
-    for row in rows:
-        mark = "" if row.passed else " WRONG"
-        cells.append(
-            (
-                row.model,
-                str(row.layers_replaced),
-                f"{row.error_ours:.1e} / {row.error_theirs:.1e}{mark}",
-                f"{row.time_before:.0f} / {row.time_after:.0f} ms",
-                f"{row.time_before / row.time_after:.2f} x",
-                f"{row.memory_before:.0f} / {row.memory_after:.0f} MiB",
-            )
-        )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    lines = (
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )
-    return "\n".join(f"| {line} |" for line in lines)
+def _table(rows: list[Row]) -> str:
+    header = ["model", "layers replaced", "error ours / theirs", "time before / after", "speed-up"]
+    body = [
+        [
+            row.model,
+            str(row.layers_replaced),
+            f"{row.error_ours:.1e} / {row.error_theirs:.1e}{'' if row.passed else ' WRONG'}",
+            f"{row.time_before:.0f} / {row.time_after:.0f} ms",
+            f"{row.time_before / row.time_after:.2f} x",
+            f"{row.memory_before:.0f} / {row.memory_after:.0f} MiB",
+        ]
+        for row in rows
+    ]
+    return markdown_table([*header, "peak memory before / after"], body, is_padded=True)
 
 
 def _plot(rows: list[Row], path: Path) -> None:
@@ -470,7 +462,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(_measure(case, options.quick, seconds, say))
 
     options.out.mkdir(parents=True, exist_ok=True)
-    table = _markdown(rows)
+    table = _table(rows)
     (options.out / "demo.md").write_text(table + "\n")
     results = {
         "torch": torch.__version__,

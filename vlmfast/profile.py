@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 from vlmfast.ops.common import EXTENSION_ERROR
+from vlmfast.tables import markdown_table, milliseconds
 
 __all__ = ["main", "ncu_command", "read_ncu"]
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table = read_ncu(options.ncu_report.read_text().splitlines())
         except (OSError, ValueError) as error:
             _parser().error(f"argument --ncu-report: {options.ncu_report}: {error}")
-        print(_table(*table))
+        print(markdown_table(*table))
         return 0
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
@@ -299,7 +300,7 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         rate = f.target.flops / f.seconds
         line = [
             f.target.name,
-            _milliseconds(f.seconds),
+            milliseconds(f.seconds),
             f"{f.target.flops / 1e9:.3g}",
             f"{rate / 1e9:.0f}",
         ]
@@ -308,14 +309,14 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         line += [f"{moved / 1e9:.1f}", f"{moved / ceilings.bandwidth:.0%}" if ceilings else ""]
         body.append([*line, str(f.trace)])
     header = ["", "ms a step", "GFLOP", "GFLOP/s", "of ceiling", "GB/s", "of ceiling", "trace"]
-    yield _table(header, body)
+    yield markdown_table(header, body)
     for f in found:
         total = sum(seconds for _, seconds, _ in f.operators)
         yield f"\nthe costliest operators, {f.target.name} (time by itself)"
-        yield _table(
+        yield markdown_table(
             ["operator", "ms a step", "share", "calls"],
             [
-                [name, _milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
+                [name, milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
                 for name, seconds, calls in f.operators[:COSTLIEST]
             ],
         )
@@ -336,10 +337,6 @@ def ncu_command(report: str) -> list[str]:
     return ["ncu", *raw, "--metrics", ",".join(NCU_METRICS), "--log-file", report]
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
-
-
 def _ncu_command(options: argparse.Namespace) -> str:
     """The same target under Nsight Compute, one step of it."""
     profiled = ["-m", "vlmfast", "profile", options.target, "--steps", "1", "--no-trace"]
@@ -354,7 +351,9 @@ def _resources() -> Iterator[str]:
         yield f"CPU kernels: {torch.ops.vlmfast.cpu_isa()}, {torch.get_num_threads()} threads"
     body = list(_triton_resources())
     if body:
-        yield _table(["Triton kernel", "registers", "spills", "shared bytes", "warps"], body)
+        yield markdown_table(
+            ["Triton kernel", "registers", "spills", "shared bytes", "warps"], body
+        )
 
 
 def _triton_resources() -> Iterator[list[str]]:
@@ -394,7 +393,9 @@ def _counters(run: Callable[[], object], steps: int) -> str:
         if "<not supported>" in output:
             return "no counters: this machine's processor lets perf count nothing"
         return f"no counters: {output.strip() or 'perf counted nothing'}"
-    return _table(["counter", "a step"], [[k, f"{v / steps:.4g}"] for k, v in counts.items()])
+    return markdown_table(
+        ["counter", "a step"], [[k, f"{v / steps:.4g}"] for k, v in counts.items()]
+    )
 
 
 def read_ncu(lines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -412,8 +413,3 @@ def read_ncu(lines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         " ".join(filter(None, (NCU_METRICS.get(names[c], "kernel"), units[c]))) for c in columns
     ]
     return header, [[launch[c] for c in columns] for launch in launches]
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
