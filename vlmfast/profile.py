@@ -1,8 +1,7 @@
 """Where the time of a model or of one kernel goes, and how far it is from the machine's limits.
 
-A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224; or
-a case of the benchmarks, as clip-text. Cases, and the machine's limits, come from the folder bench/
-of a checkout.
+A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224;
+or a case of the benchmarks, as clip-text. Only a checkout knows cases and the machine's limits.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import os
 import shlex
 import shutil
@@ -20,10 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -68,6 +66,17 @@ class Target:
     least_bytes: int
 
 
+class Ceilings(Protocol):
+    """What the machine can do: operations a second, by dtype, and bytes a second."""
+
+    flops: Mapping[str, float]
+    bandwidth: float
+
+
+FindCase = Callable[[argparse.Namespace, str], Iterator[Target]]  # of options and a device
+MeasureCeilings = Callable[[Sequence[str], str], Ceilings]  # of dtypes and a device
+
+
 @dataclass(frozen=True)
 class Findings:
     """One profiled target: seconds a step, its costliest operators."""
@@ -78,8 +87,18 @@ class Findings:
     trace: Path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Profiles, prints tables, writes traces; returns 0."""
+def main(
+    arguments: Sequence[str] | None = None,
+    find_case: FindCase | None = None,
+    measure_ceilings: MeasureCeilings | None = None,
+) -> int:
+    """Profiles, prints tables, writes traces; returns 0.
+
+    Args:
+        arguments: of the command line.
+        find_case: the targets that one names who names no model; it may raise SystemExit.
+        measure_ceilings: what the machine can do; None: no share of it is told.
+    """
     options = _parser().parse_args(arguments)
     if options.steps < 1:
         _parser().error(f"argument --steps: expected at least 1, got {options.steps}")
@@ -92,13 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
-    targets = list(_targets(options))
+    targets = list(_targets(options, find_case))
     if options.no_trace:
         _run_alone(targets, options.steps)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     found = [_measure(target, options) for target in targets]
-    print("\n".join(_report(found, options)))
+    print("\n".join(_report(found, options, measure_ceilings)))
     if sys.platform == "linux":
         for target in targets:
             print(f"\n{target.name}\n{_counters(target.run, options.steps)}")
@@ -131,12 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _targets(options: argparse.Namespace) -> Iterator[Target]:
+def _targets(options: argparse.Namespace, find_case: FindCase | None) -> Iterator[Target]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, inputs, run, dtype = _find_model(options, device) or (None, None, None, None)
-    if model is None:
-        yield from _case_targets(options, device)
+    found = _find_model(options, device)
+    if found is None:
+        if find_case is None:
+            raise SystemExit(f"no model is called {options.target!r}, and cases need a checkout")
+        yield from find_case(options, device)
         return
+    model, inputs, run, dtype = found
     given = inputs.values() if isinstance(inputs, dict) else (inputs,)
     read = sum(x.nbytes for x in (*model.parameters(), *given))
     flops = _count_flops(lambda: run(model, inputs))
@@ -191,42 +213,6 @@ def _find_model(
         run,
         options.dtype,
     )
-
-
-def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
-    """Our call of a benchmark's case; with --patched first that of the fastest peer."""
-    contest = _bench("contest")
-    if contest is None:
-        raise SystemExit(f"no model is called {options.target!r}, and cases need bench/")
-    for family, members in contest.FAMILIES.items():
-        for case in members.cases:
-            if case.name == options.target:
-                found = contest.Contest(family, case, options.dtype, options.mode, device)
-                if found.missing:
-                    raise SystemExit(f"{case.name}: not installed: {found.missing}")
-                row, calls = contest.checked_calls(found)
-                if contest.OURS not in calls:
-                    raise SystemExit(f"{found}: our result is {row.refusals[contest.OURS]}")
-                names = [contest.OURS]
-                if options.patched and len(calls) > 1:
-                    row.timings = contest.race(calls, 0.0)
-                    names.insert(0, row.best_peer)
-                for name in names:
-                    work = row.work
-                    yield Target(name, calls[name], options.dtype, work.flops, work.least_bytes)
-                return
-    names = ", ".join(case.name for x in contest.FAMILIES.values() for case in x.cases)
-    raise SystemExit(f"TARGET: expected a row of the demo, a model of timm, or one of {names}")
-
-
-def _bench(module: str) -> Any:
-    """A module of the folder bench/ of the checkout; None where the package is installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "bench" / f"{module}.py").is_file():
-        return None
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(f"bench.{module}")
 
 
 def _measure(target: Target, options: argparse.Namespace) -> Findings:
@@ -286,15 +272,15 @@ def _file_name(text: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in text).strip("-")
 
 
-def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[str]:
+def _report(
+    found: Sequence[Findings], options: argparse.Namespace, measure_ceilings: MeasureCeilings | None
+) -> Iterator[str]:
     ceilings = None
-    measure = _bench("measure")
-    if measure is None:
-        yield "the machine's ceilings are measured by bench/, which is not here"
+    if measure_ceilings is None:
+        yield "the machine's ceilings are measured in a checkout, and this is none"
     else:
         dtypes = list(dict.fromkeys(f.target.dtype for f in found))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ceilings = measure.measure_ceilings(dtypes, seconds=1.0, device=device)
+        ceilings = measure_ceilings(dtypes, "cuda" if torch.cuda.is_available() else "cpu")
     body = []
     for f in found:
         rate = f.target.flops / f.seconds
