@@ -31,7 +31,8 @@ SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
 FIXED, COST = 2.0, 90
 # And at least so many calls at the rate of torch's own products.
 UNHURRIED_CALLS = 30
-# Of the time there is, if there are sweeps: for what comes before them.
+# Of the time there is, if there are sweeps: for what comes before them. `make bench` has 80
+# contests before the 30 of its sweeps.
 SHARE = 0.7
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
 
@@ -77,25 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(
         dtypes, options.ceiling_size, min(options.seconds, 2.0), options.device
     )
-    race = _Race(options, ceilings)
+    tournament = _Tournament(options, ceilings)
     try:
         forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
         meter_of = MemoryMeter(options.device, options.backend) if options.memory else nullcontext()
         with forced, meter_of as meter:
             seconds = math.inf if options.minutes is None else 60 * options.minutes
-            race(chosen, start + seconds * (SHARE if swept else 1), meter)
-            race(swept, start + seconds, meter, swept=True)
+            tournament(chosen, start + seconds * (SHARE if swept else 1), meter)
+            tournament(swept, start + seconds, meter, swept=True)
     except NotImplementedError as error:  # the forced backend's reasons
         print(error, file=sys.stderr)
         return 2
 
-    print(markdown(race.results))
+    print(markdown(tournament.results))
     if options.out:
-        print(f"report: {write_report(options.out, race.results)}", file=sys.stderr)
+        print(f"report: {write_report(options.out, tournament.results)}", file=sys.stderr)
     if options.append:
-        append_csv(options.append, race.results.rows, ceilings)
+        append_csv(options.append, tournament.results.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
-    return int(any(OURS in row.refusals for row in race.results.rows))
+    return int(any(OURS in row.refusals for row in tournament.results.rows))
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
@@ -123,7 +124,7 @@ def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
     return (contest for column in columns for contest in column if contest is not None)
 
 
-class _Race:
+class _Tournament:
     """Runs contests until the time is up."""
 
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):

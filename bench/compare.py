@@ -95,7 +95,7 @@ def _usual_noise(rows: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median([row["noise"] or 0.0 for row in rows] or [0.0])
 
 
-def losses(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def contests_lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Contests that our call had a time for before, and that both runs held, but has none now."""
     later = {_contest(row): row for row in after["rows"]}
     return [
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         then, now = (str(x["machine"].get(name) or "none") for x in documents)
         if then != now:
             print(f"{name}: {then} before, {now} after")
-    found, lost = changes(before, after), losses(before, after)
+    found, lost = changes(before, after), contests_lost(before, after)
     if not found and not lost:
         parser.error("the two runs have no contest in common")
     print(_table(sorted(found, key=lambda change: change.ratio, reverse=True)))

@@ -129,7 +129,7 @@ def race(
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
             samples[name].append(seconds_of(calls[name], repeats[name]))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: _timing(values) for name, values in samples.items()}
 
 
 def clock_rate(device: str = "cpu") -> float | None:
@@ -232,7 +232,7 @@ def captured(call: Call) -> Call:
     return replay
 
 
-def _summary(samples: Sequence[float]) -> Timing:
+def _timing(samples: Sequence[float]) -> Timing:
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
 

@@ -31,8 +31,8 @@ def formatted(searched: Mapping[tuple[int, object], object]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def contests(device: str) -> list[Contest]:
-    """What is searched with: the selected cases of every family, as they train."""
+def training_contests(device: str) -> list[Contest]:
+    """The selected cases of every family, as they train."""
     found = (
         Contest(name, case, dtype, "fwd+bwd", device)
         for name, family in FAMILIES.items()
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vlmfast.kernels import configs
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    for contest in contests("cuda"):
+    for contest in training_contests("cuda"):
         print(contest, flush=True)
         module, dtype = contest.family_calls, getattr(torch, contest.dtype)
         inputs = module.make_inputs(contest.case, dtype, contest.mode, device="cuda")

@@ -22,7 +22,7 @@ from bench import contest as contest_module
 from bench import contestant as contestant_module
 from bench import measure, ncu, search
 from bench import report as report_module
-from bench.compare import changes, losses
+from bench.compare import changes, contests_lost
 from bench.contest import Contest, checked_calls, contests
 from bench.contest import run as race_contest
 from bench.contestant import OURS, Contestant
@@ -450,10 +450,10 @@ def test_a_type_without_fast_products_takes_its_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(command_line, "unhurried_rate", lambda dtype: 1e9)
     contest = next(contests("flash_attention", ["bfloat16"], ("fwd",), "vit-b16"))
     fast = replace(CEILINGS, flops={"bfloat16": 1e12}, bandwidth=1e12, exps=1e12)
-    race = command_line._Race(parsed("--minutes", "1", "--seconds", "0"), fast)
+    tournament = command_line._Tournament(parsed("--minutes", "1", "--seconds", "0"), fast)
     work = family.work(contest.case, torch.bfloat16, "fwd")
     expected = command_line.FIXED + command_line.UNHURRIED_CALLS * work.flops / 1e9
-    assert race._expected_seconds(contest) == pytest.approx(expected)
+    assert tournament._expected_seconds(contest) == pytest.approx(expected)
     assert measure.unhurried_rate("float32", 64) > 0
 
 
@@ -732,7 +732,7 @@ def test_compare_finds_a_planted_slow_down() -> None:
     assert changes(first, slower)[0].verdict == "SLOWER"
     assert changes(slower, first)[0].verdict == "faster"
     lost = {"machine": {}, "rows": [{**slower["rows"][0], "timings": {}}]}
-    assert losses(first, lost) == ["flash_attention tiny float32 fwd"]
+    assert contests_lost(first, lost) == ["flash_attention tiny float32 fwd"]
 
 
 def test_compare_knows_that_a_race_may_be_quiet_by_luck() -> None:
@@ -835,7 +835,7 @@ def test_a_layer_whose_library_is_missing_is_named(tmp_path: Path, capsys, monke
     ):
         assert f"- {line}\n" in text
     assert not (out / "report.html").exists() and "bench.html" not in sys.modules
-    assert all(not contest.missing for contest in search.contests("cuda"))
+    assert all(not contest.missing for contest in search.training_contests("cuda"))
     assert ncu.measured("layers").case.name == "vit-b16-layer"
     assert ncu.measured("models") is None
 

@@ -185,15 +185,15 @@ def _find_model(
     except ModuleNotFoundError as error:
         print(f"without {error.name} there are no models to profile, only cases", file=sys.stderr)
         return None
-    for case in demo.CASES:
-        if options.target in case.name:
+    for subject in demo.SUBJECTS:
+        if options.target in subject.name:
             torch.manual_seed(0)
             inputs = {
-                name: (x.to(case.dtype) if x.is_floating_point() else x).to(device)
-                for name, x in case.inputs(False).items()
+                name: (x.to(subject.dtype) if x.is_floating_point() else x).to(device)
+                for name, x in subject.inputs(False).items()
             }
-            model = case.model(patched=False, quick=False).to(device)
-            return model, inputs, case.run, str(case.dtype).removeprefix("torch.")
+            model = subject.model(patched=False, quick=False).to(device)
+            return model, inputs, subject.run, str(subject.dtype).removeprefix("torch.")
     import timm
 
     if not timm.is_model(options.target):
