@@ -46,7 +46,7 @@ def worst_errors(runs: Iterable[tuple[Sequence[Tensor], Sequence[Truth]]]) -> li
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """query (B, H, L, D), key and value of B and H likewise, and the gradient of the output."""
+    """query (B, H, L, D), key and value (B, H, ..., D), and the gradient of the output."""
 
     query: Tensor
     key: Tensor

@@ -59,7 +59,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     """Every contest that our own call has a time for in both documents.
 
     They are held against the fastest other contestant that both runs timed: it ran interleaved with
-    our call, so that a machine that is slower today slows it as well.
+    our call, so that a machine that is slower today slows both.
     """
     earlier = {_contest(row): row for row in before["rows"]}
     usual = [_usual_noise(document["rows"]) for document in (before, after)]
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "before", type=Path, help="a results.json of python -m bench, or a CSV of bench/results"
     )
-    parser.add_argument("after", type=Path, help="likewise")
+    parser.add_argument("after", type=Path, help="of a later run, in either form")
     options = parser.parse_args(arguments)
     documents = []
     for path in (options.before, options.after):

@@ -108,7 +108,7 @@ def checked_calls(
     Args:
         contest: what is computed.
         contestants: by whom; None for all of the family.
-        compiles: those that must compile first as well.
+        compiles: do not leave out those that must compile first.
 
     Returns:
         The row, without times yet: errors, and the reasons of those left out.

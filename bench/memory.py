@@ -28,7 +28,7 @@ class MemoryMeter:
     """What the call of each contestant of a contest adds at its peak.
 
     On a GPU by the allocator's statistics, on Linux by the resident set of a fresh process. Empty
-    where the system tells neither. `backend` is forced there, too.
+    where the system tells neither. `backend` is forced in that process.
     """
 
     def __init__(self, device: str, backend: str | None = None):

@@ -160,7 +160,7 @@ def check_csv(path: Path) -> None:
 
 
 def append_csv(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
-    """Adds a line for each contestant of each row; the header, too, to a new file."""
+    """Adds a line for each contestant of each row; a new file gets a header above them."""
     check_csv(path)
     here = {"date": datetime.date.today().isoformat(), **machine()}
     is_new = not path.exists()
@@ -230,7 +230,7 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """As Linux names it; family and model as well, since some names are those of many."""
+    """As Linux names it, with family and model, since some names are those of many."""
     told: dict[str, str] = {}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

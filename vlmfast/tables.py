@@ -8,7 +8,7 @@ __all__ = ["markdown_table", "milliseconds"]
 def markdown_table(
     header: Sequence[str], body: Sequence[Sequence[str]], is_padded: bool = False
 ) -> str:
-    """A table; padded, its columns stand one below the other in a terminal as well."""
+    """A table; padded, its columns align in a terminal."""
     widths = [0] * len(header)
     if is_padded:
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]

@@ -15,12 +15,20 @@ from bench.contestant import GPU, OURS, Contestant, compiled, forced, half_only,
 from bench.cross_attention.cases import ImageAttentionCase
 
 
+def media_locations(
+    batch: int, tokens: int, images: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """(B, T) bool: where the images of a text stand, at equal distances, the first at its start."""
+    media = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
+    media[:, [image * tokens // images for image in range(images)]] = True
+    return media
+
+
 def image_plan(
     case: ImageAttentionCase, batch: int | None = None, device: torch.device | str = "cpu"
 ) -> VF.CrossAttentionPlan:
-    """Of a text with its images at equal distances, the first at its start."""
-    media = torch.zeros(batch or case.batch, case.tokens, dtype=torch.bool, device=device)
-    media[:, [image * case.tokens // case.images for image in range(case.images)]] = True
+    """Which image each token of a case sees; `batch` in place of its own."""
+    media = media_locations(batch or case.batch, case.tokens, case.images, device)
     return VF.cross_attention_plan(VF.image_index(media), case.images)
 
 
@@ -61,7 +69,7 @@ def eager_attention(case: ImageAttentionCase) -> Attention:
 
 
 def _flex(case: ImageAttentionCase) -> Attention:
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    attend = torch.compile(flex_attention, fullgraph=True)
 
     @functools.cache
     def mask(device: torch.device) -> BlockMask:
@@ -75,7 +83,7 @@ def _flex(case: ImageAttentionCase) -> Attention:
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = key.flatten(2, 3), value.flatten(2, 3)
-        return compiled(query, key, value, block_mask=mask(query.device))
+        return attend(query, key, value, block_mask=mask(query.device))
 
     return attention
 

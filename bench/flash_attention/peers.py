@@ -64,7 +64,7 @@ def _eager_refusal(case: AttentionCase, dtype: torch.dtype) -> str | None:
 
 
 def _flex(case: AttentionCase) -> Attention:
-    compiled = torch.compile(flex_attention, fullgraph=True)
+    attend = torch.compile(flex_attention, fullgraph=True)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
@@ -76,8 +76,8 @@ def _flex(case: AttentionCase) -> Attention:
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not case.is_causal:
-            return compiled(query, key, value)
-        return compiled(query, key, value, block_mask=mask(query.device))
+            return attend(query, key, value)
+        return attend(query, key, value, block_mask=mask(query.device))
 
     return attention
 

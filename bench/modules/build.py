@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bench.contrastive_loss import calls as contrastive_loss
 from bench.contrastive_loss.cases import LossCase
+from bench.cross_attention.peers import media_locations
 from bench.modules.cases import LOSS
 
 # How to make the module, and what it takes.
@@ -34,9 +35,8 @@ class _MaskedCrossAttention(nn.Module):
         self.images = images
 
     def forward(self, text: Tensor, latents: Tensor) -> Tensor:
-        starts = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
-        starts[:, [image * text.shape[1] // self.images for image in range(self.images)]] = True
-        return self.attention(text, latents, media_locations=starts)
+        media = media_locations(*text.shape[:2], self.images, text.device)
+        return self.attention(text, latents, media_locations=media)
 
 
 class _ClipEmbeddings(nn.Module):

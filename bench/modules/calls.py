@@ -1,6 +1,6 @@
 """Inputs, calls and formulas of `layers` and `models`: a module as its library makes it.
 
-The contestants are the module itself and the same patched; each takes the same tensors.
+The contestants are the module, a patched copy and a compiled one.
 """
 
 import copy

@@ -19,10 +19,9 @@ LOSS = "open_clip ClipLoss"
 
 @dataclass(frozen=True)
 class ModuleCase:
-    """One layer, or a whole model, as its library makes it, against the same after patching.
+    """One layer, or a whole model, as its library makes it, to be raced against a patched copy.
 
     Attributes:
-        family: of the kernels that patching brings in.
         module: which of `bench/modules/build.py`.
         batch: of its inputs.
         options: of its constructor, and sizes of its inputs.
@@ -31,7 +30,6 @@ class ModuleCase:
 
     name: str
     source: str
-    family: str
     module: str
     batch: int
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -57,7 +55,6 @@ LAYERS = (
     ModuleCase(
         "vit-b16-layer",
         "ViT-B/16, 224 px",
-        "flash_attention",
         "torch.nn.MultiheadAttention",
         8,
         {"dim": 768, "heads": 12, "tokens": 197},
@@ -65,7 +62,6 @@ LAYERS = (
     ModuleCase(
         "siglip-so400m-layer",
         "SigLIP so400m/14, 384 px",
-        "flash_attention",
         "timm.layers.Attention",
         1,
         {"dim": 1152, "heads": 16, "tokens": 729},
@@ -73,7 +69,6 @@ LAYERS = (
     ModuleCase(
         "swin-t-s1-layer",
         "Swin-T, 224 px, stage 1",
-        "window_attention",
         "torchvision ShiftedWindowAttention",
         8,
         {"dim": 96, "heads": 3, "size": 56, "window": 7, "shift": 3},
@@ -81,7 +76,6 @@ LAYERS = (
     ModuleCase(
         "swin-b-384-s3-block",
         "Swin-B, 384 px, stage 3",
-        "window_attention",
         "timm SwinTransformerBlock",
         1,
         {"dim": 512, "heads": 16, "size": 24, "window": 12, "shift": 6},
@@ -89,7 +83,6 @@ LAYERS = (
     ModuleCase(
         "swinv2-t-s1-layer",
         "Swin V2-T, 256 px, stage 1",
-        "window_attention",
         "torchvision ShiftedWindowAttentionV2",
         8,
         {"dim": 96, "heads": 3, "size": 64, "window": 8, "shift": 4},
@@ -97,7 +90,6 @@ LAYERS = (
     ModuleCase(
         "flamingo-layer",
         "Flamingo",
-        "cross_attention",
         "flamingo_pytorch MaskedCrossAttention",
         4,
         {"dim": 1024, "heads": 8, "tokens": 512, "images": 4, "latents": 64},
@@ -105,7 +97,6 @@ LAYERS = (
     ModuleCase(
         "clip-loss-layer",
         "CLIP ViT-B",
-        "contrastive_loss",
         LOSS,
         1024,
         {"dim": 512},
@@ -117,7 +108,6 @@ MODELS = (
     ModuleCase(
         "vit-b16-model",
         "ViT-B/16, 224 px",
-        "flash_attention",
         "timm model",
         4,
         {"model": "vit_base_patch16_224", "size": 224},
@@ -125,7 +115,6 @@ MODELS = (
     ModuleCase(
         "clip-vit-b32-model",
         "CLIP ViT-B/32, 224 px",
-        "flash_attention",
         "transformers CLIPModel",
         4,
         {"size": 224, "tokens": 77},
@@ -133,7 +122,6 @@ MODELS = (
     ModuleCase(
         "swin-t-model",
         "Swin-T, 224 px",
-        "window_attention",
         "torchvision model",
         4,
         {"model": "swin_t", "size": 224},
@@ -141,7 +129,6 @@ MODELS = (
     ModuleCase(
         "swinv2-t-model",
         "Swin V2-T, 256 px",
-        "window_attention",
         "timm model",
         4,
         {"model": "swinv2_tiny_window8_256", "size": 256},
@@ -149,7 +136,6 @@ MODELS = (
     ModuleCase(
         "flamingo-model",
         "Flamingo: resampler and six gated blocks",
-        "cross_attention",
         "Flamingo",
         1,
         {"dim": 1024, "heads": 8, "latents": 64, "depth": 6, "images": 6, "tokens": 256},
@@ -157,7 +143,6 @@ MODELS = (
     ModuleCase(
         "clip-vit-b32-step",
         "CLIP ViT-B/32, 224 px, and its loss",
-        "contrastive_loss",
         "open_clip model with ClipLoss",
         4,
         {"model": "ViT-B-32", "size": 224, "tokens": 77},

@@ -15,7 +15,7 @@ PrepareModule = Callable[[nn.Module, str], nn.Module]  # of the original and the
 
 
 def _patched(case: ModuleCase) -> PrepareModule:
-    """A patched copy; where no gradient is asked for, packed for inference as well."""
+    """A patched copy; where no gradient is asked for, also packed for inference."""
 
     def prepare(module: nn.Module, mode: str) -> nn.Module:
         patched = copy.deepcopy(module)
@@ -45,4 +45,4 @@ CONTESTANTS = (
     Contestant("torch.compile", never, _compiled, compiles=True),
 )
 
-REMARK = "forward is that of vlmfast.patch(module, inference=True), which packs Linear weights, too"
+REMARK = "forward is that of vlmfast.patch(module, inference=True), which also packs Linear weights"
