@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.contest import Contest
+from bench.contest import Contest, our_call
 from bench.families import FAMILIES
 from vlmfast.profile import ncu_command, read_ncu
 from vlmfast.tables import markdown_table
@@ -38,10 +38,7 @@ def _run(family: str) -> None:
     contest = measured(family)
     if contest is None:
         raise ValueError(f"family: what the cases of {family} need is not installed")
-    module, mode = contest.family_calls, contest.mode
-    ours = FAMILIES[family].contestants[0].prepare(contest.case)
-    inputs = module.make_inputs(contest.case, torch.bfloat16, mode, device="cuda")
-    call = module.make_call(ours, inputs, mode)
+    call = our_call(contest)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.contest import Contest
+from bench.contest import Contest, our_call
 from bench.families import FAMILIES
 
 
@@ -57,10 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     for contest in training_contests("cuda"):
         print(contest, flush=True)
-        module, dtype = contest.family_calls, getattr(torch, contest.dtype)
-        inputs = module.make_inputs(contest.case, dtype, contest.mode, device="cuda")
-        ours = FAMILIES[contest.family].contestants[0].prepare(contest.case)
-        module.make_call(ours, inputs, contest.mode)()
+        our_call(contest)()
         target.write_text(formatted(configs.searched))
     return 0
 
