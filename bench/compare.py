@@ -119,8 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
             _contest(row), row["timings"], row["noise"]  # KeyError where they are missing
         return {"machine": document["machine"], "rows": document["rows"]}
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    facts: dict[str, str] = {}
-    of_machine = list(machine())
+    told: dict[str, str] = {}  # of the machine
+    names = list(machine())
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             contest = {name: line[name] for name in ("family", "case", "dtype", "mode", "device")}
@@ -129,8 +129,8 @@ def _read(path: Path) -> dict[str, Any]:
                 rows[tuple(contest.values())] = {**contest, "timings": {}, "noise": noise}
             timing = {name: float(line[name]) for name in ("median", "p20", "p80", "samples")}
             rows[tuple(contest.values())]["timings"][line["contestant"]] = timing
-            facts = {name: line[name] for name in of_machine}
-    return {"machine": facts, "rows": list(rows.values())}
+            told = {name: line[name] for name in names}
+    return {"machine": told, "rows": list(rows.values())}
 
 
 def _table(found: Sequence[Change]) -> str:

@@ -37,7 +37,7 @@ svg { max-width: 100%; height: auto }
 def page(results: Results) -> str:
     """The whole report."""
     rows, ceilings = results.contests, results.ceilings
-    parts = ["<h1>vlmfast against its peers</h1>", _verdict(rows)]
+    parts = ["<h1>vlmfast against its peers</h1>", _in_short(rows)]
     parts += [_note(facts(results)), _note(HOW_TO_READ)]
     for family, members in by_family(rows).items():
         parts.append(f"<h2>{_text(family)}</h2>")
@@ -68,7 +68,7 @@ def page(results: Results) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _in_short(rows: Sequence[Row]) -> str:
     """The whole in one sentence."""
     ratios = sorted(ratio for row in rows if (ratio := row.ratio(row.best_peer or "")))
     wrong = sum(OURS not in row.timings for row in rows)

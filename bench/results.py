@@ -134,8 +134,8 @@ def read_json(path: Path) -> Results:
 
 def machine_file() -> Path:
     """Where the measurements of this machine are kept in the repository."""
-    facts = machine()
-    name = facts["gpu"] or f"{facts['processor']} {facts['cores']} cores"
+    here = machine()
+    name = here["gpu"] or f"{here['processor']} {here['cores']} cores"
     slug = re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
     return Path(__file__).resolve().parent / "results" / f"{slug}.csv"
 
