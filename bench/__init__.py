@@ -3,6 +3,6 @@
 `python -m bench flash_attention` races every contestant on every case and prints a table;
 `pytest bench --benchmark-only` runs the same calls one by one under pytest-benchmark.
 
-One family is one row here, too: its cases in `cases.py`, its peers in `peers.py`, and a module of
-its own that makes inputs, calls and formulas out of them. The rest is shared.
+One family is one folder: its shapes in `cases.py`, who else computes it in `peers.py`, and inputs,
+calls and formulas in `calls.py`; `families.py` names them all. The rest is shared.
 """

@@ -12,22 +12,15 @@ from pathlib import Path
 import torch
 
 import vlmfast
-from bench import compare
-from bench.cases import CASES, SELECTION, SWEEPS
+from bench import compare, report
 from bench.contest import Contest, contests, run
+from bench.contestant import OURS, is_installed
+from bench.families import FAMILIES
 from bench.measure import Ceilings, measure_ceilings, settle_allocator, unhurried_rate
 from bench.memory import MemoryMeter
-from bench.peers import OURS, is_installed
-from bench.report import (
-    Results,
-    append_csv,
-    check_csv,
-    machine_file,
-    markdown,
-    read_json,
-    write_json,
-    write_report,
-)
+from bench.report import write_report
+from bench.results import Results, append_csv, check_csv, machine_file, write_json
+from bench.tables import markdown
 from vlmfast.backends import BACKENDS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +31,8 @@ SWEPT = {"cpu": ("float32", "fwd"), "cuda": ("bfloat16", "fwd")}
 FIXED, COST = 2.0, 90
 # And at least so many calls at the rate of torch's own products.
 UNHURRIED_CALLS = 30
-# Of the time there is, if there are sweeps: for what comes before them.
+# Of the time there is, if there are sweeps: for what comes before them. `make bench` has 80
+# contests before the 30 of its sweeps.
 SHARE = 0.7
 MODES = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ("fwd", "fwd+bwd")}
 
@@ -49,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] == "compare":
         return compare.main(arguments[1:])
     if arguments and arguments[0] == "report":
-        return _report(arguments[1:])
+        return report.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     for family in options.families:
-        if family not in CASES:
-            parser.error(f"argument FAMILY: expected one of {', '.join(CASES)}, got {family!r}")
+        if family not in FAMILIES:
+            parser.error(f"argument FAMILY: expected one of {', '.join(FAMILIES)}, got {family!r}")
     chosen = list(_chosen(options))
     if not chosen:
         print(f"no case has {options.filter!r} in its name", file=sys.stderr)
@@ -84,52 +78,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(
         dtypes, options.ceiling_size, min(options.seconds, 2.0), options.device
     )
-    race = _Race(options, ceilings)
+    tournament = _Tournament(options, ceilings)
     try:
         forced = vlmfast.use_backend(options.backend) if options.backend else nullcontext()
         meter_of = MemoryMeter(options.device, options.backend) if options.memory else nullcontext()
         with forced, meter_of as meter:
             seconds = math.inf if options.minutes is None else 60 * options.minutes
-            race(chosen, start + seconds * (SHARE if swept else 1), meter)
-            race(swept, start + seconds, meter, swept=True)
+            tournament(chosen, start + seconds * (SHARE if swept else 1), meter)
+            tournament(swept, start + seconds, meter, swept=True)
     except NotImplementedError as error:  # the forced backend's reasons
         print(error, file=sys.stderr)
         return 2
 
-    print(markdown(race.results))
+    print(markdown(tournament.results))
     if options.out:
-        print(f"report: {write_report(options.out, race.results)}", file=sys.stderr)
+        print(f"report: {write_report(options.out, tournament.results)}", file=sys.stderr)
     if options.append:
-        append_csv(options.append, race.results.rows, ceilings)
+        append_csv(options.append, tournament.results.rows, ceilings)
         print(f"added to {options.append}", file=sys.stderr)
-    return int(any(OURS in row.refusals for row in race.results.rows))
-
-
-def _report(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench report",
-        description="Makes the report of a run afresh, or of one that did not end.",
-    )
-    parser.add_argument("results", type=Path, help="the results.json of python -m bench --out")
-    parser.add_argument("--out", type=Path, help="folder for it (default: where RESULTS lies)")
-    options = parser.parse_args(arguments)
-    try:
-        results = read_json(options.results)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{options.results}: not the results of a run: {error!r}")
-    folder = options.out or options.results.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"report: {write_report(folder, results)}")
-    return 0
+    return int(any(OURS in row.refusals for row in tournament.results.rows))
 
 
 def _chosen(options: argparse.Namespace) -> Iterator[Contest]:
     """Of every family in turn: where time runs out, it has seen something of each."""
     families = []
-    for family in options.families or CASES:
-        found = contests(family, options.dtype, MODES[options.mode], options.filter, options.device)
-        wanted = SELECTION[family] if options.selection else None
-        families.append([x for x in found if wanted is None or x.case.name in wanted])
+    for name in options.families or FAMILIES:
+        found = contests(name, options.dtype, MODES[options.mode], options.filter, options.device)
+        wanted = FAMILIES[name].selected if options.selection else FAMILIES[name].cases
+        families.append([contest for contest in found if contest.case in wanted])
     return _in_turn(families)
 
 
@@ -137,9 +113,9 @@ def _swept(options: argparse.Namespace) -> Iterator[Contest]:
     """Small cases of all families before the large ones."""
     dtype, mode = SWEPT[options.device]
     return _in_turn(
-        [Contest(family, case, dtype, mode, options.device) for _, case in SWEEPS[family].cases]
-        for family in options.families or SWEEPS
-        if family in SWEEPS
+        [Contest(name, case, dtype, mode, options.device) for _, case in sweep.cases]
+        for name in options.families or FAMILIES
+        if (sweep := FAMILIES[name].sweep)
     )
 
 
@@ -148,7 +124,7 @@ def _in_turn(families: Iterable[Sequence[Contest]]) -> Iterator[Contest]:
     return (contest for column in columns for contest in column if contest is not None)
 
 
-class _Race:
+class _Tournament:
     """Runs contests until the time is up."""
 
     def __init__(self, options: argparse.Namespace, ceilings: Ceilings):
@@ -189,7 +165,7 @@ class _Race:
         if self.options.minutes is None:
             return 0.0
         dtype = getattr(torch, contest.dtype)
-        work = contest.page.work(contest.case, dtype, contest.mode)
+        work = contest.family_calls.work(contest.case, dtype, contest.mode)
         calls = COST * self.results.ceilings.least_seconds(work, contest.dtype)
         unhurried = UNHURRIED_CALLS * work.flops / self.rates.get(contest.dtype, math.inf)
         return FIXED + self.options.seconds + max(calls, unhurried)
@@ -203,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m bench report RESULTS: the report of one that is kept.",
     )
     parser.add_argument(
-        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(CASES)}; default: all"
+        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given repeatedly")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What the pages of several families share: calls, truths, and how far torch itself is off."""
+"""What several families share: calls, truths, and how far torch itself is off."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bench.measure import Call, Truth, Work
 from vlmfast.verify.common import relative_error
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key, value
 
 
 def make_call(
@@ -44,7 +46,7 @@ def worst_errors(runs: Iterable[tuple[Sequence[Tensor], Sequence[Truth]]]) -> li
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """query (B, H, L, D), key and value of B and H likewise, and the gradient of the output."""
+    """query (B, H, L, D), key and value (B, H, ..., D), and the gradient of the output."""
 
     query: Tensor
     key: Tensor
@@ -68,9 +70,7 @@ class AttentionInputs:
         return self.map(lambda x: x.detach().double())
 
 
-def attention_call(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: AttentionInputs, mode: str
-) -> Call:
+def attention_call(attention: Attention, inputs: AttentionInputs, mode: str) -> Call:
     """`make_call` of an attention: its gradients are those of query, key and value."""
     return make_call(lambda: attention(*inputs.sources), inputs.sources, inputs.grad_out, mode)
 
@@ -89,7 +89,7 @@ def by_heads(
 
 def head_errors(
     heads: Iterable[AttentionInputs],
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attention: Attention,
     truth: Callable[[AttentionInputs], tuple[Tensor, ...]],
     mode: str,
 ) -> list[float]:

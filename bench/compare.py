@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.peers import OURS
-from bench.report import machine
+from bench.contestant import OURS
+from bench.results import machine
+from vlmfast.tables import markdown_table, milliseconds
 
 # Of the uncertainty of a ratio: beyond three standard deviations one in 370 is chance.
 DEVIATIONS = 3.0
@@ -23,15 +24,15 @@ class Change:
 
     Attributes:
         contest: family, case, dtype, mode and device.
-        yardstick: the contestant whose times stand for the machine's; None: the clock does.
-        before: milliseconds of our call, then.
-        after: milliseconds, now.
-        ratio: time after over time before, each first divided by the yardstick's.
+        against: the contestant whose times stand for the machine's; None: the clock does.
+        before: seconds of our call, then.
+        after: seconds, now.
+        ratio: time after over time before, each first divided by that of `against`.
         uncertainty: how far from 1 the ratio may be by chance.
     """
 
     contest: tuple[str, str, str, str, str]
-    yardstick: str | None
+    against: str | None
     before: float
     after: float
     ratio: float
@@ -57,8 +58,8 @@ def relative_deviation(timing: Mapping[str, float]) -> float:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Every contest that our own call has a time for in both documents.
 
-    The yardstick is the fastest other contestant that both runs timed: it ran interleaved with our
-    call, so that a machine that is slower today slows it as well.
+    They are held against the fastest other contestant that both runs timed: it ran interleaved with
+    our call, so that a machine that is slower today slows both.
     """
     earlier = {_contest(row): row for row in before["rows"]}
     usual = [_usual_noise(document["rows"]) for document in (before, after)]
@@ -68,20 +69,20 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         if old is None or OURS not in old["timings"] or OURS not in row["timings"]:
             continue
         common = [name for name in old["timings"] if name != OURS and name in row["timings"]]
-        yardstick = min(common, key=lambda name: old["timings"][name]["median"], default=None)
-        names = [OURS] if yardstick is None else [OURS, yardstick]
+        against = min(common, key=lambda name: old["timings"][name]["median"], default=None)
+        names = [OURS] if against is None else [OURS, against]
         variance = sum(relative_deviation(x["timings"][n]) ** 2 for x in (old, row) for n in names)
         then, now = (
-            x["timings"][OURS]["median"] / (x["timings"][yardstick]["median"] if yardstick else 1.0)
+            x["timings"][OURS]["median"] / (x["timings"][against]["median"] if against else 1.0)
             for x in (old, row)
         )
         noise = sum(max(x["noise"] or 0.0, u) for x, u in zip((old, row), usual, strict=True))
         found.append(
             Change(
                 _contest(row),
-                yardstick,
-                old["timings"][OURS]["median"] * 1e3,
-                row["timings"][OURS]["median"] * 1e3,
+                against,
+                old["timings"][OURS]["median"],
+                row["timings"][OURS]["median"],
                 now / then,
                 DEVIATIONS * math.sqrt(variance) + noise,
             )
@@ -94,7 +95,7 @@ def _usual_noise(rows: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median([row["noise"] or 0.0 for row in rows] or [0.0])
 
 
-def losses(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def contests_lost(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Contests that our call had a time for before, and that both runs held, but has none now."""
     later = {_contest(row): row for row in after["rows"]}
     return [
@@ -118,8 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
             _contest(row), row["timings"], row["noise"]  # KeyError where they are missing
         return {"machine": document["machine"], "rows": document["rows"]}
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    facts: dict[str, str] = {}
-    of_machine = list(machine())
+    told: dict[str, str] = {}  # of the machine
+    names = list(machine())
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             contest = {name: line[name] for name in ("family", "case", "dtype", "mode", "device")}
@@ -128,8 +129,18 @@ def _read(path: Path) -> dict[str, Any]:
                 rows[tuple(contest.values())] = {**contest, "timings": {}, "noise": noise}
             timing = {name: float(line[name]) for name in ("median", "p20", "p80", "samples")}
             rows[tuple(contest.values())]["timings"][line["contestant"]] = timing
-            facts = {name: line[name] for name in of_machine}
-    return {"machine": facts, "rows": list(rows.values())}
+            told = {name: line[name] for name in names}
+    return {"machine": told, "rows": list(rows.values())}
+
+
+def _table(found: Sequence[Change]) -> str:
+    titles = ("case", "dtype", "mode", "before ms", "after ms", "against", "time ratio", "chance")
+    body = []
+    for change in found:
+        cells = [*change.contest[1:4], milliseconds(change.before), milliseconds(change.after)]
+        cells += [change.against or "the clock", f"{change.ratio:.3f}"]
+        body.append([*cells, f"± {change.uncertainty:.1%}", change.verdict])
+    return markdown_table([*titles, ""], body)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "before", type=Path, help="a results.json of python -m bench, or a CSV of bench/results"
     )
-    parser.add_argument("after", type=Path, help="likewise")
+    parser.add_argument("after", type=Path, help="of a later run, in either form")
     options = parser.parse_args(arguments)
     documents = []
     for path in (options.before, options.after):
@@ -151,18 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         then, now = (str(x["machine"].get(name) or "none") for x in documents)
         if then != now:
             print(f"{name}: {then} before, {now} after")
-    found, lost = changes(before, after), losses(before, after)
+    found, lost = changes(before, after), contests_lost(before, after)
     if not found and not lost:
         parser.error("the two runs have no contest in common")
-    print("| case | dtype | mode | before ms | after ms | against | time ratio | chance | |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for change in sorted(found, key=lambda change: change.ratio, reverse=True):
-        _, case, dtype, mode, _ = change.contest
-        print(
-            f"| {case} | {dtype} | {mode} | {change.before:.3g} | {change.after:.3g} "
-            f"| {change.yardstick or 'the clock'} | {change.ratio:.3f} "
-            f"| ± {change.uncertainty:.1%} | {change.verdict} |"
-        )
+    print(_table(sorted(found, key=lambda change: change.ratio, reverse=True)))
     later = {_contest(row) for row in after["rows"]}
     gone = sum(_contest(row) not in later for row in before["rows"])
     if gone:

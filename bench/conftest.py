@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bench.measure import settle_allocator
-from bench.report import machine
+from bench.results import machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,13 +1,15 @@
 """One case: every contestant is checked, those that are right are raced."""
 
 import functools
-import importlib
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import CASES, Case, ModuleCase
+from bench.contestant import OURS, Contestant, is_installed
+from bench.families import FAMILIES
+from bench.family import Case
 from bench.measure import (
     Call,
     Rotation,
@@ -21,8 +23,8 @@ from bench.measure import (
     launch_seconds,
     race,
 )
-from bench.peers import CONTESTANTS, OURS, Contestant, is_installed
-from bench.report import Row
+from bench.modules.cases import ModuleCase
+from bench.results import Row
 
 
 class Contest(NamedTuple):
@@ -36,13 +38,12 @@ class Contest(NamedTuple):
 
     @property
     def contestants(self) -> Sequence[Contestant]:
-        return [x for x in CONTESTANTS[self.family] if self.device in x.devices]
+        return [x for x in FAMILIES[self.family].contestants if self.device in x.devices]
 
     @property
-    def page(self) -> Any:
+    def family_calls(self) -> ModuleType:
         """The module of the family: inputs, calls and formulas."""
-        page = "modules" if self.family in ("layers", "models") else self.family
-        return importlib.import_module(f"bench.{page}")
+        return FAMILIES[self.family].calls
 
     @property
     def missing(self) -> str | None:
@@ -62,11 +63,19 @@ def contests(
     device: str = "cpu",
 ) -> Iterator[Contest]:
     """Every contest asked for; dtypes None means those of each case."""
-    for case in CASES[family]:
+    for case in FAMILIES[family].cases:
         if name_part in case.name:
             for dtype in dtypes or case.dtypes:
                 for mode in modes:
                     yield Contest(family, case, dtype, mode, device)
+
+
+def our_call(contest: Contest) -> Call:
+    """Our own call of a contest, not checked."""
+    module, dtype = contest.family_calls, getattr(torch, contest.dtype)
+    inputs = module.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
+    ours = FAMILIES[contest.family].contestants[0].prepare(contest.case)
+    return module.make_call(ours, inputs, contest.mode)
 
 
 class _Prepared(NamedTuple):
@@ -81,18 +90,18 @@ class _Prepared(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _prepared(contest: Contest) -> _Prepared:
-    page, case, mode = contest.page, contest.case, contest.mode
+    module, case, mode = contest.family_calls, contest.case, contest.mode
     dtype = getattr(torch, contest.dtype)
-    work = page.work(case, dtype, mode)
+    work = module.work(case, dtype, mode)
     inputs = [
-        page.make_inputs(case, dtype, mode, seed, contest.device)
+        module.make_inputs(case, dtype, mode, seed, contest.device)
         for seed in range(input_sets(work, contest.device))
     ]
     return _Prepared(
         inputs,
-        page.reference(case, inputs[0], mode),
-        page.yardsticks(case, dtype, mode),
-        page.chosen_backend(case, inputs[0]),
+        module.reference(case, inputs[0], mode),
+        module.yardsticks(case, dtype, mode),
+        module.chosen_backend(case, inputs[0]),
         work,
     )
 
@@ -107,13 +116,13 @@ def checked_calls(
     Args:
         contest: what is computed.
         contestants: by whom; None for all of the family.
-        compiles: those that must compile first as well.
+        compiles: do not leave out those that must compile first.
 
     Returns:
         The row, without times yet: errors, and the reasons of those left out.
         The calls by contestant.
     """
-    page, case, mode = contest.page, contest.case, contest.mode
+    module, case, mode = contest.family_calls, contest.case, contest.mode
     inputs, truths, yardsticks, backend, work = _prepared(contest)
     row = Row(
         family=contest.family,
@@ -137,7 +146,7 @@ def checked_calls(
             continue
         try:
             function = contestant.prepare(case)
-            call = page.make_call(function, inputs[0], mode)
+            call = module.make_call(function, inputs[0], mode)
             verdict = judge(call(), truths, yardsticks)
         except Exception as error:  # a library of others may raise anything
             if name == OURS:
@@ -146,7 +155,7 @@ def checked_calls(
             continue
         row.verdicts[name] = verdict
         if verdict.passed:
-            others = [page.make_call(function, x, mode) for x in inputs[1:]]
+            others = [module.make_call(function, x, mode) for x in inputs[1:]]
             calls[name] = Rotation([call, *others]) if others else call
         else:
             row.refusals[name] = (

@@ -11,10 +11,12 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from bench.cases import SWEEPS, Sweep
+from bench.contestant import OURS
+from bench.families import FAMILIES
+from bench.family import Sweep
 from bench.measure import Ceilings
-from bench.peers import OURS
-from bench.report import Results, Row, by_family, details, facts, notes, summary
+from bench.results import Results, Row, by_family
+from bench.tables import HOW_TO_READ, details, facts, notes, summary
 
 matplotlib.rcParams["svg.hashsalt"] = "vlmfast"  # so that equal plots are equal files
 
@@ -35,9 +37,8 @@ svg { max-width: 100%; height: auto }
 def page(results: Results) -> str:
     """The whole report."""
     rows, ceilings = results.contests, results.ceilings
-    told, _, meaning = facts(results)
-    parts = ["<h1>vlmfast against its peers</h1>", _verdict(rows)]
-    parts += [_note(told), _note(meaning)]
+    parts = ["<h1>vlmfast against its peers</h1>", _in_short(rows)]
+    parts += [_note(facts(results)), _note(HOW_TO_READ)]
     for family, members in by_family(rows).items():
         parts.append(f"<h2>{_text(family)}</h2>")
         raced = [row for row in members if row.best_peer and row.ratio(row.best_peer)]
@@ -48,7 +49,7 @@ def page(results: Results) -> str:
     if results.sweeps:
         parts.append("<h2>How cost grows</h2>")
     for family, members in results.sweeps.items():
-        sweep = SWEEPS[family]
+        sweep = FAMILIES[family].sweep
         parts += [f"<h3>{_text(family)}: {_text(sweep.size)}</h3>", _growth(sweep, members)]
         tables = _table(*summary(members, ceilings)) + _table(*details(members, ceilings))
         parts.append(_folded("as a table", tables))
@@ -67,7 +68,7 @@ def page(results: Results) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _in_short(rows: Sequence[Row]) -> str:
     """The whole in one sentence."""
     ratios = sorted(ratio for row in rows if (ratio := row.ratio(row.best_peer or "")))
     wrong = sum(OURS not in row.timings for row in rows)

@@ -28,9 +28,9 @@ MOST_LAUNCHED = 10  # calls in a row: of a hundred kernels each, they still fit 
 def settle_allocator() -> bool:
     """Puts glibc's malloc in the state that a long-running process reaches by itself.
 
-    Blocks of up to 32 MiB are then reused and larger ones mapped afresh, as ever. But what one
-    contestant frees is not given back to the system, for which the next would pay with page faults
-    of its own. Returns whether the C library could be told.
+    Blocks of up to 32 MiB are then reused and larger ones mapped afresh, as by default, but what
+    one contestant frees is not given back to the system, for which the next would pay with page
+    faults of its own. Returns whether the C library could be told.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     try:
@@ -129,13 +129,13 @@ def race(
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
             samples[name].append(seconds_of(calls[name], repeats[name]))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: _timing(values) for name, values in samples.items()}
 
 
 def clock_rate(device: str = "cpu") -> float | None:
     """MHz of the fastest core, or of the GPU, as the system tells it just now; None if it does not.
 
-    A virtual machine may always tell the same.
+    A virtual machine may tell one rate for ever.
     """
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
@@ -232,7 +232,7 @@ def captured(call: Call) -> Call:
     return replay
 
 
-def _summary(samples: Sequence[float]) -> Timing:
+def _timing(samples: Sequence[float]) -> Timing:
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
 

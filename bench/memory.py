@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, SWEEPS
 from bench.contest import Contest
+from bench.families import FAMILIES
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +28,7 @@ class MemoryMeter:
     """What the call of each contestant of a contest adds at its peak.
 
     On a GPU by the allocator's statistics, on Linux by the resident set of a fresh process. Empty
-    where the system tells neither. `backend` is forced there, too.
+    where the system tells neither. `backend` is forced in that process.
     """
 
     def __init__(self, device: str, backend: str | None = None):
@@ -95,18 +95,20 @@ def peak(call: Callable[[], object], device: str) -> int:
 
 
 def _find(family: str, name: str, dtype: str, mode: str, device: str) -> Contest:
-    sweep = [case for _, case in SWEEPS[family].cases] if family in SWEEPS else []
-    case = next(case for case in (*CASES[family], *sweep) if case.name == name)
+    sweep = FAMILIES[family].sweep
+    swept = [case for _, case in sweep.cases] if sweep else []
+    case = next(case for case in (*FAMILIES[family].cases, *swept) if case.name == name)
     return Contest(family, case, dtype, mode, device)
 
 
 def _measure(contest: Contest, names: Sequence[str]) -> dict[str, int]:
     dtype = getattr(torch, contest.dtype)
-    inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
+    module = contest.family_calls
+    inputs = module.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
     found = {}
     for contestant in contest.contestants:
         if contestant.name in names:
-            call = contest.page.make_call(contestant.prepare(contest.case), inputs, contest.mode)
+            call = module.make_call(contestant.prepare(contest.case), inputs, contest.mode)
             found[contestant.name] = peak(call, contest.device)
     return found
 

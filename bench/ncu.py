@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, SELECTION
-from bench.contest import Contest
-from bench.peers import CONTESTANTS
+from bench.contest import Contest, our_call
+from bench.families import FAMILIES
 from vlmfast.profile import ncu_command, read_ncu
+from vlmfast.tables import markdown_table
 
 RUN = "--run"
 
@@ -28,9 +28,7 @@ def command(family: str, report: Path) -> list[str]:
 def measured(family: str) -> Contest | None:
     """The first selected case of a family, where what it needs is installed."""
     found = (
-        Contest(family, case, "bfloat16", "fwd+bwd", "cuda")
-        for case in CASES[family]
-        if case.name in SELECTION[family]
+        Contest(family, case, "bfloat16", "fwd+bwd", "cuda") for case in FAMILIES[family].selected
     )
     return next((contest for contest in found if not contest.missing), None)
 
@@ -40,9 +38,7 @@ def _run(family: str) -> None:
     contest = measured(family)
     if contest is None:
         raise ValueError(f"family: what the cases of {family} need is not installed")
-    ours = CONTESTANTS[contest.family][0].prepare(contest.case)
-    inputs = contest.page.make_inputs(contest.case, torch.bfloat16, contest.mode, device="cuda")
-    call = contest.page.make_call(ours, inputs, contest.mode)
+    call = our_call(contest)
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -55,10 +51,8 @@ def tables(reports: Sequence[Path]) -> str:
     """A Markdown table of each report."""
     lines = []
     for report in reports:
-        header, body = read_ncu(report.read_text().splitlines())
-        lines += [f"## {report.stem.removeprefix('ncu-')}", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
-        lines.append("")
+        table = read_ncu(report.read_text().splitlines())
+        lines += [f"## {report.stem.removeprefix('ncu-')}", "", markdown_table(*table), ""]
     return "\n".join(lines)
 
 
@@ -77,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     reports, failures = [], 0
-    for family in CASES:
+    for family in FAMILIES:
         if measured(family) is None:
             print(f"{family}: what its cases need is not installed", file=sys.stderr)
             continue

@@ -1,7 +1,7 @@
 """Launch configurations searched on this GPU: VLMFAST_AUTOTUNE=1 python -m bench.search FILE.
 
 Runs the selected cases, forward and backward, with the search of `kernels/configs.py` switched on,
-and writes what it found, after every case, as rows in the form that the tables of that page have.
+and writes what it found, after every case, as rows in the form that the tables of that file have.
 """
 
 import os
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, SELECTION
-from bench.contest import Contest
-from bench.peers import CONTESTANTS
+from bench.contest import Contest, our_call
+from bench.families import FAMILIES
 
 
 def formatted(searched: Mapping[tuple[int, object], object]) -> str:
@@ -32,16 +31,15 @@ def formatted(searched: Mapping[tuple[int, object], object]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def contests(device: str) -> list[Contest]:
-    """What is searched with: the selected cases of every family, as they train."""
-    return [
-        Contest(family, case, dtype, "fwd+bwd", device)
-        for family, cases in CASES.items()
-        for case in cases
-        if case.name in SELECTION[family]
+def training_contests(device: str) -> list[Contest]:
+    """The selected cases of every family, as they train."""
+    found = (
+        Contest(name, case, dtype, "fwd+bwd", device)
+        for name, family in FAMILIES.items()
+        for case in family.selected
         for dtype in ("bfloat16", "float32")
-        if not Contest(family, case, dtype, "fwd+bwd", device).missing
-    ]
+    )
+    return [contest for contest in found if not contest.missing]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,12 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from vlmfast.kernels import configs
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    for contest in contests("cuda"):
+    for contest in training_contests("cuda"):
         print(contest, flush=True)
-        dtype = getattr(torch, contest.dtype)
-        inputs = contest.page.make_inputs(contest.case, dtype, contest.mode, device="cuda")
-        ours = CONTESTANTS[contest.family][0].prepare(contest.case)
-        contest.page.make_call(ours, inputs, contest.mode)()
+        our_call(contest)()
         target.write_text(formatted(configs.searched))
     return 0
 

@@ -9,13 +9,13 @@ from dataclasses import asdict
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import CASES
 from bench.contest import Contest, checked_calls, contests
-from bench.peers import Contestant
+from bench.contestant import Contestant
+from bench.families import FAMILIES
 
 CONTESTS = [
     (contest, contestant)
-    for family in CASES
+    for family in FAMILIES
     for contest in contests(family, None, ("fwd", "fwd+bwd"))
     for contestant in contest.contestants
 ]

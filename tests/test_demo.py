@@ -21,7 +21,7 @@ def test_rows_in_bf16(tmp_path, capsys):
 
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert [row["model"] for row in rows] == [
-        case.name for case in demo.CASES if "bf16" in case.name
+        subject.name for subject in demo.SUBJECTS if "bf16" in subject.name
     ]
     for row, line in zip(rows, lines[2:], strict=True):
         assert row["passed"] and row["model"] in line

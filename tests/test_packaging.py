@@ -124,7 +124,7 @@ def sources(*patterns: str) -> set[str]:
 
 
 def test_sdist_can_build_test_and_measure(unpacked: Path) -> None:
-    expected = sources("csrc/**/*.*", "kernels/*.py", "vlmfast/**/*.py", "bench/*.py")
+    expected = sources("csrc/**/*.*", "kernels/*.py", "vlmfast/**/*.py", "bench/**/*.py")
     expected |= sources("tests/**/*.py", "tests/data/*", "tests/snapshots/*")
     expected |= {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"}
     shipped = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}

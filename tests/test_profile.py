@@ -9,7 +9,10 @@ import sys
 import pytest
 import torch
 
+import vlmfast
 import vlmfast.__main__ as command
+from bench import profile as cases
+from bench.contestant import OURS
 from vlmfast import profile
 
 NCU = """\
@@ -51,16 +54,14 @@ def test_a_case(tmp_path, capsys):
 
 
 def test_a_case_that_is_wrong_is_not_profiled(tmp_path, monkeypatch):
-    from bench import contest
-
     def wrong(found):
         row, calls = checked(found)
-        del calls[contest.OURS]
-        row.refusals[contest.OURS] = "WRONG, error 1 above its budget 0"
+        del calls[OURS]
+        row.refusals[OURS] = "WRONG, error 1 above its budget 0"
         return row, calls
 
-    checked = contest.checked_calls
-    monkeypatch.setattr(contest, "checked_calls", wrong)
+    checked = cases.checked_calls
+    monkeypatch.setattr(cases, "checked_calls", wrong)
     with pytest.raises(SystemExit, match="resampler float32 fwd: our result is WRONG"):
         command.main(["profile", "resampler", "--out", str(tmp_path)])
 
@@ -117,6 +118,17 @@ def test_an_unknown_target(tmp_path):
     with pytest.raises(SystemExit) as stop:
         command.main(["profile"])
     assert stop.value.code == 2
+
+
+def test_an_installed_package_profiles_models_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vlmfast, "__path__", vlmfast.__path__[:1])
+    arguments = ["--steps", "1", "--batch", "1", "--out", str(tmp_path)]
+    assert command.main(["profile", "vit_tiny_patch16_224", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("the machine's ceilings are measured in a checkout")
+    assert re.search(r"^\| before \| [\d.]+ \| [\d.]+ \| \d+ \|  \|", text, re.MULTILINE)
+    with pytest.raises(SystemExit, match="called 'resampler', and cases need a checkout"):
+        command.main(["profile", "resampler", *arguments])
 
 
 def test_counters_or_why_there_are_none(monkeypatch):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast._torchvision_ops import import_torchvision
+from vlmfast.tables import markdown_table
 from vlmfast.verify.common import budget, relative_error
 
 import_torchvision()
@@ -63,7 +64,7 @@ Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class Subject:
     """One row: how to make the model and its input, and what one run of it gives, by name."""
 
     name: str
@@ -85,7 +86,7 @@ class Case:
 
 
 @dataclass
-class Row:
+class Outcome:
     """One row of the table. Times in ms, memory in MiB, errors as relative L2 norms."""
 
     model: str
@@ -255,11 +256,11 @@ def _run_flamingo(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         return model(**inputs)
 
 
-CASES = (
-    Case("CLIP ViT-B/32 (transformers), fp32", torch.float32, _clip, _clip_inputs, _run_clip),
-    Case("CLIP ViT-B/32 (transformers), bf16", torch.bfloat16, _clip, _clip_inputs, _run_clip),
-    Case("ViT-B/16 (timm), fp32", torch.float32, _vit, _vit_inputs, _run_vit),
-    Case(
+SUBJECTS = (
+    Subject("CLIP ViT-B/32 (transformers), fp32", torch.float32, _clip, _clip_inputs, _run_clip),
+    Subject("CLIP ViT-B/32 (transformers), bf16", torch.bfloat16, _clip, _clip_inputs, _run_clip),
+    Subject("ViT-B/16 (timm), fp32", torch.float32, _vit, _vit_inputs, _run_vit),
+    Subject(
         "ViT-B/16 (timm), fp32, inference=True",
         torch.float32,
         _vit,
@@ -267,20 +268,20 @@ CASES = (
         _run_vit,
         inference=True,
     ),
-    Case("ViT-B/16 (timm), bf16", torch.bfloat16, _vit, _vit_inputs, _run_vit),
-    Case("ViT-B/16 (timm), bf16, training", torch.bfloat16, _vit, _vit_inputs, _train_vit),
-    Case("Swin-T (torchvision), fp32", torch.float32, _swin, _swin_inputs, _run_swin),
-    Case("Swin-T (torchvision), bf16", torch.bfloat16, _swin, _swin_inputs, _run_swin),
-    Case("Swin V2-T (timm), fp32", torch.float32, _swin_v2, _swin_v2_inputs, _run_vit),
-    Case("Swin V2-T (timm), bf16", torch.bfloat16, _swin_v2, _swin_v2_inputs, _run_vit),
-    Case(
+    Subject("ViT-B/16 (timm), bf16", torch.bfloat16, _vit, _vit_inputs, _run_vit),
+    Subject("ViT-B/16 (timm), bf16, training", torch.bfloat16, _vit, _vit_inputs, _train_vit),
+    Subject("Swin-T (torchvision), fp32", torch.float32, _swin, _swin_inputs, _run_swin),
+    Subject("Swin-T (torchvision), bf16", torch.bfloat16, _swin, _swin_inputs, _run_swin),
+    Subject("Swin V2-T (timm), fp32", torch.float32, _swin_v2, _swin_v2_inputs, _run_vit),
+    Subject("Swin V2-T (timm), bf16", torch.bfloat16, _swin_v2, _swin_v2_inputs, _run_vit),
+    Subject(
         "Flamingo (flamingo-pytorch), fp32",
         torch.float32,
         _flamingo,
         _flamingo_inputs,
         _run_flamingo,
     ),
-    Case(
+    Subject(
         "Flamingo (flamingo-pytorch), bf16",
         torch.bfloat16,
         _flamingo,
@@ -298,21 +299,21 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def _check(
-    case: Case, original: nn.Module, patched: nn.Module, inputs: Inputs
+    subject: Subject, original: nn.Module, patched: nn.Module, inputs: Inputs
 ) -> tuple[str, float, float, float]:
     """The output that comes closest to its error budget: name, our error, theirs, budget."""
     exact = copy.deepcopy(original).double()
-    truth = case.run(exact, _cast(inputs, torch.float64))
-    theirs, ours = case.run(original, inputs), case.run(patched, inputs)
+    truth = subject.run(exact, _cast(inputs, torch.float64))
+    theirs, ours = subject.run(original, inputs), subject.run(patched, inputs)
     checked = []
     for name, expected in truth.items():
         error, their_error = (relative_error(out[name], expected) for out in (ours, theirs))
-        checked.append((name, error, their_error, budget([their_error], case.dtype)))
+        checked.append((name, error, their_error, budget([their_error], subject.dtype)))
     return max(checked, key=lambda entry: entry[1] / entry[3])
 
 
 def _time_in_turns(
-    case: Case, models: tuple[nn.Module, nn.Module], inputs: Inputs, seconds: float
+    subject: Subject, models: tuple[nn.Module, nn.Module], inputs: Inputs, seconds: float
 ) -> tuple[float, float, int]:
     """Median milliseconds of each model, measured A B A B ... for about `seconds`."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -320,7 +321,7 @@ def _time_in_turns(
     while len(times[0]) < 3 or time.perf_counter() - start < seconds:
         for model, measured in zip(models, times, strict=True):
             begin = time.perf_counter()
-            case.run(model, inputs)
+            subject.run(model, inputs)
             measured.append(1e3 * (time.perf_counter() - begin))
         if seconds == 0:
             break
@@ -329,35 +330,36 @@ def _time_in_turns(
 
 def _peak_memory(name: str, patched: bool, quick: bool) -> float:
     """MiB of resident memory at the peak of one run, in this process, which does nothing else."""
-    case = next(case for case in CASES if case.name == name)
-    case.run(case.model(patched, quick), _cast(case.inputs(quick), case.dtype))
+    subject = next(subject for subject in SUBJECTS if subject.name == name)
+    subject.run(subject.model(patched, quick), _cast(subject.inputs(quick), subject.dtype))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _measure(case: Case, quick: bool, seconds: float, say: Callable[[str], None]) -> Row:
-    say(f"{case.name}: building it twice")
-    original = case.model(patched=False, quick=quick)
+def _measure(subject: Subject, quick: bool, seconds: float, say: Callable[[str], None]) -> Outcome:
+    say(f"{subject.name}: building it twice")
+    original = subject.model(patched=False, quick=quick)
     patched = copy.deepcopy(original)
-    report = case.patch(patched)
+    report = subject.patch(patched)
     print(report, flush=True)
-    inputs = _cast(case.inputs(quick), case.dtype)
+    inputs = _cast(subject.inputs(quick), subject.dtype)
 
-    say(f"{case.name}: comparing every output with a float64 run")
-    output, ours, theirs, limit = _check(case, original, patched, inputs)
+    say(f"{subject.name}: comparing every output with a float64 run")
+    output, ours, theirs, limit = _check(subject, original, patched, inputs)
     passed = ours <= limit and bool(report.replaced)
-    say(f"{case.name}: {'right' if passed else 'WRONG'} ({output}: {ours:.1e}, limit {limit:.1e})")
+    verdict = "right" if passed else "WRONG"
+    say(f"{subject.name}: {verdict} ({output}: {ours:.1e}, limit {limit:.1e})")
 
-    say(f"{case.name}: timing, original and patched in turns")
-    before, after, rounds = _time_in_turns(case, (original, patched), inputs, seconds)
+    say(f"{subject.name}: timing, original and patched in turns")
+    before, after, rounds = _time_in_turns(subject, (original, patched), inputs, seconds)
 
-    say(f"{case.name}: {before:.0f} -> {after:.0f} ms; peak memory, each alone")
+    say(f"{subject.name}: {before:.0f} -> {after:.0f} ms; peak memory, each alone")
     # A server that has imported everything and computed nothing forks one process per contestant.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     with server.Pool(1, maxtasksperchild=1) as pool:
-        memory = [pool.apply(_peak_memory, (case.name, which, quick)) for which in (False, True)]
-    return Row(
-        model=case.name,
+        memory = [pool.apply(_peak_memory, (subject.name, which, quick)) for which in (False, True)]
+    return Outcome(
+        model=subject.name,
         layers_replaced=len(report.replaced),
         worst_output=output,
         error_ours=ours,
@@ -372,32 +374,23 @@ def _measure(case: Case, quick: bool, seconds: float, say: Callable[[str], None]
     )
 
 
-def _markdown(rows: list[Row]) -> str:
-    titles = "model, layers replaced, error ours / theirs, time before / after, speed-up, "
-    titles += "peak memory before / after"
-    cells: list[tuple[str, ...]] = [tuple(titles.split(", "))]
-    for row in rows:
-        mark = "" if row.passed else " WRONG"
-        cells.append(
-            (
-                row.model,
-                str(row.layers_replaced),
-                f"{row.error_ours:.1e} / {row.error_theirs:.1e}{mark}",
-                f"{row.time_before:.0f} / {row.time_after:.0f} ms",
-                f"{row.time_before / row.time_after:.2f} x",
-                f"{row.memory_before:.0f} / {row.memory_after:.0f} MiB",
-            )
-        )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    cells.insert(1, tuple("-" * width for width in widths))
-    lines = (
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in cells
-    )
-    return "\n".join(f"| {line} |" for line in lines)
+def _table(rows: list[Outcome]) -> str:
+    header = ["model", "layers replaced", "error ours / theirs", "time before / after", "speed-up"]
+    body = [
+        [
+            row.model,
+            str(row.layers_replaced),
+            f"{row.error_ours:.1e} / {row.error_theirs:.1e}{'' if row.passed else ' WRONG'}",
+            f"{row.time_before:.0f} / {row.time_after:.0f} ms",
+            f"{row.time_before / row.time_after:.2f} x",
+            f"{row.memory_before:.0f} / {row.memory_after:.0f} MiB",
+        ]
+        for row in rows
+    ]
+    return markdown_table([*header, "peak memory before / after"], body, is_padded=True)
 
 
-def _plot(rows: list[Row], path: Path) -> None:
+def _plot(rows: list[Outcome], path: Path) -> None:
     """Time and memory as shares of the original's, from zero; errors on a logarithmic axis."""
     grey, blue, red = "#b4b8bf", "#1f6feb", "#c62828"
     places = np.arange(len(rows))[::-1].astype(float)
@@ -453,8 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="small models, one round: a test")
     options = parser.parse_args(arguments)
-    cases = [case for case in CASES if options.only in case.name]
-    if not cases:
+    subjects = [subject for subject in SUBJECTS if options.only in subject.name]
+    if not subjects:
         parser.error(f"--only: no row contains {options.only!r}")
 
     start = time.perf_counter()
@@ -465,12 +458,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{VIEWS} views of a photograph, {len(CAPTIONS)} captions, random weights")
     seconds = 0.0 if options.quick else 5.0
     rows = []
-    for number, case in enumerate(cases, 1):
-        say(f"row {number} of {len(cases)}")
-        rows.append(_measure(case, options.quick, seconds, say))
+    for number, subject in enumerate(subjects, 1):
+        say(f"row {number} of {len(subjects)}")
+        rows.append(_measure(subject, options.quick, seconds, say))
 
     options.out.mkdir(parents=True, exist_ok=True)
-    table = _markdown(rows)
+    table = _table(rows)
     (options.out / "demo.md").write_text(table + "\n")
     results = {
         "torch": torch.__version__,

@@ -1,8 +1,7 @@
 """Where the time of a model or of one kernel goes, and how far it is from the machine's limits.
 
-A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224; or
-a case of the benchmarks, as clip-text. Cases, and the machine's limits, come from the folder bench/
-of a checkout.
+A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224;
+or a case of the benchmarks, as clip-text. Only a checkout knows cases and the machine's limits.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import csv
-import importlib
 import os
 import shlex
 import shutil
@@ -20,10 +18,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 from vlmfast.ops.common import EXTENSION_ERROR
+from vlmfast.tables import markdown_table, milliseconds
 
 __all__ = ["main", "ncu_command", "read_ncu"]
 
@@ -67,6 +66,17 @@ class Target:
     least_bytes: int
 
 
+class Ceilings(Protocol):
+    """What the machine can do: operations a second, by dtype, and bytes a second."""
+
+    flops: Mapping[str, float]
+    bandwidth: float
+
+
+FindCase = Callable[[argparse.Namespace, str], Iterator[Target]]  # of options and a device
+MeasureCeilings = Callable[[Sequence[str], str], Ceilings]  # of dtypes and a device
+
+
 @dataclass(frozen=True)
 class Findings:
     """One profiled target: seconds a step, its costliest operators."""
@@ -77,8 +87,18 @@ class Findings:
     trace: Path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Profiles, prints tables, writes traces; returns 0."""
+def main(
+    arguments: Sequence[str] | None = None,
+    find_case: FindCase | None = None,
+    measure_ceilings: MeasureCeilings | None = None,
+) -> int:
+    """Profiles, prints tables, writes traces; returns 0.
+
+    Args:
+        arguments: of the command line.
+        find_case: the targets that one names who names no model; it may raise SystemExit.
+        measure_ceilings: what the machine can do; None: no share of it is told.
+    """
     options = _parser().parse_args(arguments)
     if options.steps < 1:
         _parser().error(f"argument --steps: expected at least 1, got {options.steps}")
@@ -87,17 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table = read_ncu(options.ncu_report.read_text().splitlines())
         except (OSError, ValueError) as error:
             _parser().error(f"argument --ncu-report: {options.ncu_report}: {error}")
-        print(_table(*table))
+        print(markdown_table(*table))
         return 0
     if options.target is None:
         _parser().error("the following arguments are required: TARGET")
-    targets = list(_targets(options))
+    targets = list(_targets(options, find_case))
     if options.no_trace:
         _run_alone(targets, options.steps)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     found = [_measure(target, options) for target in targets]
-    print("\n".join(_report(found, options)))
+    print("\n".join(_report(found, options, measure_ceilings)))
     if sys.platform == "linux":
         for target in targets:
             print(f"\n{target.name}\n{_counters(target.run, options.steps)}")
@@ -130,12 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _targets(options: argparse.Namespace) -> Iterator[Target]:
+def _targets(options: argparse.Namespace, find_case: FindCase | None) -> Iterator[Target]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, inputs, run, dtype = _find_model(options, device) or (None, None, None, None)
-    if model is None:
-        yield from _case_targets(options, device)
+    found = _find_model(options, device)
+    if found is None:
+        if find_case is None:
+            raise SystemExit(f"no model is called {options.target!r}, and cases need a checkout")
+        yield from find_case(options, device)
         return
+    model, inputs, run, dtype = found
     given = inputs.values() if isinstance(inputs, dict) else (inputs,)
     read = sum(x.nbytes for x in (*model.parameters(), *given))
     flops = _count_flops(lambda: run(model, inputs))
@@ -162,15 +185,15 @@ def _find_model(
     except ModuleNotFoundError as error:
         print(f"without {error.name} there are no models to profile, only cases", file=sys.stderr)
         return None
-    for case in demo.CASES:
-        if options.target in case.name:
+    for subject in demo.SUBJECTS:
+        if options.target in subject.name:
             torch.manual_seed(0)
             inputs = {
-                name: (x.to(case.dtype) if x.is_floating_point() else x).to(device)
-                for name, x in case.inputs(False).items()
+                name: (x.to(subject.dtype) if x.is_floating_point() else x).to(device)
+                for name, x in subject.inputs(False).items()
             }
-            model = case.model(patched=False, quick=False).to(device)
-            return model, inputs, case.run, str(case.dtype).removeprefix("torch.")
+            model = subject.model(patched=False, quick=False).to(device)
+            return model, inputs, subject.run, str(subject.dtype).removeprefix("torch.")
     import timm
 
     if not timm.is_model(options.target):
@@ -190,42 +213,6 @@ def _find_model(
         run,
         options.dtype,
     )
-
-
-def _case_targets(options: argparse.Namespace, device: str) -> Iterator[Target]:
-    """Our call of a benchmark's case; with --patched first that of the fastest peer."""
-    contest = _bench("contest")
-    if contest is None:
-        raise SystemExit(f"no model is called {options.target!r}, and cases need bench/")
-    for family, members in contest.CASES.items():
-        for case in members:
-            if case.name == options.target:
-                found = contest.Contest(family, case, options.dtype, options.mode, device)
-                if found.missing:
-                    raise SystemExit(f"{case.name}: not installed: {found.missing}")
-                row, calls = contest.checked_calls(found)
-                if contest.OURS not in calls:
-                    raise SystemExit(f"{found}: our result is {row.refusals[contest.OURS]}")
-                names = [contest.OURS]
-                if options.patched and len(calls) > 1:
-                    row.timings = contest.race(calls, 0.0)
-                    names.insert(0, row.best_peer)
-                for name in names:
-                    work = row.work
-                    yield Target(name, calls[name], options.dtype, work.flops, work.least_bytes)
-                return
-    names = ", ".join(case.name for members in contest.CASES.values() for case in members)
-    raise SystemExit(f"TARGET: expected a row of the demo, a model of timm, or one of {names}")
-
-
-def _bench(module: str) -> Any:
-    """A module of the folder bench/ of the checkout; None where the package is installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "bench" / f"{module}.py").is_file():
-        return None
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(f"bench.{module}")
 
 
 def _measure(target: Target, options: argparse.Namespace) -> Findings:
@@ -285,21 +272,21 @@ def _file_name(text: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in text).strip("-")
 
 
-def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[str]:
+def _report(
+    found: Sequence[Findings], options: argparse.Namespace, measure_ceilings: MeasureCeilings | None
+) -> Iterator[str]:
     ceilings = None
-    measure = _bench("measure")
-    if measure is None:
-        yield "the machine's ceilings are measured by bench/, which is not here"
+    if measure_ceilings is None:
+        yield "the machine's ceilings are measured in a checkout, and this is none"
     else:
         dtypes = list(dict.fromkeys(f.target.dtype for f in found))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ceilings = measure.measure_ceilings(dtypes, seconds=1.0, device=device)
+        ceilings = measure_ceilings(dtypes, "cuda" if torch.cuda.is_available() else "cpu")
     body = []
     for f in found:
         rate = f.target.flops / f.seconds
         line = [
             f.target.name,
-            _milliseconds(f.seconds),
+            milliseconds(f.seconds),
             f"{f.target.flops / 1e9:.3g}",
             f"{rate / 1e9:.0f}",
         ]
@@ -308,14 +295,14 @@ def _report(found: Sequence[Findings], options: argparse.Namespace) -> Iterator[
         line += [f"{moved / 1e9:.1f}", f"{moved / ceilings.bandwidth:.0%}" if ceilings else ""]
         body.append([*line, str(f.trace)])
     header = ["", "ms a step", "GFLOP", "GFLOP/s", "of ceiling", "GB/s", "of ceiling", "trace"]
-    yield _table(header, body)
+    yield markdown_table(header, body)
     for f in found:
         total = sum(seconds for _, seconds, _ in f.operators)
         yield f"\nthe costliest operators, {f.target.name} (time by itself)"
-        yield _table(
+        yield markdown_table(
             ["operator", "ms a step", "share", "calls"],
             [
-                [name, _milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
+                [name, milliseconds(seconds), f"{seconds / total:.0%}", str(calls)]
                 for name, seconds, calls in f.operators[:COSTLIEST]
             ],
         )
@@ -336,10 +323,6 @@ def ncu_command(report: str) -> list[str]:
     return ["ncu", *raw, "--metrics", ",".join(NCU_METRICS), "--log-file", report]
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
-
-
 def _ncu_command(options: argparse.Namespace) -> str:
     """The same target under Nsight Compute, one step of it."""
     profiled = ["-m", "vlmfast", "profile", options.target, "--steps", "1", "--no-trace"]
@@ -354,7 +337,9 @@ def _resources() -> Iterator[str]:
         yield f"CPU kernels: {torch.ops.vlmfast.cpu_isa()}, {torch.get_num_threads()} threads"
     body = list(_triton_resources())
     if body:
-        yield _table(["Triton kernel", "registers", "spills", "shared bytes", "warps"], body)
+        yield markdown_table(
+            ["Triton kernel", "registers", "spills", "shared bytes", "warps"], body
+        )
 
 
 def _triton_resources() -> Iterator[list[str]]:
@@ -394,7 +379,9 @@ def _counters(run: Callable[[], object], steps: int) -> str:
         if "<not supported>" in output:
             return "no counters: this machine's processor lets perf count nothing"
         return f"no counters: {output.strip() or 'perf counted nothing'}"
-    return _table(["counter", "a step"], [[k, f"{v / steps:.4g}"] for k, v in counts.items()])
+    return markdown_table(
+        ["counter", "a step"], [[k, f"{v / steps:.4g}"] for k, v in counts.items()]
+    )
 
 
 def read_ncu(lines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -412,8 +399,3 @@ def read_ncu(lines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         " ".join(filter(None, (NCU_METRICS.get(names[c], "kernel"), units[c]))) for c in columns
     ]
     return header, [[launch[c] for c in columns] for launch in launches]
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -12,9 +12,9 @@ from torch import Tensor
 import vlmfast
 import vlmfast.functional as VF
 from bench import common
-from bench.cases import WindowCase
 from bench.measure import Truth, Work
-from bench.peers import WindowAttention, window_sequence
+from bench.window_attention.cases import WindowCase
+from bench.window_attention.peers import WindowAttention, torchvision_steps
 from vlmfast.reference.window_attention import window_attention
 from vlmfast.verify.common import SEEDS
 from vlmfast.verify.window_attention import summed_terms
@@ -121,7 +121,7 @@ def yardsticks(case: WindowCase, dtype: torch.dtype, mode: str) -> list[float]:
     One image for each seed: images differ no more than seeds do.
     """
     one = replace(case, batch=1)
-    steps = window_sequence(one)
+    steps = torchvision_steps(one)
     images = (make_inputs(one, dtype, mode, seed) for seed in SEEDS)
     return common.worst_errors(
         (make_call(steps, inputs, mode)(), reference(one, inputs, mode)) for inputs in images

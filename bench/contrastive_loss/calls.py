@@ -10,13 +10,12 @@ from torch import Tensor
 import vlmfast
 import vlmfast.functional as VF
 from bench import common
-from bench.cases import LossCase
+from bench.contrastive_loss.cases import BIAS, LossCase
+from bench.contrastive_loss.peers import Loss, dense_loss
 from bench.measure import Truth, Work
-from bench.peers import Loss, dense_loss
 from vlmfast.verify.common import SEEDS
 
 SCALE = {"clip": 100.0, "siglip": 10.0}
-BIAS = -10.0
 YARDSTICK_PAIRS = 1024
 TRUTH_ELEMENTS = 2**22  # of the logits, held at once in float64
 

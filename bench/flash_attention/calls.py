@@ -7,11 +7,11 @@ from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
-from bench.cases import AttentionCase
-from bench.common import AttentionInputs, attention_work, by_heads, head_errors
+from bench.common import Attention, AttentionInputs, attention_work, by_heads, head_errors
 from bench.common import attention_call as make_call
+from bench.flash_attention.cases import AttentionCase
+from bench.flash_attention.peers import eager_attention
 from bench.measure import Truth, Work
-from bench.peers import Attention, eager_attention
 from vlmfast.reference.flash_attention import flash_attention
 from vlmfast.verify.common import SEEDS
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
-from bench.cases import ImageAttentionCase
 from bench.common import AttentionInputs, attention_work, by_heads, head_errors
 from bench.common import attention_call as make_call
+from bench.cross_attention.cases import ImageAttentionCase
+from bench.cross_attention.peers import eager_attention, image_plan
 from bench.measure import Truth, Work
-from bench.peers import eager_image_attention, image_plan
 from vlmfast.reference.cross_attention import cross_attention
 from vlmfast.verify.common import SEEDS
 
@@ -55,7 +55,7 @@ def yardsticks(case: ImageAttentionCase, dtype: torch.dtype, mode: str) -> list[
 
     One head for each seed: heads differ no more than seeds do.
     """
-    eager = eager_image_attention(case)
+    eager = eager_attention(case)
     heads = (make_inputs(case, dtype, mode, seed).head(0, 0) for seed in SEEDS)
     return head_errors(heads, eager, lambda head: _truth(case, head, mode), mode)
 

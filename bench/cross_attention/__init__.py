@@ -1,0 +1,6 @@
+"""The row of `cross_attention`."""
+
+from bench.cross_attention import calls, cases, peers
+from bench.family import Family
+
+FAMILY = Family(cases.CASES, cases.SELECTION, peers.CONTESTANTS, calls, cases.SWEEP)
