@@ -33,7 +33,7 @@ from transformers.models.idefics2.modeling_idefics2 import (  # noqa: E402
 )
 from transformers.models.mllama import modeling_mllama  # noqa: E402
 
-from vlmfast.integrations.transformers import IMAGE_MASK  # noqa: E402
+from vlmfast.integrations.transformers.cross_attention import IMAGE_MASK  # noqa: E402
 
 SIZES = {
     "hidden_size": 32,

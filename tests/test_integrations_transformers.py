@@ -89,6 +89,8 @@ from transformers.models.pix2struct.configuration_pix2struct import (  # noqa: E
 from transformers.models.pix2struct.modeling_pix2struct import Pix2StructVisionModel  # noqa: E402
 from transformers.models.t5 import modeling_t5  # noqa: E402
 
+from vlmfast.integrations.transformers import attention, inspection  # noqa: E402
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -848,16 +850,16 @@ def test_swin_layers_with_hooks_inside_are_left(version):
 
 
 def test_swin_layers_of_another_version_of_transformers_are_left(monkeypatch):
-    from vlmfast.integrations import transformers as integration
+    from vlmfast.integrations.transformers import swin
 
     def forward(
         self, hidden_states, input_dimensions, output_attentions=False, always_partition=False
     ):
         raise NotImplementedError
 
-    original = integration.modeling_swinv2.Swinv2Layer
+    original = swin.modeling_swinv2.Swinv2Layer
     monkeypatch.setattr(original, "forward", forward)
-    rule = integration._swap_layer(original, integration.Swinv2Layer, covers={})
+    rule = swin._swap_layer(original, swin.Swinv2Layer, covers={})
     layer = make_swin("v2").encoder.layers[0].blocks[0]
     assert rule.recognises(layer)
     assert rule.refusal(layer) == "its arguments are not those that it has in transformers 5.23"
@@ -1096,24 +1098,18 @@ def test_layers_whose_config_is_handed_on_are_left():
     for cls, why in ((HandsOn, "hands its config on"), (AsksByHelper, "helper, which it calls")):
         layer = cls(config, 0)
         config._attn_implementation = "sdpa"
-        assert why in integration()._notices_name(cls, "sdpa"), layer
+        assert why in inspection._notices_name(cls, "sdpa"), layer
 
 
 def helper(layer):
     return layer.config._attn_implementation == "sdpa"
 
 
-def integration():
-    from vlmfast.integrations import transformers
-
-    return transformers
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_keywords_that_are_not_known_are_for_the_original_function(implementation, monkeypatch):
     name, module = ("eager_attention_forward", modeling_llama)
     if implementation == "sdpa":
-        name, module = ("sdpa_attention_forward", integration())
+        name, module = ("sdpa_attention_forward", attention)
     original, seen = getattr(module, name), []
 
     def spy(*args, **kwargs):
@@ -1168,7 +1164,7 @@ def eager_function(score=lambda scores: scores, mask=lambda scores, mask: scores
 
 
 def test_eager_functions_are_judged_by_what_they_compute():
-    judge = integration()._unlike_softmax
+    judge = inspection._unlike_softmax
     assert judge(eager_function()) is None
     assert judge(modeling_llama.eager_attention_forward) is None
     assert judge(modeling_t5.eager_attention_forward) is None

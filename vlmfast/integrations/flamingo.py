@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import Rule, class_name
+from vlmfast.integrations.rules import Rule
 from vlmfast.nn.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
@@ -98,7 +98,7 @@ def _replace_by(
 
     return Rule(
         family=FAMILY,
-        what=class_name(replacement),
+        what=replacement,
         recognises=recognises,
         refusal=refusal,
         replace=replace,

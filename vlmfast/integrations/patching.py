@@ -178,9 +178,8 @@ def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
     original = type(module)
     restore = rule.replace(module)
     swapped_to = type(module) if type(module) is not original else None
-    done = Replacement(
-        rule.family, rule.what, class_name(original), swapped_to, restore, rule.covers
-    )
+    what = rule.what if isinstance(rule.what, str) else class_name(rule.what)
+    done = Replacement(rule.family, what, class_name(original), swapped_to, restore, rule.covers)
     setattr(module, MARK, done)
     setattr(module, BACKEND, backend)
     setattr(module, _BEFORE_SCRIPTING, _refuse_scripting)

@@ -47,7 +47,7 @@ class Rule:
     """How one kind of layer is recognised and replaced. The first rule that recognises it holds.
 
     family: the kernel family, as users name it in `patch(families=...)`.
-    what: the replacement, as the report names it.
+    what: the replacement, its class or what the report says of it; "" for a layer that stays.
     recognises: whether the rule is about this module.
     refusal: why this module must stay as it is, or None.
     refusal_within: why this module must stay because of its parent, or None: (parent, module).
@@ -60,7 +60,7 @@ class Rule:
     """
 
     family: str
-    what: str
+    what: type[nn.Module] | str
     recognises: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
     replace: Callable[[nn.Module], Callable[[nn.Module], None]]
@@ -112,7 +112,7 @@ def swap_class(
 
     return Rule(
         family=family,
-        what=class_name(replacement),
+        what=replacement,
         recognises=lambda m: isinstance(m, original) and not isinstance(m, replacement),
         refusal=refuse,
         replace=partial(_set_class, replacement),

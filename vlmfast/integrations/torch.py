@@ -206,7 +206,7 @@ RULES = (
     swap_class(FAMILY, nn.TransformerEncoderLayer, TransformerEncoderLayer, refusal=_refusal),
     Rule(
         LINEAR,
-        class_name(Linear),
+        Linear,
         recognises=lambda module: type(module) is nn.Linear,
         refusal=_packing_refusal,
         replace=_use_packed,
