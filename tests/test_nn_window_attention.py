@@ -15,7 +15,7 @@ import vlmfast
 import vlmfast.nn as vnn
 from tools.models import assert_as_right_as, assert_same_in_float64, spy_on_windows, stir
 from vlmfast._torchvision_ops import import_torchvision
-from vlmfast.nn import window_attention
+from vlmfast.parts import window_attention
 
 import_torchvision()
 from torchvision.models import swin_transformer as torchvision_swin  # noqa: E402

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vlmfast.nn as vnn
 from vlmfast.integrations.rules import Rule
-from vlmfast.nn.cross_attention import forget_media
+from vlmfast.parts.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
 

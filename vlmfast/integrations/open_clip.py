@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
 from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
-from vlmfast.nn.flash_attention import is_causal_mask
+from vlmfast.parts.flash_attention import is_causal_mask
 
 __all__ = ["RULES", "Attention", "ClipLoss", "CoCaLoss", "SigLipLoss"]
 

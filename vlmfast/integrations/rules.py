@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmfast.nn.common import has_hooks
+from vlmfast.parts.common import has_hooks
 
 __all__ = [
     "LINEAR",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import vlmfast.functional as VF
 from vlmfast.integrations.rules import leave_alone, swap_class
 from vlmfast.integrations.timm.attention import attention_dropout
-from vlmfast.nn.window_attention import (
+from vlmfast.parts.window_attention import (
     bias_from_table,
     clamped_logit_scale,
     continuous_bias_table,

@@ -51,7 +51,7 @@ from vlmfast.integrations.transformers.inspection import (
     uses_interface,
     weights_used_by,
 )
-from vlmfast.nn.cross_attention import forget_media
+from vlmfast.parts.cross_attention import forget_media
 
 __all__ = ["RULES", "BlipTextSelfAttention", "attention_forward", "name_our_function"]
 

@@ -27,7 +27,7 @@ from vlmfast.integrations.transformers.common import (
     weights_are_recorded,
 )
 from vlmfast.integrations.transformers.inspection import refusal
-from vlmfast.nn.cross_attention import (
+from vlmfast.parts.cross_attention import (
     KeyValue,
     attend_to_two,
     kept_key_value,

@@ -28,7 +28,7 @@ from vlmfast.integrations.transformers.common import (
     model_config,
     weights_are_recorded,
 )
-from vlmfast.nn.window_attention import (
+from vlmfast.parts.window_attention import (
     bias_from_table,
     clamped_logit_scale,
     continuous_bias_table,

@@ -1,4 +1,4 @@
-"""What the layers of all families share."""
+"""What the layers of several families need: checks of arguments, and what a module is."""
 
 from __future__ import annotations
 
