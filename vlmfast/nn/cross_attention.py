@@ -20,12 +20,11 @@ from vlmfast.functional.common import (
     reject_type,
 )
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.parts.common import check_fits_weight, is_linear, positive_int
+from vlmfast.parts.common import check_fits_weight, is_linear, kept_result, positive_int
 from vlmfast.parts.cross_attention import (
     KeyValue,
     attend_to_two,
     forget_media,
-    kept_key_value,
     kept_plan,
     project_two,
 )
@@ -160,7 +159,7 @@ class MaskedCrossAttention(nn.Module):
             key, value = key_value.permute(3, 0, 4, 1, 2, 5).unbind(0)
             return key, value
 
-        return kept_key_value(self, media, (self.to_kv,), project)
+        return kept_result(self, (self.to_kv,), media, project)
 
     def _plan(
         self,

@@ -1,20 +1,27 @@
-"""What the layers of several families need: checks of arguments, and what a module is."""
+"""What the layers of several families need: checks of arguments, and results of plain modules."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmfast.functional.common import check_device, check_integer, reject_type
+from vlmfast.kept import Copied, Keepers, can_be_copied
 
 __all__ = [
     "check_fits_weight",
+    "forget_result",
     "has_hooks",
     "is_linear",
+    "is_plain",
+    "kept_result",
     "positive_int",
 ]
+
+Result = TypeVar("Result")
 
 
 def positive_int(argument: str, number: Any) -> int:
@@ -53,3 +60,43 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in vars(module)
     )
+
+
+def is_plain(module: nn.Module, classes: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether a module is a function of its input and its parameters, and nobody watches it.
+
+    Such are linear layers and those of `classes`, without hooks; not a dropout that drops.
+    """
+    if has_hooks(module) or not (is_linear(module) or type(module) in classes):
+        return False
+    return not (isinstance(module, nn.Dropout) and module.training and module.p > 0)
+
+
+def kept_result(
+    owner: nn.Module,
+    modules: tuple[nn.Module, ...],
+    input: Tensor,
+    compute: Callable[[], Result],
+    classes: tuple[type[nn.Module], ...] = (),
+) -> Result:
+    """`compute()`, or what it gave last time for `owner`, while its sources are unchanged.
+
+    It must be a function of `input`, of `modules` and of what never changes in `owner`. Nothing is
+    kept where one of the modules, or one within them, is not plain (see `is_plain`).
+    """
+    if torch.compiler.is_compiling():
+        return compute()
+    called = [inner for module in modules for inner in module.modules()]
+    sources = (input, *(x for m in modules for x in (*m.parameters(), *m.buffers())))
+    if all(is_plain(module, classes) for module in called) and can_be_copied(*sources):
+        return _kept[owner].get(Copied, sources, tuple(map(type, called)), compute)
+    _kept.forget(owner)
+    return compute()
+
+
+def forget_result(owner: nn.Module) -> None:
+    """Drops what `kept_result` has kept for a module."""
+    _kept.forget(owner)
+
+
+_kept: Keepers[Any] = Keepers()

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 import vlmfast.functional as VF
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.kept import Copied, Keeper, Keepers, Watched, can_be_copied, can_be_watched
-from vlmfast.parts.common import has_hooks, is_linear
+from vlmfast.kept import Copied, Keeper, Watched, can_be_copied, can_be_watched
+from vlmfast.parts.common import forget_result, is_plain
 
 __all__ = [
     "KeyValue",
     "attend_to_two",
     "forget_media",
-    "kept_key_value",
     "kept_plan",
     "project_two",
 ]
@@ -29,14 +28,14 @@ def project_two(
     latents: Tensor,
     modules: tuple[nn.Module, ...],
     project: Callable[[Tensor], KeyValue],
-    plain: tuple[type[nn.Module], ...] = (),
+    classes: tuple[type[nn.Module], ...] = (),
 ) -> tuple[KeyValue, KeyValue]:
     """Key and value of two sources, (N, tokens, H, D) each, by `project`, which calls `modules`.
 
-    Each source is projected alone, if it shows nowhere: modules that are neither linear layers nor
-    of a class of `plain`, and those with hooks, get both sources as one tensor.
+    Each source is projected alone where that shows nowhere: modules that are not plain (see
+    `is_plain`, also of `classes`) get both sources as one tensor.
     """
-    if _are_plain(modules, plain):
+    if all(is_plain(module, classes) for module in modules):
         return project(features), project(latents)
     key, value = project(torch.cat((features, latents), dim=-2))
     sizes = [features.shape[-2], latents.shape[-2]]
@@ -81,38 +80,9 @@ def attend_to_two(
     return merged.to(out.dtype).unflatten(0, query.shape[:2])
 
 
-def kept_key_value(
-    layer: nn.Module,
-    media: Tensor,
-    modules: tuple[nn.Module, ...],
-    project: Callable[[], KeyValue],
-    plain: tuple[type[nn.Module], ...] = (),
-) -> KeyValue:
-    """`project()`, key and value of the media, or what it gave `layer` last time.
-
-    It must be a function of `media`, of `modules` and of what never changes in `layer`. Modules
-    that are neither linear layers nor of a class of `plain` may be more than their parameters say,
-    and so may those with hooks: nothing is kept of them.
-    """
-    if torch.compiler.is_compiling():
-        return project()
-    sources = (media, *(p for module in modules for p in module.parameters()))
-    if _are_plain(modules, plain) and can_be_copied(*sources):
-        return _kept_media[layer].get(Copied, sources, None, project)
-    _kept_media.forget(layer)
-    return project()
-
-
-def _are_plain(modules: tuple[nn.Module, ...], plain: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the modules are what their parameters say, and nobody watches them."""
-    return all(is_linear(m) or type(m) in plain for m in modules) and not any(
-        map(has_hooks, modules)
-    )
-
-
 def forget_media(layer: nn.Module) -> None:
-    """Drops what `kept_key_value` has kept for a layer, and the plan that `kept_plan` has kept."""
-    _kept_media.forget(layer)
+    """Drops the projected media that are kept for a layer, and the plan that is kept for all."""
+    forget_result(layer)
     _last_plan.forget()
 
 
@@ -130,5 +100,4 @@ def kept_plan(
     return make()
 
 
-_kept_media: Keepers[KeyValue] = Keepers()
 _last_plan: Keeper[CrossAttentionPlan] = Keeper()

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vlmfast.kept import Copied, Keepers, can_be_copied
-from vlmfast.parts.common import has_hooks, is_linear
+from vlmfast.parts.common import has_hooks, is_linear, kept_result
 
 __all__ = [
     "bias_from_table",
@@ -71,34 +70,16 @@ def continuous_bias_table(network: nn.Module, coordinates: Tensor) -> Tensor:
     return kept_table(network, coordinates, compute)
 
 
-_kept_tables: Keepers[Tensor] = Keepers()
-
-
 def kept_table(
     network: nn.Module,
     coordinates: Tensor,
     compute: Callable[[], Tensor],
-    plain: tuple[type[nn.Module], ...] = (nn.Sequential,),
+    container: type[nn.Module] = nn.Sequential,
 ) -> Tensor:
     """`compute()`, a function of `network` and `coordinates`, or its result of last time.
 
-    Nothing is kept where the network is not of a class of `plain`, made of plain layers: it may be
-    a function of more than its parameters.
+    Nothing is kept where the network is not a `container` of plain layers: it may be a function of
+    more than its parameters.
     """
-    sources = (coordinates, *network.parameters(), *network.buffers())
-    if not can_be_copied(*sources) or type(network) not in plain or has_hooks(network):
-        return compute()
-    layers = tuple(network._modules.values())
-    if not all(map(_is_plain, layers)):
-        return compute()
-    return _kept_tables[network].get(Copied, sources, (layers, *map(type, layers)), compute)
-
-
-_PLAIN_LAYERS = (nn.ReLU, nn.Identity, nn.Dropout)
-
-
-def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether a layer gives the same for the same input and parameters, and nobody watches it."""
-    if layer is None or has_hooks(layer) or not (is_linear(layer) or type(layer) in _PLAIN_LAYERS):
-        return False
-    return not (isinstance(layer, nn.Dropout) and layer.training and layer.p > 0)
+    classes = (container, nn.ReLU, nn.Identity, nn.Dropout)
+    return kept_result(network, (network,), coordinates, compute, classes)

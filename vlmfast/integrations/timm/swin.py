@@ -134,7 +134,7 @@ def _bias_by_offsets(attn: Any) -> Tensor:
     key = ((-rows).clamp(min=0) * width)[:, None] + (-columns).clamp(min=0)
     pairs = query * (attn.window_size[0] * width) + key
     coordinates = every_pair[pairs.flatten()]
-    table = kept_table(network, coordinates, lambda: network(coordinates), plain=(Mlp,))
+    table = kept_table(network, coordinates, lambda: network(coordinates), container=Mlp)
     index = relative_position_index(attn.window_size, every_pair.device)
     return bias_from_table(table, index)
 

@@ -27,10 +27,10 @@ from vlmfast.integrations.transformers.common import (
     weights_are_recorded,
 )
 from vlmfast.integrations.transformers.inspection import refusal
+from vlmfast.parts.common import kept_result
 from vlmfast.parts.cross_attention import (
     KeyValue,
     attend_to_two,
-    kept_key_value,
     kept_plan,
     project_two,
 )
@@ -107,7 +107,7 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
             )
             return self.k_layer_norm(key) if self.qk_layer_norms else key, value
 
-        return kept_key_value(self, media, modules, project, (modeling_idefics.IdeficsRMSNorm,))
+        return kept_result(self, modules, media, project, (modeling_idefics.IdeficsRMSNorm,))
 
 
 class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
@@ -131,7 +131,7 @@ class IdeficsPerceiverAttention(idefics_perceiver.IdeficsPerceiverAttention):
         if self.qk_layer_norms:
             query = self.q_layer_norm(query)
             modules = (*modules, self.k_layer_norm)
-        sources = project_two(context, latents, modules, key_value, plain=(nn.LayerNorm,))
+        sources = project_two(context, latents, modules, key_value, classes=(nn.LayerNorm,))
         out = attend_to_two(query, *sources, scale=self.qk_scale, backend=self.backend)
         return self.output_proj(out.flatten(-2))
 
