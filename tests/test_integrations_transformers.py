@@ -859,7 +859,7 @@ def test_swin_layers_of_another_version_of_transformers_are_left(monkeypatch):
 
     original = swin.modeling_swinv2.Swinv2Layer
     monkeypatch.setattr(original, "forward", forward)
-    rule = swin._swap_layer(original, swin.Swinv2Layer, covers={})
+    rule = swin.swap_layer(swin.FAMILY, original, swin.Swinv2Layer, covers={})
     layer = make_swin("v2").encoder.layers[0].blocks[0]
     assert rule.recognises(layer)
     assert rule.refusal(layer) == "its arguments are not those that it has in transformers 5.23"

@@ -7,14 +7,13 @@ library is imported.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import Rule
+from vlmfast.integrations.rules import Rule, forward_arguments
 from vlmfast.parts.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
@@ -24,30 +23,27 @@ FAMILY = "cross_attention"
 Restore = Callable[[nn.Module], None]
 
 
-class MaskedCrossAttentionV1(vnn.MaskedCrossAttention):
+class _CallOfVersion1(nn.Module):
+    """The call of OpenFlamingo 1, over a layer of vlmfast.nn."""
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        attend_previous: bool = True,
+    ) -> Tensor:
+        return super().forward(x, media, media_locations, attend_previous=attend_previous)
+
+
+class MaskedCrossAttentionV1(_CallOfVersion1, vnn.MaskedCrossAttention):  # type: ignore[misc]
     """`vnn.MaskedCrossAttention` with the call of OpenFlamingo 1."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        media: Tensor,
-        media_locations: Tensor | None = None,
-        attend_previous: bool = True,
-    ) -> Tensor:
-        return super().forward(x, media, media_locations, attend_previous=attend_previous)
 
-
-class GatedCrossAttentionBlockV1(vnn.GatedCrossAttentionBlock):
+class GatedCrossAttentionBlockV1(  # type: ignore[misc]
+    _CallOfVersion1, vnn.GatedCrossAttentionBlock
+):
     """`vnn.GatedCrossAttentionBlock` with the call of OpenFlamingo 1."""
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        media: Tensor,
-        media_locations: Tensor | None = None,
-        attend_previous: bool = True,
-    ) -> Tensor:
-        return super().forward(x, media, media_locations, attend_previous=attend_previous)
 
 
 def _replace_by(
@@ -84,7 +80,7 @@ def _replace_by(
         if held != children | parameters:
             others = sorted(held ^ (children | parameters))
             return f"it is not made as Flamingo's is: {', '.join(others)}"
-        arguments = _arguments(cls)
+        arguments = forward_arguments(cls)
         if arguments not in calls:
             return f"its forward takes {', '.join(arguments)}"
         if "forward" in vars(module):
@@ -93,7 +89,7 @@ def _replace_by(
 
     def replace(module: nn.Module) -> Restore:
         original = type(module)
-        module.__class__ = calls[_arguments(original)]
+        module.__class__ = calls[forward_arguments(original)]
         return partial(_restore, original)
 
     return Rule(
@@ -108,11 +104,6 @@ def _replace_by(
 def _restore(original: type[nn.Module], module: nn.Module) -> None:
     forget_media(module)
     module.__class__ = original
-
-
-def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what its forward takes, self left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 _TEXT_AND_MEDIA = ("x", "media", "media_locations")

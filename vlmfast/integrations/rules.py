@@ -20,8 +20,9 @@ __all__ = [
     "Rule",
     "class_name",
     "code_names",
-    "computes_attention",
+    "forward_arguments",
     "leave_alone",
+    "leave_other_attention",
     "swap_class",
     "uncoverable",
 ]
@@ -156,17 +157,12 @@ def leave_alone(family: str, recognises: Callable[[nn.Module], bool], why: str) 
     )
 
 
-def class_name(cls: type) -> str:
-    """The shortest name that it is importable by, as torch.nn.MultiheadAttention."""
-    parts = cls.__module__.split(".")
-    for count in range(1, len(parts)):
-        package = ".".join(parts[:count])
-        if package in sys.modules and vars(sys.modules[package]).get(cls.__name__) is cls:
-            return f"{package}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+def leave_other_attention(library: str, why: str = "no replacement for this attention") -> Rule:
+    """A rule for the attention layers of a library that no rule before it has taken."""
+    return leave_alone("flash_attention", partial(_computes_attention, library=library), why)
 
 
-def computes_attention(module: nn.Module, library: str) -> bool:
+def _computes_attention(module: nn.Module, library: str) -> bool:
     """Whether a class of `library` is an attention layer, judged by its name and its code.
 
     Blocks that merely hold an attention layer, and gates called attention that take no softmax
@@ -178,6 +174,21 @@ def computes_attention(module: nn.Module, library: str) -> bool:
     methods = (value for value in vars(cls).values() if callable(value))
     names = frozenset[str]().union(*map(code_names, methods))
     return not names.isdisjoint(_ATTENTION_FUNCTIONS)
+
+
+def class_name(cls: type) -> str:
+    """The shortest name that it is importable by, as torch.nn.MultiheadAttention."""
+    parts = cls.__module__.split(".")
+    for count in range(1, len(parts)):
+        package = ".".join(parts[:count])
+        if package in sys.modules and vars(sys.modules[package]).get(cls.__name__) is cls:
+            return f"{package}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what the forward of a class takes, self left out."""
+    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 def code_names(function: Callable[..., Any]) -> frozenset[str]:

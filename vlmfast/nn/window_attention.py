@@ -107,10 +107,10 @@ class ShiftedWindowAttention(nn.Module):
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=check_flag("qkv_bias", qkv_bias))
         self.proj = nn.Linear(dim, dim, bias=check_flag("proj_bias", proj_bias))
-        self._define_relative_position_bias()
+        self._define_logits()
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
 
-    def _define_relative_position_bias(self) -> None:
+    def _define_logits(self) -> None:
         offsets = math.prod(2 * size - 1 for size in self.window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -179,38 +179,7 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
 
     relative_coords_table: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        window_size: Sequence[int],
-        shift_size: Sequence[int],
-        num_heads: int,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attention_dropout: float = 0.0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            dim,
-            window_size,
-            shift_size,
-            num_heads,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attention_dropout=attention_dropout,
-            dropout=dropout,
-        )
-        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones((num_heads, 1, 1))))
-        self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, CPB_WIDTH),
-            nn.ReLU(inplace=True),
-            nn.Linear(CPB_WIDTH, num_heads, bias=False),
-        )
-        if qkv_bias:
-            with torch.no_grad():
-                self.qkv.bias[dim : 2 * dim] = 0
-
-    def _define_relative_position_bias(self) -> None:
+    def _define_logits(self) -> None:
         height, width = (
             torch.arange(1 - size, size, dtype=torch.float32) / max(size - 1, 1)
             for size in self.window_size
@@ -219,6 +188,15 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         # log2(1 + |offset|), with the sign of the offset, over log2(8)
         table = torch.sign(offsets) * torch.log2(torch.abs(offsets) + 1.0) / 3.0
         self.register_buffer("relative_coords_table", table[None])
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones((self.num_heads, 1, 1))))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, CPB_WIDTH),
+            nn.ReLU(inplace=True),
+            nn.Linear(CPB_WIDTH, self.num_heads, bias=False),
+        )
+        if self.qkv.bias is not None:
+            with torch.no_grad():
+                self.qkv.bias.chunk(3)[1].zero_()
 
     def get_relative_position_bias(self) -> Tensor:
         """The bias of all pairs of tokens of a window, (1, num_heads, M, M)."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from timm.layers import Attention as OriginalAttention
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class, uncoverable
+from vlmfast.integrations.rules import leave_other_attention, swap_class, uncoverable
 
 __all__ = ["RULES", "Attention", "attention_dropout"]
 
@@ -55,9 +54,5 @@ def _called_dropout(attn: Any) -> str | None:
 
 RULES = (
     swap_class(FAMILY, OriginalAttention, Attention, refusal=_called_dropout),
-    leave_alone(
-        FAMILY,
-        partial(computes_attention, library="timm"),
-        "no replacement for this attention",
-    ),
+    leave_other_attention("timm"),
 )

@@ -32,17 +32,16 @@ from vlmfast.integrations.rules import (
     BACKEND,
     MARK,
     Rule,
-    computes_attention,
-    leave_alone,
-    swap_class,
+    forward_arguments,
+    leave_other_attention,
 )
 from vlmfast.integrations.transformers.common import (
     NAME,
-    OTHER_VERSION,
     check_implementation,
-    forward_arguments,
     hook_model,
     model_config,
+    named_arguments,
+    swap_layer,
     weights_are_recorded,
 )
 from vlmfast.integrations.transformers.inspection import (
@@ -257,26 +256,22 @@ def _tell_of_weights(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     On eager they return them always.
     """
-    given = {**dict(zip(_PIX2STRUCT_ARGUMENTS, args, strict=False)), **kwargs}
+    given = named_arguments(_ENCODER_ARGUMENTS, args, kwargs)
     for layer in encoder.layer:
         if MARK in vars(layer.attention):
             setattr(layer.attention, WEIGHTS_WANTED, bool(given.get("output_attentions")))
 
 
-_PIX2STRUCT_ARGUMENTS = forward_arguments(modeling_pix2struct.Pix2StructVisionEncoder)
-_BLIP_TEXT_FITS = forward_arguments(modeling_blip_text.BlipTextSelfAttention) == forward_arguments(
-    BlipTextSelfAttention
-)
+_ENCODER_ARGUMENTS = forward_arguments(modeling_pix2struct.Pix2StructVisionEncoder)
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 RULES = (
-    swap_class(
+    swap_layer(
         FAMILY,
         modeling_blip_text.BlipTextSelfAttention,
         BlipTextSelfAttention,
-        refusal=lambda module: None if _BLIP_TEXT_FITS else OTHER_VERSION,
         covers={"dropout": nn.Dropout},
     ),
     Rule(
@@ -294,9 +289,5 @@ RULES = (
         replace=name_our_function,
         refusal_within=weights_used_by,
     ),
-    leave_alone(
-        FAMILY,
-        partial(computes_attention, library="transformers"),
-        "does not go through AttentionInterface",
-    ),
+    leave_other_attention("transformers", "does not go through AttentionInterface"),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
-from vlmfast.integrations.rules import MARK
+from vlmfast.integrations.rules import MARK, Rule, forward_arguments, swap_class
 
 __all__ = [
     "NAME",
     "OTHER_VERSION",
     "check_implementation",
-    "forward_arguments",
     "hook_model",
     "model_config",
-    "unwrapped_forward",
+    "named_arguments",
+    "swap_layer",
     "weights_are_recorded",
 ]
 
@@ -51,14 +50,27 @@ def weights_are_recorded() -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
-def unwrapped_forward(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The forward method as it stands in the model's file, under any decorators."""
-    return inspect.unwrap(cls.forward)
+def swap_layer(
+    family: str,
+    original: type[nn.Module],
+    replacement: type[nn.Module],
+    covers: dict[str, type[nn.Module]],
+    refusal: Callable[[nn.Module], str | None] = lambda module: None,
+) -> Rule:
+    """`swap_class` for a layer whose forward differs between versions of transformers."""
+    same_call = forward_arguments(original) == forward_arguments(replacement)
+
+    def refuse(module: nn.Module) -> str | None:
+        return refusal(module) if same_call else OTHER_VERSION
+
+    return swap_class(family, original, replacement, refusal=refuse, covers=covers)
 
 
-def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what a layer or model takes, self left out."""
-    return tuple(inspect.signature(unwrapped_forward(cls)).parameters)[1:]
+def named_arguments(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All that a forward is called with by name; `names` are those of its arguments, in order."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def hook_model(

@@ -18,12 +18,12 @@ from transformers.models.mllama import modeling_mllama
 
 import vlmfast.functional as VF
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.integrations.rules import Rule, swap_class
+from vlmfast.integrations.rules import Rule, forward_arguments, swap_class
 from vlmfast.integrations.transformers.attention import attention_forward, name_our_function
 from vlmfast.integrations.transformers.common import (
     OTHER_VERSION,
-    forward_arguments,
     hook_model,
+    named_arguments,
     weights_are_recorded,
 )
 from vlmfast.integrations.transformers.inspection import refusal
@@ -234,13 +234,13 @@ def _hand_on_image_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     """Before IdeficsModel expands its mask: hands the layers the mask as it comes, (B, T, I)."""
     if not any(isinstance(x.cross_attn, IdeficsAttention) for x in model.gated_cross_attn_layers):
         return None
-    given = {**dict(zip(_IDEFICS_ARGUMENTS, args, strict=False)), **kwargs}
+    given = named_arguments(_IDEFICS_ARGUMENTS, args, kwargs)
     return args, {**kwargs, IMAGE_MASK: given.get("image_attention_mask")}
 
 
 def _hand_on_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before MllamaModel expands its mask: takes it away, if no layer needs it expanded."""
-    given = {**dict(zip(_MLLAMA_ARGUMENTS, args, strict=False)), **kwargs}
+    given = named_arguments(_MLLAMA_ARGUMENTS, args, kwargs)
     mask = given.get("cross_attention_mask")
     if mask is None or not all(
         isinstance(layer.cross_attn, MllamaTextCrossAttention)

@@ -23,14 +23,14 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmfast.integrations.rules import code_names
-from vlmfast.integrations.transformers.common import NAME, unwrapped_forward
+from vlmfast.integrations.transformers.common import NAME
 
 __all__ = ["eager_function", "refusal", "uses_interface", "weights_used_by"]
 
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     theirs = next(base for base in cls.__mro__ if not base.__module__.startswith("vlmfast."))
-    forward = unwrapped_forward(theirs)
+    forward = inspect.unwrap(theirs.forward)
     return forward.__globals__[_eager_name(forward)]
 
 
@@ -59,7 +59,7 @@ def refusal(module: nn.Module) -> str | None:
     if implementation not in ("sdpa", "eager"):
         return f"attn_implementation is {implementation!r}; only sdpa and eager are replaced"
     cls = type(module)
-    forward = unwrapped_forward(cls)
+    forward = inspect.unwrap(cls.forward)
     if not _eager_name(forward):
         return "no eager_attention_forward to return attention weights"
     functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
@@ -88,7 +88,7 @@ _RETURNS_WEIGHTS = ("Kosmos2ImageToTextProjection", "Kosmos2_5ImageToTextProject
 
 def _library_supports_sdpa(cls: type[nn.Module]) -> bool:
     """Whether the models of the file that a layer comes from can run on sdpa."""
-    home = sys.modules[unwrapped_forward(cls).__module__]
+    home = sys.modules[inspect.unwrap(cls.forward).__module__]
     return any(
         isinstance(value, type)
         and issubclass(value, PreTrainedModel)

@@ -8,7 +8,7 @@ parameters, but is called only for attention weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,12 @@ from transformers.models.swin2sr import modeling_swin2sr
 from transformers.models.swinv2 import modeling_swinv2
 
 import vlmfast.functional as VF
-from vlmfast.integrations.rules import MARK, Rule, leave_alone, swap_class
+from vlmfast.integrations.rules import MARK, leave_alone
 from vlmfast.integrations.transformers.common import (
     NAME,
-    OTHER_VERSION,
     check_implementation,
-    forward_arguments,
     model_config,
+    swap_layer,
     weights_are_recorded,
 )
 from vlmfast.parts.window_attention import (
@@ -193,28 +192,14 @@ def _refuse_swin(module: nn.Module) -> str | None:
     return None
 
 
-def _swap_layer(
-    original: type[nn.Module],
-    replacement: type[nn.Module],
-    covers: dict[str, type[nn.Module]],
-    refusal: Callable[[nn.Module], str | None] = lambda module: None,
-) -> Rule:
-    """swap_class for a layer whose forward differs between versions of transformers."""
-    same_call = forward_arguments(original) == forward_arguments(replacement)
-
-    def refuse(module: nn.Module) -> str | None:
-        return refusal(module) if same_call else OTHER_VERSION
-
-    return swap_class(FAMILY, original, replacement, refusal=refuse, covers=covers)
-
-
 _SELF_ATTENTION_V2 = (
     modeling_swinv2.Swinv2SelfAttention,
     modeling_swin2sr.Swin2SRSelfAttention,
 )
 
 RULES = (
-    _swap_layer(
+    swap_layer(
+        FAMILY,
         modeling_swin.SwinLayer,
         SwinLayer,
         covers={
@@ -223,7 +208,8 @@ RULES = (
         },
         refusal=_refuse_swin,
     ),
-    _swap_layer(
+    swap_layer(
+        FAMILY,
         modeling_swinv2.Swinv2Layer,
         Swinv2Layer,
         covers={
@@ -232,7 +218,8 @@ RULES = (
             "attention.self.dropout": nn.Dropout,
         },
     ),
-    _swap_layer(
+    swap_layer(
+        FAMILY,
         modeling_swin2sr.Swin2SRLayer,
         Swin2SRLayer,
         covers={
