@@ -1,7 +1,16 @@
-"""The contrastive losses of CLIPModel and SiglipModel.
+"""The contrastive losses of CLIPModel and SiglipModel, without the matrix of logits.
 
-They compute their loss, if `return_loss` asks for it, without the matrix of logits. Their output
-holds the logits all the same: they are computed when read.
+With `return_loss=True` the library's models return the loss and the logits that it came from. Ours
+compute the loss without logits, and return an output that holds them all the same:
+
+- It passes for one of the library's class: `isinstance`, `__class__`, keys, length and order.
+- The loss, the embeddings and the outputs of the towers are read as they stand, by attribute, key,
+  `get` or, for the loss, index 0.
+- Whatever else is done to the output computes the logits first, once. From then on it is an object
+  of the library's class, as if they had been there from the start.
+- The logits are those that the forward pass would have computed: in its grad mode and inference
+  mode, under its autocast, of its parameters.
+- Only the raw methods of dict, as `dict.items(output)`, go past this, and find a function.
 """
 
 from __future__ import annotations
@@ -24,14 +33,15 @@ __all__ = ["RULES", "CLIPModel", "SiglipModel"]
 
 FAMILY = "contrastive_loss"
 
+_VALUES = ("loss", "text_embeds", "image_embeds", "text_model_output", "vision_model_output")
+_LEAVES_LOGITS_ALONE = frozenset((*_VALUES, "keys", "get", "__dataclass_fields__"))
 
-class _LogitsUnread:
-    """An output whose logits are computed when they are read, by whatever path.
+# Where an output holds the function that computes its logits.
+_COMPUTE = "_compute_logits_per_text"
 
-    Whatever is not known to leave the logits alone computes them first; from then on the object is
-    one of the library's own class, as if they had been there from the start. Until then the keys
-    stand in place, with no values behind them.
-    """
+
+class _UnreadLogits:
+    """An output whose logits are computed when they are read; over the class of the library's."""
 
     __slots__ = ()
     original: ClassVar[type]
@@ -61,10 +71,6 @@ class _LogitsUnread:
         return getattr(self, key) if key in _VALUES else _compute_logits(self).get(key, default)
 
 
-_VALUES = ("loss", "text_embeds", "image_embeds", "text_model_output", "vision_model_output")
-_LEAVES_LOGITS_ALONE = frozenset((*_VALUES, "keys", "get", "__dataclass_fields__"))
-
-
 def _after_computing(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
         return getattr(_compute_logits(self), name)(*args)
@@ -77,39 +83,19 @@ for _name in (
     *("__setitem__", "__delattr__", "__eq__", "__ne__", "__or__", "__ror__", "__ior__"),
     *("__repr__", "__reduce__", "__reduce_ex__"),
 ):
-    setattr(_LogitsUnread, _name, _after_computing(_name))
+    setattr(_UnreadLogits, _name, _after_computing(_name))
 
 
-class _CLIPOutput(_LogitsUnread, CLIPOutput):
+class _CLIPOutput(_UnreadLogits, CLIPOutput):
     original = CLIPOutput
 
 
-class _SiglipOutput(_LogitsUnread, SiglipOutput):
+class _SiglipOutput(_UnreadLogits, SiglipOutput):
     original = SiglipOutput
 
 
-def _output_with_unread_logits(
-    cls: type[_LogitsUnread], logits_per_text: Callable[[], Tensor], loss: Tensor, **values: Any
-) -> Any:
-    """An output of `cls.original` whose logits `logits_per_text` computes when they are read.
-
-    It does so as it would have now: with this grad mode, under this autocast.
-    """
-    output = cls.original(
-        loss=loss,
-        logits_per_image=logits_per_text,
-        logits_per_text=logits_per_text,
-        **values,
-    )
-    vars(output)[_COMPUTE] = _in_present_modes(logits_per_text, output.text_embeds.device.type)
-    output.__class__ = cls
-    return output
-
-
-_COMPUTE = "_compute_logits_per_text"
-
-
 def _compute_logits(output: Any) -> Any:
+    """The output with its logits, of the library's class."""
     attributes = object.__getattribute__(output, "__dict__")
     if _COMPUTE in attributes:
         logits_per_text = attributes[_COMPUTE]()
@@ -137,10 +123,18 @@ def _in_present_modes(function: Callable[[], Tensor], device_type: str) -> Calla
 
 
 class _LossWithoutLogits:
-    """The forward of a two-tower model: the library's own, unless a loss is asked for."""
+    """The forward of a model of two towers: the library's own, unless a loss is asked for.
+
+    A subclass says how its library runs the towers and normalises what they return, and gives the
+    loss and a function that computes the logits (texts, images).
+    """
 
     backend: str | None = None
-    _forward_with_loss: Callable[..., Any]
+    output: ClassVar[type[_UnreadLogits]]
+    logit_scale: Any
+    _run_towers: Callable[..., tuple[Any, Any]]
+    _norm: Callable[[Tensor], Tensor]
+    _loss_and_logits: Callable[..., tuple[Tensor, Callable[[], Tensor]]]
 
     def forward(
         self,
@@ -166,6 +160,30 @@ class _LossWithoutLogits:
         library: Any = super()
         return library.forward(**images, **texts, return_loss=return_loss, **kwargs)
 
+    @can_return_tuple
+    def _forward_with_loss(
+        self, images: dict[str, Any], texts: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        vision, text = self._run_towers(images, texts, kwargs)
+        image_embeds = vision.pooler_output / self._norm(vision.pooler_output)
+        text_embeds = text.pooler_output / self._norm(text.pooler_output)
+        device = text_embeds.device
+        loss, compute_logits = self._loss_and_logits(
+            image_embeds.to(device), text_embeds, self.logit_scale.exp().to(device)
+        )
+        output: Any = self.output.original(
+            loss=loss,
+            logits_per_image=compute_logits,  # keys without values, until the logits are read
+            logits_per_text=compute_logits,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+        vars(output)[_COMPUTE] = _in_present_modes(compute_logits, device.type)
+        output.__class__ = self.output
+        return output
+
 
 class CLIPModel(_LossWithoutLogits, OriginalCLIPModel):
     """`transformers.CLIPModel` whose `return_loss=True` holds no matrix of logits.
@@ -173,25 +191,18 @@ class CLIPModel(_LossWithoutLogits, OriginalCLIPModel):
     The loss is float32 for models in half precision.
     """
 
-    @can_return_tuple
-    def _forward_with_loss(
-        self, images: dict[str, Any], texts: dict[str, Any], **kwargs: Any
-    ) -> Any:
+    output = _CLIPOutput
+    _norm = staticmethod(_get_vector_norm)
+
+    def _run_towers(self, images: Any, texts: Any, kwargs: Any) -> tuple[Any, Any]:
         vision = self.get_image_features(**images, **kwargs)
-        text = self.get_text_features(**texts, **kwargs)
-        image_embeds = vision.pooler_output / _get_vector_norm(vision.pooler_output)
-        text_embeds = text.pooler_output / _get_vector_norm(text.pooler_output)
-        near_images = image_embeds.to(text_embeds.device)
-        scale = self.logit_scale.exp().to(text_embeds.device)
-        return _output_with_unread_logits(
-            _CLIPOutput,
-            lambda: torch.matmul(text_embeds, near_images.t()) * scale,
-            loss=VF.clip_loss(near_images, text_embeds, scale, backend=self.backend),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text,
-            vision_model_output=vision,
-        )
+        return vision, self.get_text_features(**texts, **kwargs)
+
+    def _loss_and_logits(
+        self, images: Tensor, texts: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        loss = VF.clip_loss(images, texts, scale, backend=self.backend)
+        return loss, lambda: torch.matmul(texts, images.t()) * scale
 
 
 class SiglipModel(_LossWithoutLogits, OriginalSiglipModel):
@@ -200,29 +211,26 @@ class SiglipModel(_LossWithoutLogits, OriginalSiglipModel):
     The loss is float32 for models in half precision.
     """
 
-    @can_return_tuple
-    def _forward_with_loss(
-        self, images: dict[str, Any], texts: dict[str, Any], **kwargs: Any
-    ) -> Any:
+    output = _SiglipOutput
+
+    def _run_towers(self, images: Any, texts: Any, kwargs: Any) -> tuple[Any, Any]:
         vision = self.vision_model(**images, **kwargs)
-        text = self.text_model(**texts, **kwargs)
-        image_embeds = vision.pooler_output / vision.pooler_output.norm(dim=-1, keepdim=True)
-        text_embeds = text.pooler_output / text.pooler_output.norm(dim=-1, keepdim=True)
-        near_images = image_embeds.to(text_embeds.device)
-        scale = self.logit_scale.exp().to(text_embeds.device)
+        return vision, self.text_model(**texts, **kwargs)
+
+    @staticmethod
+    def _norm(pooled: Tensor) -> Tensor:
+        return pooled.norm(dim=-1, keepdim=True)
+
+    def _loss_and_logits(
+        self, images: Tensor, texts: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         # A copy: the optimiser may change the parameter before the logits are read.
-        bias = self.logit_bias.to(text_embeds.device, copy=True)
-        return _output_with_unread_logits(
-            _SiglipOutput,
-            lambda: torch.matmul(text_embeds, near_images.t()) * scale + bias,
-            loss=VF.siglip_loss(near_images, text_embeds, scale, bias, backend=self.backend),
-            text_embeds=text_embeds,
-            image_embeds=image_embeds,
-            text_model_output=text,
-            vision_model_output=vision,
-        )
+        bias = self.logit_bias.to(texts.device, copy=True)
+        loss = VF.siglip_loss(images, texts, scale, bias, backend=self.backend)
+        return loss, lambda: torch.matmul(texts, images.t()) * scale + bias
 
 
+# What the library's forward names where it computes what the classes above do.
 _LIBRARY_FORWARD = {
     OriginalCLIPModel: {
         *("get_image_features", "get_text_features", "pooler_output", "_get_vector_norm"),
@@ -235,7 +243,7 @@ _LIBRARY_FORWARD = {
 }
 
 
-def _loss_refusal(model: nn.Module) -> str | None:
+def _refusal(model: nn.Module) -> str | None:
     cls = type(model)
     if _LIBRARY_FORWARD[cls] <= code_names(cls.forward):
         return None
@@ -243,6 +251,6 @@ def _loss_refusal(model: nn.Module) -> str | None:
 
 
 RULES = (
-    swap_class(FAMILY, OriginalCLIPModel, CLIPModel, refusal=_loss_refusal),
-    swap_class(FAMILY, OriginalSiglipModel, SiglipModel, refusal=_loss_refusal),
+    swap_class(FAMILY, OriginalCLIPModel, CLIPModel, refusal=_refusal),
+    swap_class(FAMILY, OriginalSiglipModel, SiglipModel, refusal=_refusal),
 )
