@@ -1,26 +1,23 @@
 """Flamingo's layers, as flamingo-pytorch and OpenFlamingo have them.
 
-Both hold the same code under the same names, and so do the copies of it in other packages. So the
-layers are recognised by what they are made of, wherever their classes come from, and neither
+Both libraries, and packages that have copied from them, hold one code under one set of names. So
+the layers are recognised by what they are made of, wherever their classes come from, and neither
 library is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import Rule, forward_arguments
+from vlmfast.integrations.rules import Restore, Rule, forward_arguments
 from vlmfast.parts.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
 
 FAMILY = "cross_attention"
-
-Restore = Callable[[nn.Module], None]
 
 
 class _CallOfVersion1(nn.Module):
@@ -46,21 +43,21 @@ class GatedCrossAttentionBlockV1(  # type: ignore[misc]
     """`vnn.GatedCrossAttentionBlock` with the call of OpenFlamingo 1."""
 
 
-def _replace_by(
+def _swap_by_structure(
     replacement: type[nn.Module],
     children: set[str],
     parameters: set[str],
     attributes: set[str],
     calls: dict[tuple[str, ...], type[nn.Module]],
 ) -> Rule:
-    """A rule for the classes of the name of `replacement`.
+    """A rule for classes that bear the name of `replacement` and hold what it holds.
 
     Args:
         replacement: the layer of vlmfast.nn.
         children: names of the modules that the original holds.
         parameters: names of those that it holds itself.
         attributes: names of the numbers and flags that it goes by.
-        calls: by the arguments that its forward takes, the class that takes the same.
+        calls: the class to swap to, by the arguments that the original's forward takes.
     """
     name = replacement.__name__
 
@@ -109,7 +106,7 @@ def _restore(original: type[nn.Module], module: nn.Module) -> None:
 _TEXT_AND_MEDIA = ("x", "media", "media_locations")
 
 RULES = (
-    _replace_by(
+    _swap_by_structure(
         vnn.MaskedCrossAttention,
         children={"norm", "to_q", "to_kv", "to_out"},
         parameters=set(),
@@ -120,7 +117,7 @@ RULES = (
             (*_TEXT_AND_MEDIA, "attend_previous"): MaskedCrossAttentionV1,
         },
     ),
-    _replace_by(
+    _swap_by_structure(
         vnn.GatedCrossAttentionBlock,
         children={"attn", "ff"},
         parameters={"attn_gate", "ff_gate"},
@@ -131,7 +128,7 @@ RULES = (
             (*_TEXT_AND_MEDIA, "attend_previous"): GatedCrossAttentionBlockV1,
         },
     ),
-    _replace_by(
+    _swap_by_structure(
         vnn.PerceiverAttention,
         children={"norm_media", "norm_latents", "to_q", "to_kv", "to_out"},
         parameters=set(),

@@ -144,8 +144,8 @@ def patch(
             setattr(module, BACKEND, backend)
             done = module.__dict__[MARK]
         else:
-            done = _replace(module, rule, backend)
-        report.replaced.append(PatchEntry(path, done.what, f"{done.family} for {done.replaced}"))
+            done = _apply(rule, module, backend)
+        report.replaced.append(PatchEntry(path, done.what, f"{done.family} for {done.original}"))
     return report
 
 
@@ -174,7 +174,7 @@ def unpatch(model: nn.Module) -> None:
         done.restore(module)
 
 
-def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
+def _apply(rule: Rule, module: nn.Module, backend: str | None) -> Replacement:
     original = type(module)
     restore = rule.replace(module)
     swapped_to = type(module) if type(module) is not original else None

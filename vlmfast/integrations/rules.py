@@ -17,6 +17,7 @@ from vlmfast.parts.common import has_hooks
 __all__ = [
     "LINEAR",
     "Replacement",
+    "Restore",
     "Rule",
     "class_name",
     "code_names",
@@ -26,6 +27,9 @@ __all__ = [
     "swap_class",
     "uncoverable",
 ]
+
+# Makes a replaced module what it was before.
+Restore = Callable[[nn.Module], None]
 
 # The instance attributes that a replaced layer carries until `unpatch`.
 MARK = "_vlmfast_replacement"
@@ -64,7 +68,7 @@ class Rule:
     what: type[nn.Module] | str
     recognises: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
-    replace: Callable[[nn.Module], Callable[[nn.Module], None]]
+    replace: Callable[[nn.Module], Restore]
     bypassed_by: Callable[[nn.Module], bool] = lambda parent: False
     covers: tuple[str, ...] = ()
     refusal_within: Callable[[nn.Module, nn.Module], str | None] = lambda parent, module: None
@@ -72,13 +76,19 @@ class Rule:
 
 @dataclass
 class Replacement:
-    """What a replaced layer remembers; `swapped_to` is its class since, if that is a new one."""
+    """What a replaced layer remembers.
+
+    family, what, covers: of its rule; `what` as the report names it.
+    original: the name of its class before.
+    swapped_to: its class since, if that is a new one.
+    restore: makes of it what it was before.
+    """
 
     family: str
     what: str
-    replaced: str
+    original: str
     swapped_to: type[nn.Module] | None
-    restore: Callable[[nn.Module], None]
+    restore: Restore
     covers: tuple[str, ...] = ()
 
 
@@ -97,7 +107,7 @@ def swap_class(
 
     `covers` gives submodules whose work `replacement` does without calling them, and the class
     that each must be of. A layer stays as it is if one of them is something else or if it, or a
-    module within it, has a hook: that would be called no more, or with tensors of other shapes.
+    module within it, has a hook, which would be called no more, or with tensors of other shapes.
     """
 
     def refuse(module: nn.Module) -> str | None:
@@ -136,7 +146,7 @@ def uncoverable(layer: nn.Module, path: str, cls: type[nn.Module]) -> str | None
     return None
 
 
-def _set_class(new: type[nn.Module], module: nn.Module) -> Callable[[nn.Module], None]:
+def _set_class(new: type[nn.Module], module: nn.Module) -> Restore:
     old = type(module)
     module.__class__ = new
     return partial(_reset_class, old)
@@ -149,7 +159,7 @@ def _reset_class(old: type[nn.Module], module: nn.Module) -> None:
 def leave_alone(family: str, recognises: Callable[[nn.Module], bool], why: str) -> Rule:
     """A rule for layers that are known, belong to `family`, and are not replaced."""
 
-    def replace(module: nn.Module) -> Callable[[nn.Module], None]:
+    def replace(module: nn.Module) -> Restore:
         raise AssertionError(f"{class_name(type(module))} is never replaced")
 
     return Rule(

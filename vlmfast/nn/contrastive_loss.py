@@ -38,7 +38,7 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss: each rank returns the loss of its own pairs, instead of the whole batch's.
-        gather_with_grad: features of other ranks get their gradient from this rank's loss, too.
+        gather_with_grad: this rank's loss gives a gradient to the features of other ranks as well.
         cache_labels: without effect, as there are no labels to cache.
         rank, world_size: of this process, as torch.distributed has them.
         use_horovod: must be False.
@@ -89,7 +89,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        # open_clip's own losses run this, too, once patched: only its attributes may be relied on.
+        # patch gives this method to open_clip's loss: rely on attributes that both classes have.
         _refuse_horovod(self)
         loss = VF.clip_loss(
             image_features,

@@ -275,7 +275,7 @@ class GatedCrossAttentionBlock(nn.Module):
         use_cached_media: bool = False,
         attend_previous: bool = True,
     ) -> Tensor:
-        """As `MaskedCrossAttention.forward`, which see."""
+        """Attends from `x` to `media` and adds; arguments as of `MaskedCrossAttention.forward`."""
         # What is at its default is not said: `attn` may be a layer that `vlmfast.patch` has left.
         options = {}
         if check_flag("use_cached_media", use_cached_media):

@@ -44,7 +44,7 @@ def check_fits_weight(argument: str, tensor: Tensor, weight: Tensor) -> None:
 
 
 def is_linear(projection: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is torch's linear layer, or `patch`'s, which computes the same."""
+    """Whether it is torch's linear layer, or the one that `patch` puts in its place."""
     cls = type(projection)
     return cls is nn.Linear or (
         issubclass(cls, nn.Linear) and cls.__module__.startswith("vlmfast.")

@@ -91,7 +91,7 @@ def kept_plan(
 ) -> CrossAttentionPlan:
     """`make()`, a function of `source` and `context`, made once for all layers of a model.
 
-    They are handed the same mask one after the other, so only the last plan is kept.
+    One mask is handed to all of them in turn, so only the last plan is kept.
     """
     if can_be_copied(source):
         return _last_plan.get(Copied, (source,), context, make)

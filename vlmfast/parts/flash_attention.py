@@ -24,7 +24,7 @@ def is_causal_mask(mask: Tensor | None) -> bool:
     if type(mask) not in (Tensor, nn.Parameter) or mask.device.type != "cpu" or mask.requires_grad:
         return False
     hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
-    # One corner each rejects nearly every other mask before the whole is compared.
+    # Two corners reject nearly every mask that is not causal, before the whole is compared.
     if not hidden[0, -1] or hidden[-1, 0]:
         return False
     if not torch.equal(hidden, torch.ones_like(hidden).triu_(1)):

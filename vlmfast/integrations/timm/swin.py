@@ -119,11 +119,12 @@ def _drops_pairs(network: nn.Module) -> bool:
 
 
 def _bias_by_pairs(attn: Any) -> Tensor:
+    """The bias (heads, M, M) by one run of the network for each pair of tokens, as timm has it."""
     return attn._relative_positional_encodings()[0]
 
 
 def _bias_by_offsets(attn: Any) -> Tensor:
-    """The same with one run of the network for each offset."""
+    """The bias (heads, M, M) by one run of the network for each offset between two tokens."""
     network, every_pair = attn.meta_mlp, attn.relative_coordinates_log
     rows, columns = (
         torch.arange(1 - size, size, device=every_pair.device) for size in attn.window_size

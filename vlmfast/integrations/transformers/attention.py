@@ -3,14 +3,13 @@
 A layer that goes through the interface looks up its attention function by the name in its config,
 and its model makes the mask by the name in the model's. Both names are registered here, as
 "vlmfast". A patched layer gets a copy of its config that carries the name; the model keeps its own,
-so that masks come out exactly as they did before, and layers left alone, and other models made from
-the same config, see no change.
+so that masks come out exactly as they did before. Layers that are left alone, and models that share
+the config, see no change.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -164,31 +163,27 @@ def _additive_mask(
 
 
 @dataclass
-class _RestoreConfig:
-    """The config of a patched layer before the patch, the one that its model holds.
+class RestoreConfig:
+    """Gives a layer back the config that its model holds, and its class where that was swapped."""
 
-    And its class, where that was swapped, too.
-    """
-
-    original: Any
+    config: Any
     cls: type[nn.Module] | None = None
 
     def __call__(self, module: nn.Module) -> None:
-        module.config = self.original
+        module.config = self.config
         vars(module).pop(WEIGHTS_WANTED, None)
         if self.cls is not None:
             forget_media(module)
             module.__class__ = self.cls
 
 
-def name_our_function(module: nn.Module) -> Callable[[nn.Module], None]:
+def name_our_function(module: nn.Module) -> RestoreConfig:
     """Gives a layer a config of its own, by which it finds `attention_forward`."""
-    original: Any = module.config
-    config = copy.copy(original)
+    restore = RestoreConfig(module.config)
+    module.config = copy.copy(restore.config)
     # The public setter would also reach the sub-configs, which the copy shares with the original.
-    config._attn_implementation_internal = NAME
-    module.config = config
-    return _RestoreConfig(original)
+    module.config._attn_implementation_internal = NAME
+    return restore
 
 
 class BlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
-from vlmfast.integrations.rules import MARK, Rule, forward_arguments, swap_class
+from vlmfast.integrations.rules import MARK, Restore, Rule, forward_arguments, swap_class
 
 __all__ = [
     "NAME",
@@ -32,7 +32,7 @@ OTHER_VERSION = "its arguments are not those that it has in transformers 5.23"
 def model_config(module: nn.Module) -> Any:
     """The config that the model of an attention layer holds, also where the layer is patched."""
     mark = getattr(module, MARK, None)
-    return module.config if mark is None else mark.restore.original
+    return module.config if mark is None else mark.restore.config
 
 
 def check_implementation(config: Any) -> None:
@@ -73,9 +73,7 @@ def named_arguments(
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def hook_model(
-    hooks: dict[str, Callable[..., Any]], module: nn.Module
-) -> Callable[[nn.Module], None]:
+def hook_model(hooks: dict[str, Callable[..., Any]], module: nn.Module) -> Restore:
     """Adds hooks to submodules, by path."""
     for path, hook in hooks.items():
         module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)

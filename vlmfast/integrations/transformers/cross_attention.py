@@ -19,7 +19,11 @@ from transformers.models.mllama import modeling_mllama
 import vlmfast.functional as VF
 from vlmfast.functional.cross_attention import CrossAttentionPlan
 from vlmfast.integrations.rules import Rule, forward_arguments, swap_class
-from vlmfast.integrations.transformers.attention import attention_forward, name_our_function
+from vlmfast.integrations.transformers.attention import (
+    RestoreConfig,
+    attention_forward,
+    name_our_function,
+)
 from vlmfast.integrations.transformers.common import (
     OTHER_VERSION,
     hook_model,
@@ -95,7 +99,7 @@ class IdeficsAttention(modeling_idefics.IdeficsAttention):
         return self.o_proj(out), None
 
     def _key_value(self, media: Tensor) -> KeyValue:
-        """(B, heads, I * L, head_dim), kept while a model generates: it hands on the same media."""
+        """(B, heads, I * L, head_dim), kept while a model generates and hands on equal media."""
         modules: tuple[nn.Module, ...] = (self.k_proj, self.v_proj)
         if self.qk_layer_norms:
             modules = (*modules, self.k_layer_norm)
@@ -251,11 +255,11 @@ def _hand_on_tile_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
-    if tokens is None:  # the model says so itself
+    if tokens is None:  # the model itself refuses that, and a number of tiles that does not fit
         return None
     pixels, states = given.get("pixel_values"), given.get("cross_attention_states")
     tiles = len(tokens) * mask.shape[2:].numel()
-    if pixels is not None and pixels.shape[:3].numel() != tiles:  # likewise
+    if pixels is not None and pixels.shape[:3].numel() != tiles:
         return None
     if states is not None and len(states) != tiles:
         return None
@@ -293,8 +297,8 @@ def _swap_interface_layer(
     """A rule for a layer that goes through the interface, and whose class is swapped as well."""
     same_call = forward_arguments(original) == forward_arguments(replacement)
 
-    def replace(module: nn.Module) -> Callable[[nn.Module], None]:
-        restore: Any = name_our_function(module)
+    def replace(module: nn.Module) -> RestoreConfig:
+        restore = name_our_function(module)
         restore.cls = original
         module.__class__ = replacement
         return restore
@@ -316,7 +320,7 @@ def _pass_on_masks(original: type[nn.Module], hooks: dict[str, Callable[..., Any
             return "a subclass may compute something else"
         if not all(
             "kwargs" in forward_arguments(type(module.get_submodule(path)))
-            for path in hooks  # else a model passes on no more than it knows
+            for path in hooks  # without kwargs, a model passes on what it knows alone
         ):
             return OTHER_VERSION
         return None

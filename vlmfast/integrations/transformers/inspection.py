@@ -29,6 +29,7 @@ __all__ = ["eager_function", "refusal", "uses_interface", "weights_used_by"]
 
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that a layer of the library, or one of ours in its place, runs on "eager"."""
     theirs = next(base for base in cls.__mro__ if not base.__module__.startswith("vlmfast."))
     forward = inspect.unwrap(theirs.forward)
     return forward.__globals__[_eager_name(forward)]
@@ -41,11 +42,13 @@ def _eager_name(forward: Callable[..., Any]) -> str:
 
 
 def uses_interface(module: nn.Module) -> bool:
+    """Whether a module looks its attention function up by the name in its config."""
     return hasattr(getattr(module, "config", None), "_attn_implementation") and (
         "ALL_ATTENTION_FUNCTIONS" in code_names(type(module).forward)
     )
 
 
+# What every eager function may take.
 _EAGER_ARGUMENTS = {
     *("module", "query", "key", "value", "attention_mask"),
     *("query_states", "key_states", "value_states"),
@@ -54,6 +57,7 @@ _EAGER_ARGUMENTS = {
 
 
 def refusal(module: nn.Module) -> str | None:
+    """Why a layer that uses the interface must stay as it is, or None."""
     config: Any = module.config
     implementation = config._attn_implementation
     if implementation not in ("sdpa", "eager"):
@@ -98,7 +102,7 @@ def _library_supports_sdpa(cls: type[nn.Module]) -> bool:
     )
 
 
-# Functions that ask a config no more than whether its implementation is flash attention.
+# Functions that ask a config whether its implementation is flash attention, and nothing else.
 _ASKS_FOR_FLASH = ("is_flash_attention_requested", "get_max_seqlen")
 
 
@@ -106,8 +110,8 @@ _ASKS_FOR_FLASH = ("is_flash_attention_requested", "get_max_seqlen")
 def _notices_name(cls: type[nn.Module], implementation: str) -> str | None:
     """Why a layer would compute something else if its config named our function, or None.
 
-    It may look its attention function up by that name, and must. Whatever else its code does with
-    the name has to come out the same for ours, and its config must stay with it.
+    It must look its attention function up by that name. Whatever else its code does with the name
+    has to come out for ours as for the one it has, and its config must stay with it.
     """
     looks_up = False
     for method in _methods(cls):
@@ -163,7 +167,7 @@ def _is_lookup(node: ast.AST) -> bool:
 
 
 def _same_answer(node: ast.AST, implementation: str) -> bool:
-    """Whether a comparison with the name of the implementation comes out the same for ours."""
+    """Whether a comparison with the name of the implementation comes out for ours as for it."""
     if not (isinstance(node, ast.Compare) and len(node.ops) == 1):
         return False
     try:
@@ -196,7 +200,7 @@ def _reads_one_setting(node: ast.AST) -> bool:
 def _unlike_softmax(eager: Callable[..., Any]) -> str | None:
     """Why an eager function is not softmax attention that adds whatever mask it gets, or None.
 
-    It is run on small tensors, under a module that knows no more than any attention layer does.
+    It is run on small tensors, under a module that knows what every attention layer knows.
     """
     parameters = inspect.signature(eager).parameters
     special = sorted(set(parameters) - _EAGER_ARGUMENTS)

@@ -1,7 +1,7 @@
 """The contrastive losses of CLIPModel and SiglipModel, without the matrix of logits.
 
 With `return_loss=True` the library's models return the loss and the logits that it came from. Ours
-compute the loss without logits, and return an output that holds them all the same:
+compute the loss without logits, and return an output that holds them nevertheless:
 
 - It passes for one of the library's class: `isinstance`, `__class__`, keys, length and order.
 - The loss, the embeddings and the outputs of the towers are read as they stand, by attribute, key,
