@@ -51,7 +51,13 @@ from vlmfast.integrations.transformers.inspection import (
 )
 from vlmfast.parts.cross_attention import forget_media
 
-__all__ = ["RULES", "BlipTextSelfAttention", "attention_forward", "name_our_function"]
+__all__ = [
+    "RULES",
+    "BlipTextSelfAttention",
+    "RestoreConfig",
+    "attention_forward",
+    "name_our_function",
+]
 
 FAMILY = "flash_attention"
 
