@@ -377,6 +377,10 @@ def by_another_activation(layer):
     layer.cpb_mlp[1] = nn.Identity()
 
 
+def by_an_activation_in_two_places(layer):
+    layer.cpb_mlp.append(layer.cpb_mlp[1])
+
+
 def by_dtype(layer):
     layer.to(torch.bfloat16)
 
@@ -394,6 +398,7 @@ def by_dtype(layer):
         by_coordinates,
         by_another_network,
         by_another_activation,
+        by_an_activation_in_two_places,
         by_dtype,
     ],
 )

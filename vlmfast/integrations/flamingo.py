@@ -55,8 +55,8 @@ def _swap_by_structure(
     Args:
         replacement: the layer of vlmfast.nn.
         children: names of the modules that the original holds.
-        parameters: names of those that it holds itself.
-        attributes: names of the numbers and flags that it goes by.
+        parameters: names of the parameters that it holds itself.
+        attributes: names of the numbers and flags that its forward reads.
         calls: the class to swap to, by the arguments that the original's forward takes.
     """
     name = replacement.__name__

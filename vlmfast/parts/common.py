@@ -86,10 +86,13 @@ def kept_result(
     """
     if torch.compiler.is_compiling():
         return compute()
-    called = [inner for module in modules for inner in module.modules()]
-    sources = (input, *(x for m in modules for x in (*m.parameters(), *m.buffers())))
-    if all(is_plain(module, classes) for module in called) and can_be_copied(*sources):
-        return _kept[owner].get(Copied, sources, tuple(map(type, called)), compute)
+    # A module, or a parameter, that stands in two places counts twice.
+    called = [x for module in modules for x in module.named_modules(remove_duplicate=False)]
+    tensors = (x for _, m in called for x in (*m._parameters.values(), *m._buffers.values()))
+    sources = (input, *(x for x in tensors if x is not None))
+    if all(is_plain(module, classes) for _, module in called) and can_be_copied(*sources):
+        structure = tuple((name, type(module)) for name, module in called)
+        return _kept[owner].get(Copied, sources, structure, compute)
     _kept.forget(owner)
     return compute()
 
