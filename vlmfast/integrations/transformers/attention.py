@@ -186,9 +186,10 @@ class RestoreConfig:
 def name_our_function(module: nn.Module) -> RestoreConfig:
     """Gives a layer a config of its own, by which it finds `attention_forward`."""
     restore = RestoreConfig(module.config)
-    module.config = copy.copy(restore.config)
+    config = copy.copy(restore.config)
     # The public setter would also reach the sub-configs, which the copy shares with the original.
-    module.config._attn_implementation_internal = NAME
+    config._attn_implementation_internal = NAME
+    module.config = config
     return restore
 
 

@@ -30,7 +30,8 @@ __all__ = ["eager_function", "refusal", "uses_interface", "weights_used_by"]
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that a layer of the library, or one of ours in its place, runs on "eager"."""
-    theirs = next(base for base in cls.__mro__ if not base.__module__.startswith("vlmfast."))
+    bases: Any = cls.__mro__
+    theirs = next(base for base in bases if not base.__module__.startswith("vlmfast."))
     forward = inspect.unwrap(theirs.forward)
     return forward.__globals__[_eager_name(forward)]
 
