@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from tools.compatibility import compare, integration
+from tools.compatibility import attention, compare
 
 # (file, class, what it stands for)
 MODELS = [
@@ -74,10 +74,10 @@ def test_patched_model_is_its_original(file, name, implementation):
     ids=["lost mask", "nothing attended to", "lost weights"],
 )
 def test_comparison_sees_what_is_planted(planted, says, monkeypatch):
-    original = integration.attention_forward
-    monkeypatch.setattr(integration, "_weights_are_recorded", lambda: False)
+    original = attention.attention_forward
+    monkeypatch.setattr(attention, "weights_are_recorded", lambda: False)
     monkeypatch.setattr(
-        integration, "attention_forward", lambda *args, **kwargs: planted(original, *args, **kwargs)
+        attention, "attention_forward", lambda *args, **kwargs: planted(original, *args, **kwargs)
     )
     module = importlib.import_module("transformers.models.mistral.modeling_mistral")
     assert any(says in fault for fault in compare(module.MistralModel, "sdpa").faults)

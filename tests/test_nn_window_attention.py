@@ -15,7 +15,7 @@ import vlmfast
 import vlmfast.nn as vnn
 from tools.models import assert_as_right_as, assert_same_in_float64, spy_on_windows, stir
 from vlmfast._torchvision_ops import import_torchvision
-from vlmfast.nn import window_attention
+from vlmfast.parts import common, window_attention
 
 import_torchvision()
 from torchvision.models import swin_transformer as torchvision_swin  # noqa: E402
@@ -377,6 +377,10 @@ def by_another_activation(layer):
     layer.cpb_mlp[1] = nn.Identity()
 
 
+def by_an_activation_in_two_places(layer):
+    layer.cpb_mlp.append(layer.cpb_mlp[1])
+
+
 def by_dtype(layer):
     layer.to(torch.bfloat16)
 
@@ -394,6 +398,7 @@ def by_dtype(layer):
         by_coordinates,
         by_another_network,
         by_another_activation,
+        by_an_activation_in_two_places,
         by_dtype,
     ],
 )
@@ -500,13 +505,13 @@ def test_copies_do_not_carry_what_is_kept(runs, layer, x):
 def test_what_is_kept_goes_with_its_layer(x):
     layer, _ = make_pair("v2", (3, 4), (1, 2))
     gc.collect()
-    count = len(window_attention._kept_tables)
+    count = len(common._kept)
     with torch.no_grad():
         layer(x)
-    assert len(window_attention._kept_tables) == count + 1
+    assert len(common._kept) == count + 1
     del layer
     gc.collect()
-    assert len(window_attention._kept_tables) == count
+    assert len(common._kept) == count
 
 
 def test_compiled_layer_sees_new_weights(layer, x):

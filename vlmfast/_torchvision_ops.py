@@ -21,8 +21,8 @@ def import_torchvision() -> None:
     """Imports torchvision; declares its missing operators first, if the plain import has failed."""
     try:
         importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
+    except RuntimeError:
+        if hasattr(torch.ops.torchvision, "nms"):  # then something else has failed
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

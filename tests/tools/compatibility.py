@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast._torchvision_ops import import_torchvision
-from vlmfast.integrations.rules import MARK
+from vlmfast.integrations.rules import MARK, code_names
 from vlmfast.verify.common import SEEDS, budget, relative_error
 
 import_torchvision()
@@ -35,7 +35,7 @@ import transformers.models  # noqa: E402
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from vlmfast.integrations import transformers as integration  # noqa: E402
+from vlmfast.integrations.transformers import attention  # noqa: E402
 
 BATCH, TOKENS, WIDTH, HEADS, WORDS = 2, 20, 64, 4, 128
 MOST_PARAMETERS = 30_000_000
@@ -374,20 +374,20 @@ def _seen_by_attention() -> Iterator[set[nn.Module]]:
 
     def spy(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen.add(module)
-        return integration.attention_forward(module, *args, **kwargs)
+        return attention.attention_forward(module, *args, **kwargs)
 
-    AttentionInterface.register(integration.NAME, spy)
+    AttentionInterface.register(attention.NAME, spy)
     try:
         yield seen
     finally:
-        AttentionInterface.register(integration.NAME, integration.attention_forward)
+        AttentionInterface.register(attention.NAME, attention.attention_forward)
 
 
 @contextlib.contextmanager
 def _called(model: nn.Module) -> Iterator[set[nn.Module]]:
     """The layers with our attention function that are called."""
     called: set[nn.Module] = set()
-    what = f"attention function {integration.NAME!r}"
+    what = f"attention function {attention.NAME!r}"
     handles = [
         module.register_forward_pre_hook(lambda module, args: called.add(module))
         for module in model.modules()
@@ -424,7 +424,7 @@ def attention_classes(file: str) -> set[str]:
         if isinstance(value, type)
         and issubclass(value, nn.Module)
         and value.__module__ == file
-        and "ALL_ATTENTION_FUNCTIONS" in integration.code_names(value.forward)
+        and "ALL_ATTENTION_FUNCTIONS" in code_names(value.forward)
     }
 
 

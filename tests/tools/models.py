@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -221,6 +222,61 @@ def assert_same_in_float64(
     for name in expected:
         assert expected[name].norm() > 0, f"{name} is zero and proves nothing"
         torch.testing.assert_close(result[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_drops_at_random(run: Callable[[], Tensor]) -> None:
+    """A result is one for equal seeds of torch's generator, and another for another seed."""
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(run())
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.allclose(outs[0], outs[2])
+
+
+def assert_subclass_is_left(layer: nn.Module) -> None:
+    """`patch` leaves and reports a layer of a subclass that is called Own."""
+    model = nn.Sequential(layer)
+    report = vlmfast.patch(model)
+    assert not report.replaced
+    assert [entry.why for entry in report.skipped] == ["a subclass may compute something else"]
+    with pytest.raises(RuntimeError, match=r"0: .*Own: a subclass"):
+        vlmfast.patch(model, strict=True)
+
+
+PIECES = (slice(0, 6), slice(6, 7), slice(7, 8))
+
+
+def decode(
+    model: nn.Module,
+    arguments: Callable[[slice, Any], Inputs],
+    cache: Any = None,
+    pieces: tuple[slice, ...] = PIECES,
+) -> Tensor:
+    """The hidden states of a text that a model of transformers reads in pieces, with a cache.
+
+    `arguments` gives the rest of a call, from the piece and the last output, at first None.
+    """
+    states, out = [], None
+    for piece in pieces:
+        out = model(past_key_values=cache, use_cache=True, **arguments(piece, out))
+        cache = out.past_key_values
+        states.append(out.last_hidden_state)
+    return torch.cat(states, 1)
+
+
+def assert_decodes_as_before(
+    model: nn.Module,
+    arguments: Callable[[slice, Any], Inputs],
+    make_cache: Callable[[], Any] = lambda: None,
+    pieces: tuple[slice, ...] = PIECES,
+) -> None:
+    """A patched model gives the hidden states of its original, piece by piece."""
+    patched = copy.deepcopy(model)
+    vlmfast.patch(patched)
+    with torch.inference_mode():
+        expected, result = (decode(m, arguments, make_cache(), pieces) for m in (model, patched))
+    torch.testing.assert_close(result, expected)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How `patch` recognises and replaces the layers of other libraries, one file for each library."""
+"""How `patch` recognises and replaces layers of other libraries, one file or folder for each."""
 
 from vlmfast.integrations.patching import PatchEntry, PatchReport, patch, unpatch
 

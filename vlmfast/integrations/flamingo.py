@@ -1,70 +1,63 @@
 """Flamingo's layers, as flamingo-pytorch and OpenFlamingo have them.
 
-Both hold the same code under the same names, and so do the copies of it in other packages. So the
-layers are recognised by what they are made of, wherever their classes come from, and neither
+Both libraries, and packages that have copied from them, hold one code under one set of names. So
+the layers are recognised by what they are made of, wherever their classes come from, and neither
 library is imported.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import Rule, class_name
-from vlmfast.nn.cross_attention import forget_media
+from vlmfast.integrations.rules import Restore, Rule, forward_arguments
+from vlmfast.parts.cross_attention import forget_media
 
 __all__ = ["RULES", "GatedCrossAttentionBlockV1", "MaskedCrossAttentionV1"]
 
 FAMILY = "cross_attention"
 
-Restore = Callable[[nn.Module], None]
+
+class _CallOfVersion1(nn.Module):
+    """The call of OpenFlamingo 1, over a layer of vlmfast.nn."""
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        attend_previous: bool = True,
+    ) -> Tensor:
+        return super().forward(x, media, media_locations, attend_previous=attend_previous)
 
 
-class MaskedCrossAttentionV1(vnn.MaskedCrossAttention):
+class MaskedCrossAttentionV1(_CallOfVersion1, vnn.MaskedCrossAttention):  # type: ignore[misc]
     """`vnn.MaskedCrossAttention` with the call of OpenFlamingo 1."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        media: Tensor,
-        media_locations: Tensor | None = None,
-        attend_previous: bool = True,
-    ) -> Tensor:
-        return super().forward(x, media, media_locations, attend_previous=attend_previous)
 
-
-class GatedCrossAttentionBlockV1(vnn.GatedCrossAttentionBlock):
+class GatedCrossAttentionBlockV1(  # type: ignore[misc]
+    _CallOfVersion1, vnn.GatedCrossAttentionBlock
+):
     """`vnn.GatedCrossAttentionBlock` with the call of OpenFlamingo 1."""
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        media: Tensor,
-        media_locations: Tensor | None = None,
-        attend_previous: bool = True,
-    ) -> Tensor:
-        return super().forward(x, media, media_locations, attend_previous=attend_previous)
 
-
-def _replace_by(
+def _swap_by_structure(
     replacement: type[nn.Module],
     children: set[str],
     parameters: set[str],
     attributes: set[str],
     calls: dict[tuple[str, ...], type[nn.Module]],
 ) -> Rule:
-    """A rule for the classes of the name of `replacement`.
+    """A rule for classes that bear the name of `replacement` and hold what it holds.
 
     Args:
         replacement: the layer of vlmfast.nn.
         children: names of the modules that the original holds.
-        parameters: names of those that it holds itself.
-        attributes: names of the numbers and flags that it goes by.
-        calls: by the arguments that its forward takes, the class that takes the same.
+        parameters: names of the parameters that it holds itself.
+        attributes: names of the numbers and flags that its forward reads.
+        calls: the class to swap to, by the arguments that the original's forward takes.
     """
     name = replacement.__name__
 
@@ -84,7 +77,7 @@ def _replace_by(
         if held != children | parameters:
             others = sorted(held ^ (children | parameters))
             return f"it is not made as Flamingo's is: {', '.join(others)}"
-        arguments = _arguments(cls)
+        arguments = forward_arguments(cls)
         if arguments not in calls:
             return f"its forward takes {', '.join(arguments)}"
         if "forward" in vars(module):
@@ -93,12 +86,12 @@ def _replace_by(
 
     def replace(module: nn.Module) -> Restore:
         original = type(module)
-        module.__class__ = calls[_arguments(original)]
+        module.__class__ = calls[forward_arguments(original)]
         return partial(_restore, original)
 
     return Rule(
         family=FAMILY,
-        what=class_name(replacement),
+        what=replacement,
         recognises=recognises,
         refusal=refusal,
         replace=replace,
@@ -110,15 +103,10 @@ def _restore(original: type[nn.Module], module: nn.Module) -> None:
     module.__class__ = original
 
 
-def _arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what its forward takes, self left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
 _TEXT_AND_MEDIA = ("x", "media", "media_locations")
 
 RULES = (
-    _replace_by(
+    _swap_by_structure(
         vnn.MaskedCrossAttention,
         children={"norm", "to_q", "to_kv", "to_out"},
         parameters=set(),
@@ -129,7 +117,7 @@ RULES = (
             (*_TEXT_AND_MEDIA, "attend_previous"): MaskedCrossAttentionV1,
         },
     ),
-    _replace_by(
+    _swap_by_structure(
         vnn.GatedCrossAttentionBlock,
         children={"attn", "ff"},
         parameters={"attn_gate", "ff_gate"},
@@ -140,7 +128,7 @@ RULES = (
             (*_TEXT_AND_MEDIA, "attend_previous"): GatedCrossAttentionBlockV1,
         },
     ),
-    _replace_by(
+    _swap_by_structure(
         vnn.PerceiverAttention,
         children={"norm_media", "norm_latents", "to_q", "to_kv", "to_out"},
         parameters=set(),

@@ -3,8 +3,6 @@ timm or transformers models, which the rules of those libraries replace."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss as OriginalClipLoss
 from open_clip.loss import CoCaLoss as OriginalCoCaLoss
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 
 import vlmfast.functional as VF
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
-from vlmfast.nn.flash_attention import is_causal_mask
+from vlmfast.integrations.rules import leave_other_attention, swap_class
+from vlmfast.parts.flash_attention import is_causal_mask
 
 __all__ = ["RULES", "Attention", "ClipLoss", "CoCaLoss", "SigLipLoss"]
 
@@ -91,9 +89,5 @@ RULES = (
     swap_class(LOSS_FAMILY, OriginalCoCaLoss, CoCaLoss, refusal=_loss_refusal),
     swap_class(LOSS_FAMILY, OriginalClipLoss, ClipLoss, refusal=_loss_refusal),
     swap_class(LOSS_FAMILY, OriginalSigLipLoss, SigLipLoss),
-    leave_alone(
-        FAMILY,
-        partial(computes_attention, library="open_clip"),
-        "no replacement for this attention",
-    ),
+    leave_other_attention("open_clip"),
 )

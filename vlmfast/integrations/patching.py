@@ -144,8 +144,8 @@ def patch(
             setattr(module, BACKEND, backend)
             done = module.__dict__[MARK]
         else:
-            done = _replace(module, rule, backend)
-        report.replaced.append(PatchEntry(path, done.what, f"{done.family} for {done.replaced}"))
+            done = _apply(rule, module, backend)
+        report.replaced.append(PatchEntry(path, done.what, f"{done.family} for {done.original}"))
     return report
 
 
@@ -174,13 +174,12 @@ def unpatch(model: nn.Module) -> None:
         done.restore(module)
 
 
-def _replace(module: nn.Module, rule: Rule, backend: str | None) -> Replacement:
+def _apply(rule: Rule, module: nn.Module, backend: str | None) -> Replacement:
     original = type(module)
     restore = rule.replace(module)
     swapped_to = type(module) if type(module) is not original else None
-    done = Replacement(
-        rule.family, rule.what, class_name(original), swapped_to, restore, rule.covers
-    )
+    what = rule.what if isinstance(rule.what, str) else class_name(rule.what)
+    done = Replacement(rule.family, what, class_name(original), swapped_to, restore, rule.covers)
     setattr(module, MARK, done)
     setattr(module, BACKEND, backend)
     setattr(module, _BEFORE_SCRIPTING, _refuse_scripting)

@@ -12,19 +12,24 @@ from typing import Any
 
 from torch import nn
 
-from vlmfast.nn.common import has_hooks
+from vlmfast.parts.common import has_hooks
 
 __all__ = [
     "LINEAR",
     "Replacement",
+    "Restore",
     "Rule",
     "class_name",
     "code_names",
-    "computes_attention",
+    "forward_arguments",
     "leave_alone",
+    "leave_other_attention",
     "swap_class",
     "uncoverable",
 ]
+
+# Makes a replaced module what it was before.
+Restore = Callable[[nn.Module], None]
 
 # The instance attributes that a replaced layer carries until `unpatch`.
 MARK = "_vlmfast_replacement"
@@ -47,7 +52,7 @@ class Rule:
     """How one kind of layer is recognised and replaced. The first rule that recognises it holds.
 
     family: the kernel family, as users name it in `patch(families=...)`.
-    what: the replacement, as the report names it.
+    what: the replacement, its class or what the report says of it; "" for a layer that stays.
     recognises: whether the rule is about this module.
     refusal: why this module must stay as it is, or None.
     refusal_within: why this module must stay because of its parent, or None: (parent, module).
@@ -60,10 +65,10 @@ class Rule:
     """
 
     family: str
-    what: str
+    what: type[nn.Module] | str
     recognises: Callable[[nn.Module], bool]
     refusal: Callable[[nn.Module], str | None]
-    replace: Callable[[nn.Module], Callable[[nn.Module], None]]
+    replace: Callable[[nn.Module], Restore]
     bypassed_by: Callable[[nn.Module], bool] = lambda parent: False
     covers: tuple[str, ...] = ()
     refusal_within: Callable[[nn.Module, nn.Module], str | None] = lambda parent, module: None
@@ -71,13 +76,19 @@ class Rule:
 
 @dataclass
 class Replacement:
-    """What a replaced layer remembers; `swapped_to` is its class since, if that is a new one."""
+    """What a replaced layer remembers.
+
+    family, what, covers: of its rule; `what` as the report names it.
+    original: the name of its class before.
+    swapped_to: its class since, if that is a new one.
+    restore: makes of it what it was before.
+    """
 
     family: str
     what: str
-    replaced: str
+    original: str
     swapped_to: type[nn.Module] | None
-    restore: Callable[[nn.Module], None]
+    restore: Restore
     covers: tuple[str, ...] = ()
 
 
@@ -96,7 +107,7 @@ def swap_class(
 
     `covers` gives submodules whose work `replacement` does without calling them, and the class
     that each must be of. A layer stays as it is if one of them is something else or if it, or a
-    module within it, has a hook: that would be called no more, or with tensors of other shapes.
+    module within it, has a hook, which would be called no more, or with tensors of other shapes.
     """
 
     def refuse(module: nn.Module) -> str | None:
@@ -112,7 +123,7 @@ def swap_class(
 
     return Rule(
         family=family,
-        what=class_name(replacement),
+        what=replacement,
         recognises=lambda m: isinstance(m, original) and not isinstance(m, replacement),
         refusal=refuse,
         replace=partial(_set_class, replacement),
@@ -135,7 +146,7 @@ def uncoverable(layer: nn.Module, path: str, cls: type[nn.Module]) -> str | None
     return None
 
 
-def _set_class(new: type[nn.Module], module: nn.Module) -> Callable[[nn.Module], None]:
+def _set_class(new: type[nn.Module], module: nn.Module) -> Restore:
     old = type(module)
     module.__class__ = new
     return partial(_reset_class, old)
@@ -148,12 +159,31 @@ def _reset_class(old: type[nn.Module], module: nn.Module) -> None:
 def leave_alone(family: str, recognises: Callable[[nn.Module], bool], why: str) -> Rule:
     """A rule for layers that are known, belong to `family`, and are not replaced."""
 
-    def replace(module: nn.Module) -> Callable[[nn.Module], None]:
+    def replace(module: nn.Module) -> Restore:
         raise AssertionError(f"{class_name(type(module))} is never replaced")
 
     return Rule(
         family=family, what="", recognises=recognises, refusal=lambda module: why, replace=replace
     )
+
+
+def leave_other_attention(library: str, why: str = "no replacement for this attention") -> Rule:
+    """A rule for the attention layers of a library that no rule before it has taken."""
+    return leave_alone("flash_attention", partial(_computes_attention, library=library), why)
+
+
+def _computes_attention(module: nn.Module, library: str) -> bool:
+    """Whether a class of `library` is an attention layer, judged by its name and its code.
+
+    Blocks that merely hold an attention layer, and gates called attention that take no softmax
+    (squeeze-and-excitation), are none.
+    """
+    cls = type(module)
+    if not cls.__module__.startswith(f"{library}.") or "Att" not in cls.__name__:
+        return False
+    methods = (value for value in vars(cls).values() if callable(value))
+    names = frozenset[str]().union(*map(code_names, methods))
+    return not names.isdisjoint(_ATTENTION_FUNCTIONS)
 
 
 def class_name(cls: type) -> str:
@@ -166,18 +196,9 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def computes_attention(module: nn.Module, library: str) -> bool:
-    """Whether a class of `library` is an attention layer, judged by its name and its code.
-
-    Blocks that merely hold an attention layer, and gates called attention that take no softmax
-    (squeeze-and-excitation), are none.
-    """
-    cls = type(module)
-    if not cls.__module__.startswith(f"{library}.") or "Att" not in cls.__name__:
-        return False
-    methods = (value for value in vars(cls).values() if callable(value))
-    names = frozenset[str]().union(*map(code_names, methods))
-    return not names.isdisjoint(_ATTENTION_FUNCTIONS)
+def forward_arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what the forward of a class takes, self left out."""
+    return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
 
 
 def code_names(function: Callable[..., Any]) -> frozenset[str]:

@@ -1,18 +1,15 @@
-"""torch.nn: MultiheadAttention, and TransformerEncoderLayer, which would bypass it in inference.
-
-And, for inference alone, Linear.
+"""torch.nn: MultiheadAttention, TransformerEncoderLayer, which would bypass it in inference, and,
+for inference alone, Linear.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import LINEAR, Rule, class_name, code_names, swap_class
+from vlmfast.integrations.rules import LINEAR, Restore, Rule, class_name, code_names, swap_class
 from vlmfast.kept import Keepers, Watched, can_be_copied, can_be_watched
 
 __all__ = ["RULES", "Linear", "TransformerEncoderLayer"]
@@ -164,7 +161,7 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
 
 
-def _use_packed(module: nn.Module) -> Callable[[nn.Module], None]:
+def _use_packed(module: nn.Module) -> Restore:
     module.__class__ = Linear
     return _use_unpacked
 
@@ -206,7 +203,7 @@ RULES = (
     swap_class(FAMILY, nn.TransformerEncoderLayer, TransformerEncoderLayer, refusal=_refusal),
     Rule(
         LINEAR,
-        class_name(Linear),
+        Linear,
         recognises=lambda module: type(module) is nn.Linear,
         refusal=_packing_refusal,
         replace=_use_packed,

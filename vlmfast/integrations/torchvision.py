@@ -5,13 +5,11 @@ Its ViT holds torch.nn.MultiheadAttention, which the rules of torch replace.
 
 from __future__ import annotations
 
-from functools import partial
-
 from torchvision.models import swin_transformer
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 import vlmfast.nn as vnn
-from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class
+from vlmfast.integrations.rules import leave_alone, leave_other_attention, swap_class
 
 __all__ = ["RULES", "ShiftedWindowAttention", "ShiftedWindowAttentionV2"]
 
@@ -36,9 +34,5 @@ RULES = (
         lambda module: isinstance(module, ShiftedWindowAttention3d),
         "no replacement for windows of three dimensions",
     ),
-    leave_alone(
-        "flash_attention",
-        partial(computes_attention, library="torchvision"),
-        "no replacement for this attention",
-    ),
+    leave_other_attention("torchvision"),
 )

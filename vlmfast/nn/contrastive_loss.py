@@ -38,7 +38,7 @@ class ClipLoss(nn.Module):
 
     Args:
         local_loss: each rank returns the loss of its own pairs, instead of the whole batch's.
-        gather_with_grad: features of other ranks get their gradient from this rank's loss, too.
+        gather_with_grad: this rank's loss gives a gradient to the features of other ranks as well.
         cache_labels: without effect, as there are no labels to cache.
         rank, world_size: of this process, as torch.distributed has them.
         use_horovod: must be False.
@@ -72,7 +72,7 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        check_ranks(rank, world_size)
+        _check_ranks(rank, world_size)
         self.local_loss = check_flag("local_loss", local_loss)
         self.gather_with_grad = check_flag("gather_with_grad", gather_with_grad)
         self.cache_labels = check_flag("cache_labels", cache_labels)
@@ -89,7 +89,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        # open_clip's own losses run this, too, once patched: only its attributes may be relied on.
+        # patch gives this method to open_clip's loss: rely on attributes that both classes have.
         _refuse_horovod(self)
         loss = VF.clip_loss(
             image_features,
@@ -142,7 +142,7 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
     ):
         super().__init__()
-        check_ranks(rank, world_size)
+        _check_ranks(rank, world_size)
         if dist_impl is not None and not isinstance(dist_impl, str):
             reject_type("dist_impl", "a string or None", type(dist_impl).__name__)
         if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
@@ -231,7 +231,7 @@ class NTXentLoss(nn.Module):
         return named_ntxent_loss(*views, self.temperature, group, self.backend)
 
 
-def check_ranks(rank: Any, world_size: Any) -> None:
+def _check_ranks(rank: Any, world_size: Any) -> None:
     """Raises TypeError or ValueError unless 0 <= rank < world_size."""
     check_integer("world_size", world_size, least=1)
     if check_integer("rank", rank) >= world_size:

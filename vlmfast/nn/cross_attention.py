@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -21,23 +20,21 @@ from vlmfast.functional.common import (
     reject_type,
 )
 from vlmfast.functional.cross_attention import CrossAttentionPlan
-from vlmfast.kept import Copied, Keeper, Keepers, Watched, can_be_copied, can_be_watched
-from vlmfast.nn.common import check_fits_weight, has_hooks, is_linear, positive_int
+from vlmfast.parts.common import check_fits_weight, is_linear, kept_result, positive_int
+from vlmfast.parts.cross_attention import (
+    KeyValue,
+    attend_to_two,
+    forget_media,
+    kept_plan,
+    project_two,
+)
 
 __all__ = [
     "GatedCrossAttentionBlock",
     "MaskedCrossAttention",
     "PerceiverAttention",
     "PerceiverResampler",
-    "add_gated",
-    "attend_to_two",
-    "forget_media",
-    "kept_key_value",
-    "kept_plan",
-    "project_two",
 ]
-
-KeyValue = tuple[Tensor, Tensor]
 
 # What the original adds up.
 _LOCATIONS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -162,7 +159,7 @@ class MaskedCrossAttention(nn.Module):
             key, value = key_value.permute(3, 0, 4, 1, 2, 5).unbind(0)
             return key, value
 
-        return kept_key_value(self, media, (self.to_kv,), project)
+        return kept_result(self, (self.to_kv,), media, project)
 
     def _plan(
         self,
@@ -278,7 +275,7 @@ class GatedCrossAttentionBlock(nn.Module):
         use_cached_media: bool = False,
         attend_previous: bool = True,
     ) -> Tensor:
-        """As `MaskedCrossAttention.forward`, which see."""
+        """Attends from `x` to `media` and adds; arguments as of `MaskedCrossAttention.forward`."""
         # What is at its default is not said: `attn` may be a layer that `vlmfast.patch` has left.
         options = {}
         if check_flag("use_cached_media", use_cached_media):
@@ -286,8 +283,8 @@ class GatedCrossAttentionBlock(nn.Module):
         if not check_flag("attend_previous", attend_previous):
             options["attend_previous"] = False
         out = self.attn(x, media, media_locations=media_locations, **options)
-        x = add_gated(x, out, self.attn_gate.tanh())
-        return add_gated(x, self.ff(x), self.ff_gate.tanh())
+        x = _add_gated(x, out, self.attn_gate.tanh())
+        return _add_gated(x, self.ff(x), self.ff_gate.tanh())
 
 
 class PerceiverAttention(nn.Module):
@@ -462,121 +459,11 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents)
 
 
-def project_two(
-    features: Tensor,
-    latents: Tensor,
-    modules: tuple[nn.Module, ...],
-    project: Callable[[Tensor], KeyValue],
-    plain: tuple[type[nn.Module], ...] = (),
-) -> tuple[KeyValue, KeyValue]:
-    """Key and value of two sources, (N, tokens, H, D) each, by `project`, which calls `modules`.
-
-    Each source is projected alone, if it shows nowhere: modules that are neither linear layers nor
-    of a class of `plain`, and those with hooks, get both sources as one tensor.
-    """
-    if _are_plain(modules, plain):
-        return project(features), project(latents)
-    key, value = project(torch.cat((features, latents), dim=-2))
-    sizes = [features.shape[-2], latents.shape[-2]]
-    (key, key_of_latents), (value, value_of_latents) = (x.split(sizes, 1) for x in (key, value))
-    return (key, value), (key_of_latents, value_of_latents)
-
-
-def attend_to_two(
-    query: Tensor, first: KeyValue, second: KeyValue, *, scale: float, backend: str | None
-) -> Tensor:
-    """Attention to the keys of two sources, one softmax over both, and neither copied.
-
-    Each source is attended to alone; their results, weighted by the shares that they have of the
-    sum of exponentials, add up to the whole:
-
-        out = w * out_1 + (1 - w) * out_2,   w = sigmoid(logsumexp_1 - logsumexp_2)
-
-    Shapes: query (N, L, H, D); key and value of each source (N, tokens, H, D); out (N, L, H, D).
-    """
-
-    def attend(source: KeyValue) -> tuple[Tensor, Tensor]:
-        key, value = source
-        queries, keys = query.shape[1], key.shape[1]
-        sequences = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-        out, logsumexp = VF.varlen_attention(
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-            sequences * queries,
-            sequences * keys,
-            queries,
-            keys,
-            scale=scale,
-            return_lse=True,
-            backend=backend,
-        )
-        return out, logsumexp.transpose(0, 1).unsqueeze(-1)
-
-    (out, logsumexp), (other, other_logsumexp) = attend(first), attend(second)
-    weight = torch.sigmoid(logsumexp - other_logsumexp)
-    merged = torch.lerp(other.to(weight.dtype), out.to(weight.dtype), weight)
-    return merged.to(out.dtype).unflatten(0, query.shape[:2])
-
-
-def add_gated(residual: Tensor, out: Tensor, gate: Tensor) -> Tensor:
+def _add_gated(residual: Tensor, out: Tensor, gate: Tensor) -> Tensor:
     """residual + gate * out, in one pass where all are of one dtype."""
     if residual.dtype == out.dtype == gate.dtype:
         return torch.addcmul(residual, out, gate)
     return residual + out * gate
-
-
-def kept_key_value(
-    layer: nn.Module,
-    media: Tensor,
-    modules: tuple[nn.Module, ...],
-    project: Callable[[], KeyValue],
-    plain: tuple[type[nn.Module], ...] = (),
-) -> KeyValue:
-    """`project()`, key and value of the media, or what it gave `layer` last time.
-
-    It must be a function of `media`, of `modules` and of what never changes in `layer`. Modules
-    that are neither linear layers nor of a class of `plain` may be more than their parameters say,
-    and so may those with hooks: nothing is kept of them.
-    """
-    if torch.compiler.is_compiling():
-        return project()
-    sources = (media, *(p for module in modules for p in module.parameters()))
-    if _are_plain(modules, plain) and can_be_copied(*sources):
-        return _kept_media[layer].get(Copied, sources, None, project)
-    _kept_media.forget(layer)
-    return project()
-
-
-def _are_plain(modules: tuple[nn.Module, ...], plain: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the modules are what their parameters say, and nobody watches them."""
-    return all(is_linear(m) or type(m) in plain for m in modules) and not any(
-        map(has_hooks, modules)
-    )
-
-
-def forget_media(layer: nn.Module) -> None:
-    """Drops what `kept_key_value` has kept for a layer, and the plan that `kept_plan` has kept."""
-    _kept_media.forget(layer)
-    _last_plan.forget()
-
-
-def kept_plan(
-    source: Tensor, context: Hashable, make: Callable[[], CrossAttentionPlan]
-) -> CrossAttentionPlan:
-    """`make()`, a function of `source` and `context`, made once for all layers of a model.
-
-    They are handed the same mask one after the other, so only the last plan is kept.
-    """
-    if can_be_copied(source):
-        return _last_plan.get(Copied, (source,), context, make)
-    if can_be_watched(source):
-        return _last_plan.get(Watched, (source,), context, make)
-    return make()
-
-
-_kept_media: Keepers[KeyValue] = Keepers()
-_last_plan: Keeper[CrossAttentionPlan] = Keeper()
 
 
 def _check_sizes(dim: int, dim_head: int, heads: int) -> tuple[int, int, int]:

@@ -20,9 +20,10 @@ from vlmfast.functional.common import (
     reject,
     reject_type,
 )
-from vlmfast.nn.common import check_fits_weight
+from vlmfast.parts.common import check_fits_weight
+from vlmfast.parts.flash_attention import is_causal_mask
 
-__all__ = ["MultiheadAttention", "is_causal_mask"]
+__all__ = ["MultiheadAttention"]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -306,27 +307,3 @@ def _show_one_more_key(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     return F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-
-
-def is_causal_mask(mask: Tensor | None) -> bool:
-    """Whether `mask` (L, L), in torch.nn.MultiheadAttention's convention, is just the causal mask.
-
-    Models hand their causal mask around as a dense tensor; knowing it saves half the work and all
-    the reads of the mask. The values are looked at where that is cheap and allowed: not on a GPU,
-    where it would synchronise, and not while a graph is captured, which must not depend on them.
-    """
-    if mask is None or mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < 2:
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._are_functorch_transforms_active():  # vmap cannot branch on values
-        return False
-    if type(mask) not in (Tensor, nn.Parameter) or mask.device.type != "cpu" or mask.requires_grad:
-        return False
-    hidden = mask if mask.dtype == torch.bool else mask == float("-inf")
-    # One corner each rejects nearly every other mask before the whole is compared.
-    if not hidden[0, -1] or hidden[-1, 0]:
-        return False
-    if not torch.equal(hidden, torch.ones_like(hidden).triu_(1)):
-        return False
-    return mask.dtype == torch.bool or not mask.tril().any()

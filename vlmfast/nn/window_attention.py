@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,17 @@ from vlmfast.functional.common import (
     reject,
     reject_type,
 )
-from vlmfast.kept import Copied, Keepers, can_be_copied
-from vlmfast.nn.common import (
-    check_fits_weight,
-    has_hooks,
-    is_linear,
-    positive_int,
+from vlmfast.parts.common import check_fits_weight, is_linear, positive_int
+from vlmfast.parts.window_attention import (
+    bias_from_table,
+    clamped_logit_scale,
+    continuous_bias_table,
+    relative_position_index,
 )
 
 __all__ = [
     "ShiftedWindowAttention",
     "ShiftedWindowAttentionV2",
-    "bias_from_table",
-    "clamped_logit_scale",
-    "continuous_bias_table",
-    "kept_table",
-    "padding_value",
-    "relative_position_index",
 ]
 
 CPB_WIDTH = 512
@@ -113,10 +107,10 @@ class ShiftedWindowAttention(nn.Module):
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=check_flag("qkv_bias", qkv_bias))
         self.proj = nn.Linear(dim, dim, bias=check_flag("proj_bias", proj_bias))
-        self._define_relative_position_bias()
+        self._define_logits()
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
 
-    def _define_relative_position_bias(self) -> None:
+    def _define_logits(self) -> None:
         offsets = math.prod(2 * size - 1 for size in self.window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -185,38 +179,7 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
 
     relative_coords_table: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        window_size: Sequence[int],
-        shift_size: Sequence[int],
-        num_heads: int,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attention_dropout: float = 0.0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            dim,
-            window_size,
-            shift_size,
-            num_heads,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attention_dropout=attention_dropout,
-            dropout=dropout,
-        )
-        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones((num_heads, 1, 1))))
-        self.cpb_mlp = nn.Sequential(
-            nn.Linear(2, CPB_WIDTH),
-            nn.ReLU(inplace=True),
-            nn.Linear(CPB_WIDTH, num_heads, bias=False),
-        )
-        if qkv_bias:
-            with torch.no_grad():
-                self.qkv.bias[dim : 2 * dim] = 0
-
-    def _define_relative_position_bias(self) -> None:
+    def _define_logits(self) -> None:
         height, width = (
             torch.arange(1 - size, size, dtype=torch.float32) / max(size - 1, 1)
             for size in self.window_size
@@ -225,6 +188,15 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         # log2(1 + |offset|), with the sign of the offset, over log2(8)
         table = torch.sign(offsets) * torch.log2(torch.abs(offsets) + 1.0) / 3.0
         self.register_buffer("relative_coords_table", table[None])
+        self.logit_scale = nn.Parameter(torch.log(10 * torch.ones((self.num_heads, 1, 1))))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, CPB_WIDTH),
+            nn.ReLU(inplace=True),
+            nn.Linear(CPB_WIDTH, self.num_heads, bias=False),
+        )
+        if self.qkv.bias is not None:
+            with torch.no_grad():
+                self.qkv.bias.chunk(3)[1].zero_()
 
     def get_relative_position_bias(self) -> Tensor:
         """The bias of all pairs of tokens of a window, (1, num_heads, M, M)."""
@@ -242,35 +214,6 @@ class ShiftedWindowAttentionV2(ShiftedWindowAttention):
         return self._attend(qkv, bias, clamped_logit_scale(self.logit_scale))
 
 
-def relative_position_index(
-    window_size: Sequence[int], device: torch.device | None = None
-) -> Tensor:
-    """For each pair of tokens of a window the number of its offset, (M * M,) int64.
-
-    Offsets are counted row by row from (-(h - 1), -(w - 1)), of the query minus the key.
-    """
-    rows, columns = (torch.arange(size, device=device) for size in window_size)
-    down = rows[:, None] - rows + window_size[0] - 1
-    right = columns[:, None] - columns + window_size[1] - 1
-    # (query row, query column, key row, key column)
-    index = down[:, None, :, None] * (2 * window_size[1] - 1) + right[None, :, None, :]
-    return index.flatten()
-
-
-def bias_from_table(table: Tensor, index: Tensor) -> Tensor:
-    """The bias (heads, M, M) from `table` (offsets, heads) and `index`, M * M numbers of offsets.
-
-    Its gradient to the table is summed in one order: by gather on a CPU, where indexing would add
-    atomically, and by indexing on a GPU, where gather would.
-    """
-    tokens = math.isqrt(index.numel())
-    if table.device.type == "cpu":
-        bias = table.t().gather(1, index.view(1, -1).expand(table.shape[1], -1))
-    else:
-        bias = table[index.view(-1)].t().contiguous()
-    return bias.view(-1, tokens, tokens)
-
-
 def _linear(x: Tensor, projection: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b with the weight and the bias of `projection`, as torchvision computes it.
 
@@ -280,60 +223,6 @@ def _linear(x: Tensor, projection: nn.Module, weight: Tensor, bias: Tensor | Non
     if is_linear(projection):
         return type(projection).forward(projection, x)
     return F.linear(x, weight, bias)
-
-
-def padding_value(projection: nn.Module, x: Tensor) -> Tensor | None:
-    """What `projection` makes of a token of zeros, which models pad x with: None for zeros."""
-    if is_linear(projection) and not has_hooks(projection):
-        return projection.bias
-    return projection(x.new_zeros(1, x.shape[-1]))[0]
-
-
-def clamped_logit_scale(logarithm: Tensor) -> Tensor:
-    """Swin V2's factor of the cosines, at most 100: (heads,), from any shape of heads elements."""
-    return torch.clamp(logarithm, max=math.log(100.0)).exp().flatten()
-
-
-def continuous_bias_table(network: nn.Module, coordinates: Tensor) -> Tensor:
-    """Swin V2's bias of each offset, 16 * sigmoid(network(coordinates)): (offsets, heads)."""
-
-    def compute() -> Tensor:
-        return 16 * torch.sigmoid(network(coordinates).flatten(0, -2))
-
-    return kept_table(network, coordinates, compute)
-
-
-_kept_tables: Keepers[Tensor] = Keepers()
-
-
-def kept_table(
-    network: nn.Module,
-    coordinates: Tensor,
-    compute: Callable[[], Tensor],
-    plain: tuple[type[nn.Module], ...] = (nn.Sequential,),
-) -> Tensor:
-    """`compute()`, a function of `network` and `coordinates`, or its result of last time.
-
-    Nothing is kept where the network is not of a class of `plain`, made of plain layers: it may be
-    a function of more than its parameters.
-    """
-    sources = (coordinates, *network.parameters(), *network.buffers())
-    if not can_be_copied(*sources) or type(network) not in plain or has_hooks(network):
-        return compute()
-    layers = tuple(network._modules.values())
-    if not all(map(_is_plain, layers)):
-        return compute()
-    return _kept_tables[network].get(Copied, sources, (layers, *map(type, layers)), compute)
-
-
-_PLAIN_LAYERS = (nn.ReLU, nn.Identity, nn.Dropout)
-
-
-def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether a layer gives the same for the same input and parameters, and nobody watches it."""
-    if layer is None or has_hooks(layer) or not (is_linear(layer) or type(layer) in _PLAIN_LAYERS):
-        return False
-    return not (isinstance(layer, nn.Dropout) and layer.training and layer.p > 0)
 
 
 def _two_ints(argument: str, pair: Any) -> list[int]:

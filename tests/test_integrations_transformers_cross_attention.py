@@ -8,12 +8,15 @@ import torch
 import vlmfast
 from tools.models import (
     CHANGES,
+    assert_decodes_as_before,
     assert_patched_model_right,
     assert_same_in_float64,
     assert_same_where_submodules_change,
+    decode,
     open_gates,
     spy_on_attention,
 )
+from tools.samples import BATCH, IMAGE, SIZES, TOKENS, last_hidden_state, make
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -33,30 +36,12 @@ from transformers.models.idefics2.modeling_idefics2 import (  # noqa: E402
 )
 from transformers.models.mllama import modeling_mllama  # noqa: E402
 
-from vlmfast.integrations.transformers import IMAGE_MASK  # noqa: E402
+from vlmfast.integrations.transformers.cross_attention import IMAGE_MASK  # noqa: E402
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-VISION = {"image_size": 32, "patch_size": 8}
-BATCH, TOKENS, IMAGES = 2, 10, 3
+IMAGES = 3
 
 
-# transformers' eager attention takes its softmax in float32 whatever the model's dtype, so the
-# truth is always sdpa's. The models are called without their vision towers.
-def make(cls, config):
-    torch.manual_seed(0)
-    model = cls(config).requires_grad_()  # IDEFICS freezes its text layers
-    for parameter in model.parameters():
-        # The initial values are so small that attention is nearly uniform.
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
+# The models are called without their vision towers.
 def make_open(cls, config, wide_gates=True):
     model = make(cls, config)
     open_gates(model, SIZES["hidden_size"] if wide_gates else None)
@@ -64,7 +49,7 @@ def make_open(cls, config, wide_gates=True):
 
 
 def make_idefics(implementation="sdpa", resampler=False, wide_gates=True, **arguments):
-    vision = {"embed_dim": 24, **VISION, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"embed_dim": 24, **IMAGE, "num_hidden_layers": 1, "num_attention_heads": 2}
     perceiver = {"use_resampler": resampler, "resampler_n_latents": 4, "resampler_depth": 2}
     perceiver |= {"resampler_n_heads": 2, "resampler_head_dim": 8}
     perceiver["qk_layer_norms_perceiver"] = arguments.get("qk_layer_norms", False)
@@ -95,10 +80,6 @@ def words_and_images(seed, width=24):
         "image_encoder_embeddings": torch.randn(BATCH, IMAGES, 5, width, generator=generator),
         "image_attention_mask": image_mask(),
     }
-
-
-def last_hidden_state(model, inputs):
-    return model(**inputs).last_hidden_state
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -243,27 +224,16 @@ def test_idefics_layer_fills_a_cache_as_before():
 
 
 def test_idefics_decoding():
-    model = make_idefics(resampler=True).eval()
-    patched = copy.deepcopy(model)
-    vlmfast.patch(patched)
     inputs = words_and_images(0)
     words, mask = inputs.pop("input_ids"), inputs.pop("image_attention_mask")
-    results = []
-    with torch.inference_mode():
-        for m in (model, patched):
-            cache, steps = None, []
-            for piece in (slice(0, 6), slice(6, 7), slice(7, 8)):
-                out = m(
-                    words[:, piece],
-                    image_attention_mask=mask[:, piece],
-                    past_key_values=cache,
-                    use_cache=True,
-                    **inputs,
-                )
-                cache = out.past_key_values
-                steps.append(out.last_hidden_state)
-            results.append(torch.cat(steps, 1))
-    torch.testing.assert_close(results[1], results[0])
+    assert_decodes_as_before(
+        make_idefics(resampler=True).eval(),
+        lambda piece, last: {
+            "input_ids": words[:, piece],
+            "image_attention_mask": mask[:, piece],
+            **inputs,
+        },
+    )
 
 
 @pytest.mark.parametrize("resampler", [False, True])
@@ -280,20 +250,13 @@ def test_idefics_projects_its_media_once_while_it_generates(monkeypatch, resampl
         projected.append(module)
         return forward(module, input)
 
-    def generate(model):
+    def arguments(piece, last):
         name = "perceiver_embeddings" if resampler else "image_encoder_embeddings"
-        cache, media, steps = None, inputs, []
-        for piece in (slice(0, 6), slice(6, 7), slice(7, 8)):
-            out = model(
-                words[:, piece],
-                image_attention_mask=mask[:, piece],
-                past_key_values=cache,
-                use_cache=True,
-                **media,
-            )
-            cache, media = out.past_key_values, {name: out.image_hidden_states}
-            steps.append(out.last_hidden_state)
-        return torch.cat(steps, 1)
+        media = inputs if last is None else {name: last.image_hidden_states}
+        return {"input_ids": words[:, piece], "image_attention_mask": mask[:, piece], **media}
+
+    def generate(model):
+        return decode(model, arguments)
 
     with torch.no_grad():
         expected = generate(model)
@@ -311,7 +274,7 @@ def test_idefics_projects_its_media_once_while_it_generates(monkeypatch, resampl
 def make_mllama(implementation="sdpa", wide_gates=True, **arguments):
     text = {**SIZES, "vocab_size": 50, "num_key_value_heads": 2, "cross_attention_layers": [1, 2]}
     text |= {"num_hidden_layers": 4, "pad_token_id": 0, **arguments}
-    vision = {**VISION, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision = {**IMAGE, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     vision |= {"num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 32}
     vision |= {"intermediate_layers_indices": [0]}
     config = MllamaConfig(
@@ -391,26 +354,15 @@ def test_mllama_with_a_layer_left_keeps_its_mask():
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("sliced", [True, False])
 def test_mllama_decoding(masked, sliced):
-    model = make_mllama().eval()
-    patched = copy.deepcopy(model)
-    vlmfast.patch(patched)
     words, states, mask = words_and_tiles(0).values()
-    results = []
-    with torch.inference_mode():
-        for m in (model, patched):
-            cache, steps = None, []
-            for piece in (slice(0, 6), slice(6, 7), slice(7, 8)):
-                out = m(
-                    words[:, piece],
-                    cross_attention_states=states if cache is None else None,
-                    cross_attention_mask=(mask[:, piece] if sliced else mask) if masked else None,
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                cache = out.past_key_values
-                steps.append(out.last_hidden_state)
-            results.append(torch.cat(steps, 1))
-    torch.testing.assert_close(results[1], results[0])
+    assert_decodes_as_before(
+        make_mllama().eval(),
+        lambda piece, last: {
+            "input_ids": words[:, piece],
+            "cross_attention_states": states if last is None else None,
+            "cross_attention_mask": (mask[:, piece] if sliced else mask) if masked else None,
+        },
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -491,22 +443,14 @@ def test_blip_text(decoder, monkeypatch):
 
 
 def test_blip_text_decoding():
-    model = make_blip_text().eval()
-    patched = copy.deepcopy(model)
-    vlmfast.patch(patched)
     inputs = blip_inputs(0)
     words = inputs.pop("input_ids")
     del inputs["attention_mask"]
-    results = []
-    with torch.inference_mode():
-        for m in (model, patched):
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            steps = []
-            for piece in (slice(0, 6), slice(6, 7), slice(7, 8)):
-                out = m(words[:, piece], past_key_values=cache, is_decoder=True, **inputs)
-                steps.append(out.last_hidden_state)
-            results.append(torch.cat(steps, 1))
-    torch.testing.assert_close(results[1], results[0])
+    assert_decodes_as_before(
+        make_blip_text().eval(),
+        lambda piece, last: {"input_ids": words[:, piece], "is_decoder": True, **inputs},
+        lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
+    )
 
 
 def test_blip_text_weights():

@@ -1,25 +1,24 @@
-"""timm: the attention of its vision transformers, and the blocks of its Swin transformers.
+"""The blocks of timm's Swin transformers.
 
-timm's Swin blocks roll, pad and cut the map, and hand windows to their attention. All of this is
-one kernel here, so that the block is what is replaced. Its attention stays where it is, and holds
-the parameters, but is not called.
+They roll, pad and cut the map, and hand windows to their attention. All of this is one kernel here,
+so that the block is what is replaced. Its attention stays where it is, and holds the parameters,
+but is not called.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention as OriginalAttention
 from timm.layers import Mlp
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.integrations.rules import computes_attention, leave_alone, swap_class, uncoverable
-from vlmfast.nn.window_attention import (
+from vlmfast.integrations.rules import leave_alone, swap_class
+from vlmfast.integrations.timm.attention import attention_dropout
+from vlmfast.parts.window_attention import (
     bias_from_table,
     clamped_logit_scale,
     continuous_bias_table,
@@ -30,40 +29,12 @@ from vlmfast.nn.window_attention import (
 
 __all__ = [
     "RULES",
-    "Attention",
     "SwinTransformerBlock",
     "SwinTransformerV2Block",
     "SwinTransformerV2CrBlock",
 ]
 
-FAMILY = "flash_attention"
-WINDOW_FAMILY = "window_attention"
-
-
-class Attention(OriginalAttention):
-    """`timm.layers.Attention` on vlmfast's kernels, whether or not `fused_attn` is set."""
-
-    backend: str | None = None
-
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        # (B, N, 3 * heads * head_dim) -> three times (B, heads, N, head_dim), as views
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = VF.scaled_dot_product_attention(
-            self.q_norm(query),
-            self.k_norm(key),
-            value,
-            attn_mask=attn_mask,
-            dropout_p=_attention_dropout(self),
-            is_causal=is_causal,
-            backend=self.backend,
-        )
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+FAMILY = "window_attention"
 
 
 class SwinTransformerBlock(swin_transformer.SwinTransformerBlock):
@@ -129,22 +100,11 @@ def _attend_windows(
         bias,
         pad_value=pad_value,
         wrap="unpadded",
-        dropout_p=_attention_dropout(attn),
+        dropout_p=attention_dropout(attn),
         backend=block.backend,
         **logits,
     )
     return attn.proj_drop(attn.proj(out))
-
-
-def _attention_dropout(attn: Any) -> float:
-    """The dropout of the attention weights; unless `fused_attn` is set, attn_drop is called."""
-    asked = attn if getattr(attn, "fused_attn", False) else attn.attn_drop
-    return attn.attn_drop.p if asked.training else 0.0
-
-
-def _called_dropout(attn: Any) -> str | None:
-    """Why attn_drop must go on being called, as it is unless `fused_attn` is set, or None."""
-    return None if attn.fused_attn else uncoverable(attn, "attn_drop", nn.Dropout)
 
 
 def _drops_pairs(network: nn.Module) -> bool:
@@ -159,11 +119,12 @@ def _drops_pairs(network: nn.Module) -> bool:
 
 
 def _bias_by_pairs(attn: Any) -> Tensor:
+    """The bias (heads, M, M) by one run of the network for each pair of tokens, as timm has it."""
     return attn._relative_positional_encodings()[0]
 
 
 def _bias_by_offsets(attn: Any) -> Tensor:
-    """The same with one run of the network for each offset."""
+    """The bias (heads, M, M) by one run of the network for each offset between two tokens."""
     network, every_pair = attn.meta_mlp, attn.relative_coordinates_log
     rows, columns = (
         torch.arange(1 - size, size, device=every_pair.device) for size in attn.window_size
@@ -174,7 +135,7 @@ def _bias_by_offsets(attn: Any) -> Tensor:
     key = ((-rows).clamp(min=0) * width)[:, None] + (-columns).clamp(min=0)
     pairs = query * (attn.window_size[0] * width) + key
     coordinates = every_pair[pairs.flatten()]
-    table = kept_table(network, coordinates, lambda: network(coordinates), plain=(Mlp,))
+    table = kept_table(network, coordinates, lambda: network(coordinates), container=Mlp)
     index = relative_position_index(attn.window_size, every_pair.device)
     return bias_from_table(table, index)
 
@@ -183,7 +144,7 @@ def _swap_block(original: Any, replacement: type[nn.Module], attention: type[nn.
     covers = {"attn": attention, "attn.attn_drop": nn.Dropout}
     if original is not swin_transformer_v2_cr.SwinTransformerV2CrBlock:
         covers["attn.softmax"] = nn.Softmax
-    return swap_class(WINDOW_FAMILY, original, replacement, covers=covers)
+    return swap_class(FAMILY, original, replacement, covers=covers)
 
 
 _BLOCK_ATTENTION = (
@@ -193,7 +154,6 @@ _BLOCK_ATTENTION = (
 )
 
 RULES = (
-    swap_class(FAMILY, OriginalAttention, Attention, refusal=_called_dropout),
     *map(
         _swap_block,
         (
@@ -205,13 +165,8 @@ RULES = (
         _BLOCK_ATTENTION,
     ),
     leave_alone(
-        WINDOW_FAMILY,
+        FAMILY,
         lambda module: isinstance(module, _BLOCK_ATTENTION),
         "replaced together with timm's block around it, or not at all",
-    ),
-    leave_alone(
-        FAMILY,
-        partial(computes_attention, library="timm"),
-        "no replacement for this attention",
     ),
 )
