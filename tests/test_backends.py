@@ -12,6 +12,7 @@ import torch
 import vlmfast
 import vlmfast.functional as VF
 from vlmfast import backends
+from vlmfast.ops import flash_attention
 from vlmfast.ops.common import EXTENSION_FILE
 
 X = torch.zeros(1, 2, 5, 8)
@@ -136,7 +137,7 @@ def test_unknown_names(monkeypatch):
 
 
 def test_explain_runs_nothing_and_says_why(monkeypatch):
-    monkeypatch.setattr(VF.flash_attention.ops, "FORWARD", {})  # a kernel that ran would fail
+    monkeypatch.setattr(flash_attention, "FORWARD", {})  # a kernel that ran would fail
     explanation = vlmfast.explain(sdpa, X, X, X, is_causal=True)
     assert explanation.backend == "cpu" and explanation.family == "flash_attention"
     assert set(explanation.refusals) == {"triton", "cuda"}
@@ -172,7 +173,7 @@ def test_triton_takes_cpu_tensors_under_the_interpreter(monkeypatch):
 
 
 def test_values_are_checked_on_the_cpu_only():
-    from vlmfast.functional.common import may_read_values
+    from vlmfast.checks import may_read_values
 
     assert may_read_values(torch.zeros(1))
     assert not may_read_values(torch.zeros(1, device="meta"))

@@ -99,11 +99,6 @@ def _forced(backend: str | None) -> tuple[str | None, str]:
     return None, ""
 
 
-def is_free() -> bool:
-    """Whether nothing but a call's own argument may force a backend, and nothing is explained."""
-    return _state.forced is None and not _state.explaining and not _FROM_ENVIRONMENT
-
-
 def choose(family: str, backend: str | None, device_type: str, *inputs: Any) -> str:
     """The backend that runs a call of a family.
 

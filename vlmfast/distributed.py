@@ -30,8 +30,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlmfast.checks import may_read_values, reject, reject_type
 from vlmfast.functional import contrastive_loss as functional
-from vlmfast.functional.common import may_read_values, reject, reject_type
 from vlmfast.ops import contrastive_loss as ops
 from vlmfast.reference.common import compute_dtype
 from vlmfast.reference.contrastive_loss import contrastive_loss as reference

@@ -10,19 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.functional import common
-from vlmfast.functional.common import (
-    check_alike,
-    check_flag,
-    check_floating_tensor,
-    reject,
-    reject_type,
-)
+from vlmfast import backends, checks, dispatch
+from vlmfast.checks import check_flag, check_floating_tensor, check_fraction, reject
 from vlmfast.functional.flash_attention import scaled_dot_product_attention
-from vlmfast.ops import contrastive_loss as ops
 from vlmfast.reference.common import compute_dtype
-from vlmfast.reference.contrastive_loss import contrastive_loss as reference
+
+# Rows and dimensions, or rows, queries and dimensions, as kernels count them.
+_MOST_SIZES = {2: (1 << 29, 1 << 16), 3: (1 << 29, 1 << 16, 1 << 16)}
 
 
 class Statistics(NamedTuple):
@@ -85,7 +79,7 @@ def clip_loss(
 
     facts = ("clip_loss", local_loss, gather_with_grad)
     (image, text, scale, bias), ranks = _join(group, check, backend, *facts)
-    with common.no_autocast(image.device.type):
+    with dispatch.no_autocast(image.device.type):
         if ranks is None:
             loss = _clip_loss(image, text, scale, backend, ranks)
         else:
@@ -135,7 +129,7 @@ def siglip_loss(
         return _cast_and_check_towers(image_features, text_features, logit_scale, logit_bias)
 
     (image, text, scale, bias), ranks = _join(group, check, backend, "siglip_loss")
-    with common.no_autocast(image.device.type):
+    with dispatch.no_autocast(image.device.type):
         block = statistics(
             image,
             _everyone(text, ranks),
@@ -205,7 +199,7 @@ def named_ntxent_loss(
         return *views, _check_temperature(temperature, views[0])
 
     (first, second, scale), ranks = _join(group, check, backend, "ntxent_loss")
-    with common.no_autocast(first.device.type):
+    with dispatch.no_autocast(first.device.type):
         first, second = normalize(first), normalize(second)
         all_first, all_second = _everyone(first, ranks), _everyone(second, ranks)
         between = statistics(first, all_second, scale, backend=backend, ranks=ranks)
@@ -288,8 +282,8 @@ def itc_loss(
     def check() -> tuple[Any, ...]:
         features = _cast_and_check_itc(image_features, text_features, *optional)
         scale = scalar("logit_scale", logit_scale, features[0])
-        soft = _check_fraction("alpha", alpha)
-        smoothing = _check_fraction("label_smoothing", label_smoothing)
+        soft = check_fraction("alpha", alpha)
+        smoothing = check_fraction("label_smoothing", label_smoothing)
         if soft > 0.0 and features[0].dim() == 3:
             reject("alpha", "0 with image_features of several queries", soft)
         _refuse_ring(group, soft > 0.0 or not features_are_keys)
@@ -300,7 +294,7 @@ def itc_loss(
     image, text, image_target, text_target, image_key, text_key = inputs[:6]
     image_queue, text_queue, scale, alpha, label_smoothing = inputs[6:11]
     n, first = text.shape[0], 0 if ranks is None else ranks.offset
-    with common.no_autocast(image.device.type):
+    with dispatch.no_autocast(image.device.type):
         text_keys = _keys(text_key, text_queue, ranks)
         if not features_are_keys or alpha > 0.0:
             image_keys = _keys(image_key, image_queue, ranks)
@@ -434,11 +428,8 @@ def statistics(
         )
     if rows.dim() == 2:
         rows = rows.unsqueeze(1)
-    chosen = choose(rows, columns, backend)
     args = (rows, columns, scale, bias, first_column, sigmoid, column_statistics)
-    if chosen == "reference":
-        return Statistics(*reference(*args))
-    return Statistics(*common.call(ops.FORWARD[chosen], args))
+    return Statistics(*dispatch.run("contrastive_loss", args, backend, (rows, columns)))
 
 
 def choose(rows: Tensor, columns: Tensor, backend: str | None) -> str:
@@ -514,18 +505,18 @@ def scalar(argument: str, value: Any, like: Tensor) -> Tensor:
         if value.numel() != 1:
             reject(argument, "a number or a tensor of one element", tuple(value.shape))
         if value.device.type != "cpu":  # a number on the CPU goes with any device, as in torch
-            common.check_device(argument, value, "the features", like)
+            checks.check_device(argument, value, "the features", like)
         cast = value.reshape(()).to(device=like.device, dtype=dtype)
         if value.dtype == torch.float64 and dtype != torch.float64:
             _check_range(argument, value, cast)
         return cast
-    value = common.check_number(argument, value, dtype, "a number or a tensor of one element")
+    value = checks.check_number(argument, value, dtype, "a number or a tensor of one element")
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def _check_range(argument: str, value: Tensor, cast: Tensor) -> None:
     """Raises ValueError where a finite number is infinite as it is used."""
-    if common.may_read_values(value) and bool(value.isfinite()) and not bool(cast.isfinite()):
+    if checks.may_read_values(value) and bool(value.isfinite()) and not bool(cast.isfinite()):
         most = torch.finfo(cast.dtype).max
         reject(argument, f"a number of at most {most:.4g}", value.item())
 
@@ -535,7 +526,7 @@ def _check_temperature(temperature: Any, like: Tensor) -> Tensor:
     result = scalar("temperature", temperature, like)
     if not isinstance(temperature, Tensor):
         got = temperature
-    elif common.may_read_values(temperature):
+    elif checks.may_read_values(temperature):
         got = temperature.item()
     else:
         return 1.0 / result
@@ -545,39 +536,19 @@ def _check_temperature(temperature: Any, like: Tensor) -> Tensor:
     return 1.0 / result
 
 
-def _check_fraction(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        reject_type(argument, "a number in [0, 1]", type(value).__name__)
-    if not 0.0 <= value <= 1.0:
-        reject(argument, "a number in [0, 1]", value)
-    return float(value)
-
-
 def _cast_and_check_pair(
     first: tuple[str, Tensor], second: tuple[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Two (N, D) tensors of one shape, dtype and device, cast for autocast."""
     (name, x), (other_name, y) = first, second
-    for argument, tensor in (first, second):
-        check_floating_tensor(argument, tensor)
-    x, y = common.autocast(x, y)
-    check_alike(other_name, y, name, x)
+    x, y = checks.cast_alike((name, other_name), (x, y))
     for argument, tensor in ((name, x), (other_name, y)):
         if tensor.dim() != 2 or 0 in tensor.shape:
             reject(argument, "shape (N, D) of at least 1 each", tuple(tensor.shape))
-        _check_sizes(argument, tensor)
+        checks.check_sizes(argument, tensor, _MOST_SIZES[2])
     if x.shape != y.shape:
         reject(other_name, f"the shape of {name}, {tuple(x.shape)}", tuple(y.shape))
     return x, y
-
-
-def _check_sizes(argument: str, features: Tensor) -> None:
-    """Raises ValueError where kernels could not count what there is."""
-    if torch.compiler.is_compiling():  # sizes that are free would be bound
-        return
-    if features.shape[0] > 1 << 29 or max(features.shape[1:]) > 1 << 16:
-        expected = "at most 2**29 rows, of at most 65536 queries and 65536 dimensions"
-        reject(argument, expected, tuple(features.shape))
 
 
 def _cast_and_check_towers(
@@ -613,16 +584,12 @@ def _cast_and_check_itc(
     given = {"image_features": image, "text_features": text}
     given.update({name: tensor for name, tensor in optional.items() if tensor is not None})
     names = list(given)
-    for name, tensor in given.items():
-        check_floating_tensor(name, tensor)
-    cast = dict(zip(names, common.autocast(*given.values()), strict=True))
+    cast = dict(zip(names, checks.cast_alike(names, list(given.values())), strict=True))
     image, text = cast["image_features"], cast["text_features"]
-    for name in names:
-        check_alike(name, cast[name], "image_features", image)
     if image.dim() not in (2, 3) or 0 in image.shape:
         expected = "shape (N, D) or (N, queries, D) of at least 1 each"
         reject("image_features", expected, tuple(image.shape))
-    _check_sizes("image_features", image)
+    checks.check_sizes("image_features", image, _MOST_SIZES[image.dim()])
     n, dim = image.shape[0], image.shape[-1]
     for name in names[1:]:
         tensor = cast[name]
@@ -630,7 +597,7 @@ def _cast_and_check_itc(
         size = "Q" if name.endswith("queue") else n
         if tuple(tensor.shape[1:]) != item or (size != "Q" and tensor.shape[0] != n):
             reject(name, f"shape {(size, *item)}", tuple(tensor.shape))
-        _check_sizes(name, tensor)
+        checks.check_sizes(name, tensor, _MOST_SIZES[tensor.dim()])
 
     def key(features: Tensor, modality: str) -> tuple[Tensor, Tensor, Tensor | None]:
         momentum, queue = cast.get(f"{modality}_momentum"), cast.get(f"{modality}_queue")

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from vlmfast.functional.common import check_device, check_integer, reject_type
+from vlmfast.checks import check_device, check_integer, reject_type
 
 __all__ = [
     "check_fits_weight",

@@ -177,16 +177,13 @@ def is_eager() -> bool:
 
 
 def call(operator: Any, *args: Any) -> Any:
-    """Calls an operator, in the short way if there is one."""
-    return call_eagerly(operator, *args) if is_eager() else operator(*args)
+    """Calls an operator as its autograd kernel would, where nobody watches.
 
-
-def call_eagerly(operator: Any, *args: Any) -> Any:
-    """Calls an operator as its autograd kernel would, without the dispatcher's way to it.
-
-    A kernel in Python costs that way, some 4 us, and several times as much where other code has
-    taken the cache meanwhile. Only where `is_eager()`.
+    An autograd kernel in Python costs the dispatcher's way to it, some 4 us, and several times as
+    much where other code has taken the cache meanwhile.
     """
+    if not is_eager():
+        return operator(*args)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return below_autograd(operator, *args)
     if torch.is_inference_mode_enabled():  # and gradients all the same
