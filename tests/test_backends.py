@@ -11,7 +11,7 @@ import torch
 
 import vlmfast
 import vlmfast.functional as VF
-from vlmfast import backends
+from vlmfast.backends import selection
 from vlmfast.ops import flash_attention
 from vlmfast.ops.common import EXTENSION_FILE
 
@@ -32,7 +32,7 @@ def test_kernels_come_first_and_the_reference_takes_the_rest():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "reference")
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", "reference")
     assert chosen() == "reference"
     with vlmfast.use_backend("cpu"):
         assert chosen() == "cpu"
@@ -41,7 +41,7 @@ def test_precedence(monkeypatch):
             assert chosen() == "reference"
         assert chosen() == "cpu"
     assert chosen() == "reference"
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", None)
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", None)
     assert chosen() == "cpu"
 
 
@@ -89,9 +89,9 @@ def test_use_backend_ends_with_its_block_and_its_thread():
 def test_forced_backends_run(monkeypatch):
     """What is forced is what is called."""
     calls = []
-    original = backends._PREDICATES["flash_attention"]["reference"]
+    original = selection.PREDICATES["flash_attention"]["reference"]
     monkeypatch.setitem(
-        backends._PREDICATES["flash_attention"],
+        selection.PREDICATES["flash_attention"],
         "reference",
         lambda *inputs: calls.append(inputs) or original(*inputs),
     )
@@ -131,7 +131,7 @@ def test_unknown_names(monkeypatch):
         sdpa(X, X, X, backend="tpu")
     with pytest.raises(ValueError, match=f"backend: {expected}"):
         vlmfast.use_backend("tpu")
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "tpu")
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", "tpu")
     with pytest.raises(ValueError, match=f"VLMFAST_BACKEND: {expected}"):
         sdpa(X, X, X)
 
