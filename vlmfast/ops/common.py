@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+
+from vlmfast.ops.flops import register_flops
 
 NAMESPACE = "vlmfast"
 
@@ -245,11 +246,6 @@ def forbid_double_backward(name: str, operator: Any) -> None:
             )
 
     register_autograd(name, operator, FirstDerivativeOnly)
-
-
-def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Registers a formula for torch.utils.flop_counter; it receives the operator's arguments."""
-    register_flop_formula(operator._overloadpacket, get_raw=True)(formula)
 
 
 def heads_inside_tokens(tensor: Tensor) -> bool:
