@@ -45,6 +45,7 @@ def test_any_leading_dimensions(leading, is_causal, backend):
         ((2, 1), (2, 3), (2, 3)),
         ((2, 3), (2, 3), (2, 1)),
         ((2, 3), (3,), (3,)),
+        ((7, 7), (7,), (7,)),  # as many keys as heads as batch elements
         ((2, 3), (), ()),
         ((3,), (2, 3), (2, 3)),
         ((4, 1, 3), (2, 3), (1, 2, 1)),

@@ -60,7 +60,7 @@ BAD_CALLS = [
 LONG, WIDE = torch.zeros(1, 4, 1, 8).expand(2, 4, 2**31, 8), torch.zeros(1).expand(2, 4, 7, 2**17)
 BAD_CALLS += [
     (ValueError, "query: expected sizes of at most", lambda: sdpa(LONG, K, V)),
-    (ValueError, "key: expected sizes of at most", lambda: sdpa(Q, LONG, LONG)),
+    (ValueError, "value: expected sizes of at most", lambda: sdpa(Q, LONG, LONG)),
     (ValueError, "value: expected sizes of at most", lambda: sdpa(Q, K, WIDE)),
 ]
 

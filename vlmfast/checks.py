@@ -23,6 +23,7 @@ INTEGER = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
 MOST_INT32 = 2**31 - 1
+MOST_INT64 = 2**63 - 1
 
 
 def reject(argument: str, expected: str, got: Any) -> NoReturn:
@@ -73,6 +74,8 @@ def check_device(argument: str, tensor: Tensor, other_argument: str, other: Tens
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, as torch casts its own attention: all but float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
@@ -87,19 +90,24 @@ def cast_alike(names: Sequence[str], tensors: Sequence[Any]) -> tuple[Tensor, ..
     """Floating tensors in autocast's dtype; raises unless they agree in dtype and device."""
     for name, tensor in zip(names, tensors, strict=True):
         check_floating_tensor(name, tensor)
-    first, *others = tensors = autocast(*tensors)
-    for name, tensor in zip(names[1:], others, strict=True):
-        check_alike(name, tensor, names[0], first)
+    tensors = autocast(*tensors)
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.dtype != dtype or tensor.device != device:
+            check_alike(name, tensor, names[0], first)
     return tensors
 
 
-def check_head_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises ValueError unless query and key agree in the last dimension, and none is 0."""
-    for name, tensor in (("query", query), ("value", value)):
-        if tensor.shape[-1] == 0:
-            reject(name, "a head dim of at least 1", tuple(tensor.shape))
-    if key.shape[-1] != query.shape[-1]:
-        reject("key", f"the head dim of query, {query.shape[-1]}", tuple(key.shape))
+def check_head_dims(query: torch.Size, key: torch.Size, value: torch.Size) -> None:
+    """Raises ValueError unless shapes of query and key agree in the last size, and none is 0."""
+    dim = query[-1]
+    if dim == 0:
+        reject("query", "a head dim of at least 1", tuple(query))
+    if value[-1] == 0:
+        reject("value", "a head dim of at least 1", tuple(value))
+    if key[-1] != dim:
+        reject("key", f"the head dim of query, {dim}", tuple(key))
 
 
 def check_group(argument: str, heads: int, kv_heads: int) -> None:
@@ -109,12 +117,11 @@ def check_group(argument: str, heads: int, kv_heads: int) -> None:
 
 
 def check_sizes(argument: str, tensor: Tensor, most: Sequence[int]) -> None:
-    """Raises ValueError where a size is larger than kernels count; `most`: of the last ones."""
+    """Raises ValueError where a size is larger than `most`, which kernels can count."""
     if torch.compiler.is_compiling():  # sizes that are free would be bound
         return
-    if any(map(operator.gt, tensor.shape[-len(most) :], most)):
-        expected = f"sizes of at most (..., {', '.join(map(str, most))})"
-        reject(argument, expected, tuple(tensor.shape))
+    if any(map(operator.gt, tensor.shape, most)):
+        reject(argument, f"sizes of at most {tuple(most)}", tuple(tensor.shape))
 
 
 def check_fraction(argument: str, number: Any, expected: str = "a number in [0, 1]") -> float:

@@ -39,7 +39,7 @@ def run(
         NotImplementedError: the forced backend cannot run the inputs.
     """
     first = args[0]
-    device_type = first.device.type
+    device_type = "cpu" if first.is_cpu else first.device.type  # a string that costs
     chosen = backends.choose(family, backend, device_type, *inputs)
     if dropout_p is not None:
         args = (*args, _draw_seed(first.device) if dropout_p > 0.0 else None)

@@ -27,18 +27,19 @@ _TRITON_FAMILIES = frozenset(
 )
 
 
-def on_cpu(device: torch.device) -> list[str]:
+def on_cpu(tensor: Tensor) -> list[str]:
     """Reasons that hold for every C++ kernel."""
     reasons = []
-    if device.type not in ("cpu", "meta"):
-        reasons.append(f"takes CPU tensors, got {device.type}")
+    if not (tensor.is_cpu or tensor.is_meta):
+        reasons.append(f"takes CPU tensors, got {tensor.device.type}")
     if EXTENSION_ERROR is not None:
         reasons.append(EXTENSION_ERROR)
     return reasons
 
 
-def on_triton(family: str, device: torch.device) -> list[str]:
+def on_triton(family: str, tensor: Tensor) -> list[str]:
     """Reasons that hold for every Triton kernel."""
+    device = tensor.device
     reasons = []
     if not _TRITON_INSTALLED:
         reasons.append("triton is not installed")

@@ -7,11 +7,11 @@ from vlmfast.backends.common import in_dtype, on_cpu, on_triton
 
 
 def cpu(rows: Tensor, columns: Tensor) -> list[str]:
-    return in_dtype(rows) + on_cpu(rows.device)
+    return in_dtype(rows) + on_cpu(rows)
 
 
 def triton(rows: Tensor, columns: Tensor) -> list[str]:
-    return on_triton("contrastive_loss", rows.device) + in_dtype(rows)
+    return on_triton("contrastive_loss", rows) + in_dtype(rows)
 
 
 def sample_inputs(device: str) -> tuple[Tensor, Tensor]:

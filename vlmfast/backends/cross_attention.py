@@ -7,11 +7,11 @@ from vlmfast.backends.common import in_dtype, on_cpu, on_triton, with_head_dims
 
 
 def cpu(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    return in_dtype(query) + on_cpu(query.device)
+    return in_dtype(query) + on_cpu(query)
 
 
 def triton(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    reasons = on_triton("cross_attention", query.device) + in_dtype(query)
+    reasons = on_triton("cross_attention", query) + in_dtype(query)
     return reasons + with_head_dims(query.shape[3], value.shape[4])
 
 

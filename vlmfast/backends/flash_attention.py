@@ -7,11 +7,11 @@ from vlmfast.backends.common import in_dtype, on_cpu, on_triton, with_head_dims
 
 
 def cpu(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> list[str]:
-    return _in_dtypes(query, attn_mask) + on_cpu(query.device)
+    return _in_dtypes(query, attn_mask) + on_cpu(query)
 
 
 def triton(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> list[str]:
-    reasons = on_triton("flash_attention", query.device) + _in_dtypes(query, attn_mask)
+    reasons = on_triton("flash_attention", query) + _in_dtypes(query, attn_mask)
     return reasons + with_head_dims(query.shape[3], value.shape[3])
 
 

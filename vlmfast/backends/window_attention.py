@@ -17,7 +17,7 @@ def cpu(
     window_size: tuple[int, int],
 ) -> list[str]:
     reasons = _in_dtypes(query, bias, logit_scale, pad_value)
-    return reasons + _of_at_most(1 << 14, window_size) + on_cpu(query.device)
+    return reasons + _of_at_most(1 << 14, window_size) + on_cpu(query)
 
 
 def triton(
@@ -28,7 +28,7 @@ def triton(
     head_dim: int,
     window_size: tuple[int, int],
 ) -> list[str]:
-    reasons = on_triton("window_attention", query.device)
+    reasons = on_triton("window_attention", query)
     if head_dim > 128:
         reasons.append(f"takes head dims up to 128, got {head_dim}")
     # The kernels unroll their loop over the keys of a window.

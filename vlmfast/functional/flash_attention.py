@@ -10,9 +10,12 @@ from torch import Tensor
 from vlmfast import checks, dispatch
 from vlmfast.checks import check_flag, check_group, reject, reject_type
 
+_NAMES = ("query", "key", "value")
+
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
-MOST_SIZES = (1 << 29, 1 << 29, 1 << 16)  # heads, tokens and head dim, as kernels count them
+# Batch, heads, tokens and head dim, as kernels count them.
+MOST_SIZES = (checks.MOST_INT64, 1 << 29, 1 << 29, 1 << 16)
 
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 Packed = tuple[Tensor | None, Tensor | None, int, int]
@@ -78,8 +81,10 @@ def scaled_dot_product_attention(
             [0, 1], or backend is unknown.
         NotImplementedError: the forced backend cannot run the call.
     """
-    query, key, value = _cast_and_check(query, key, value)
-    scale = checks.softmax_scale(scale, query.shape[-1], query.dtype)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    _check_shapes(shape, key_shape, value_shape)
+    scale = checks.softmax_scale(scale, shape[-1], query.dtype)
     dropout_p = checks.check_dropout("dropout_p", dropout_p)
     causal = TOP_LEFT if check_flag("is_causal", is_causal) else NO_CAUSALITY
     check_flag("enable_gqa", enable_gqa)
@@ -89,12 +94,11 @@ def scaled_dot_product_attention(
         else:
             attn_mask = _check_mask("attn_mask", attn_mask, query)
 
-    shape, key_shape = query.shape, key.shape
-    if value.shape[-2] != key_shape[-2]:
-        reject("value", f"the length of key, {key_shape[-2]}", tuple(value.shape))
-    if len(shape) == 4 and shape[:2] == key_shape[:2] and key_shape[:2] == value.shape[:2]:
-        leading: tuple[int, ...] = shape[:2]
-    else:
+    if value_shape[-2] != key_shape[-2]:
+        reject("value", f"the length of key, {key_shape[-2]}", tuple(value_shape))
+    leading: tuple[int, ...] = shape[:2]
+    is_4d = len(shape) == len(key_shape) == len(value_shape) == 4
+    if not is_4d or key_shape[:2] != leading or value_shape[:2] != leading:
         query, key, value, leading = _broadcast_to_4d(query, key, value, enable_gqa)
     if attn_mask is not None:
         scores_shape = (*leading, shape[-2], key_shape[-2])
@@ -148,7 +152,8 @@ def varlen_attention(
             are checked for CPU tensors, elsewhere with VLMFAST_CHECKS=1; kernels bound every index.
         NotImplementedError: the forced backend cannot run the call.
     """
-    query, key, value = _cast_and_check(query, key, value)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    _check_shapes(query.shape, key.shape, value.shape)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             reject(name, "shape (total, heads, head dim)", tuple(tensor.shape))
@@ -202,7 +207,8 @@ def memory_efficient_attention(
         NotImplementedError: the class of attn_bias is not one of those above, or the forced backend
             cannot run the call.
     """
-    query, key, value = _cast_and_check(query, key, value)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    _check_shapes(query.shape, key.shape, value.shape)
     scale = checks.softmax_scale(scale, query.shape[-1], query.dtype)
     p = checks.check_dropout("p", p)
     if query.dim() not in (3, 4, 5):
@@ -249,8 +255,8 @@ def _attend(
     packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
     """Runs the backend. Shapes are those of the operators, already checked but for their sizes."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_sizes(name, tensor, MOST_SIZES)
+    checks.check_sizes("query", query, MOST_SIZES)
+    checks.check_sizes("value", value, MOST_SIZES)  # and key has no others
     return dispatch.run(
         "flash_attention",
         (query, key, value, attn_mask, *packed, causal, scale, dropout_p),
@@ -261,15 +267,12 @@ def _attend(
     )
 
 
-def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts for autocast and checks what no layout changes."""
-    names = ("query", "key", "value")
-    query, key, value = checks.cast_alike(names, (query, key, value))
-    for name, tensor in zip(names, (query, key, value), strict=True):
-        if tensor.dim() < 2:
-            reject(name, "at least 2 dimensions", tuple(tensor.shape))
-    checks.check_head_dims(query, key, value)
-    return query, key, value
+def _check_shapes(*shapes: torch.Size) -> None:
+    """What no layout of query, key and value changes."""
+    for name, shape in zip(_NAMES, shapes, strict=True):
+        if len(shape) < 2:
+            reject(name, "at least 2 dimensions", tuple(shape))
+    checks.check_head_dims(*shapes)
 
 
 def _check_mask(argument: str, mask: Any, query: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from vlmfast import checks, dispatch
 from vlmfast.checks import check_floating_tensor, reject, reject_type
 
-_MOST_TOKENS = 1 << 30  # of a side of the map, and
-_MOST_CHANNELS = 1 << 24  # of all heads, as kernels count them
+# As kernels count them: batch, height and width; and channels.
+_MOST_SIDES, _MOST_CHANNELS = (checks.MOST_INT64, 1 << 30, 1 << 30), 1 << 24
 
 
 def shifted_window_attention(
@@ -82,7 +82,7 @@ def shifted_window_attention(
     query, key, value = _cast_and_check(qkv)
     packed = 3 if key is None else 1
     channels = query.shape[3] // packed
-    checks.check_sizes("qkv", query, (_MOST_TOKENS, _MOST_TOKENS, packed * _MOST_CHANNELS))
+    checks.check_sizes("qkv", query, (*_MOST_SIDES, packed * _MOST_CHANNELS))
     num_heads = checks.check_integer("num_heads", num_heads, least=1)
     if channels == 0 or channels % num_heads:
         reject("num_heads", f"a number that divides the {channels} channels", num_heads)

@@ -46,7 +46,7 @@ class _CounterFinder(MetaPathFinder):
                 for operator in _formulas:
                     _register(module, operator)
 
-            spec.loader.exec_module = load_and_register
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 
