@@ -59,6 +59,12 @@ def check_strided(argument: str, tensor: Any, expected: str = "a tensor") -> Non
         reject_type(argument, "a strided tensor", tensor.layout)
 
 
+def check_memory(argument: str, tensor: Tensor) -> None:
+    """Raises ValueError for a zero tensor of torch's autograd, whose numbers lie nowhere."""
+    if not torch.compiler.is_compiling() and tensor._is_zerotensor():
+        reject(argument, "a tensor that has memory", "a zero tensor")
+
+
 def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
     """Raises unless `tensor` has the dtype (TypeError) and device (ValueError) of `other`."""
     if tensor.dtype != other.dtype:

@@ -326,11 +326,14 @@ def _check_members(plan: CrossAttentionPlan, query: Tensor) -> None:
 
 
 def _check_numbers(plan: CrossAttentionPlan, tokens: int) -> None:
-    """Raises ValueError where a number in a plan made by hand is none that kernels index by.
+    """Raises ValueError where a number in a plan made by hand is none that kernels can index by.
 
     Operators look themselves, so this only finds out, after a failure, whether that was it.
     """
-    if not all(tensor is None or checks.may_read_values(tensor) for tensor in plan):
+    members = {field: tensor for field, tensor in plan._asdict().items() if tensor is not None}
+    for field, tensor in members.items():
+        checks.check_memory(_MEMBERS[field], tensor)
+    if not all(map(checks.may_read_values, members.values())):
         return
     most = plan.num_images if plan.visible is None else checks.MOST_INT32
     for kind in plan.image_index.unique().tolist():

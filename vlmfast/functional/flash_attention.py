@@ -377,6 +377,7 @@ def _check_packed(
     """Checks cumulative lengths; query and key are (total, H, D)."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         checks.check_strided(name, cu_seqlens)
+        checks.check_memory(name, cu_seqlens)
         if cu_seqlens.dtype != torch.int32:
             reject_type(name, "dtype torch.int32", cu_seqlens.dtype)
         checks.check_device(name, cu_seqlens, "query", query)
