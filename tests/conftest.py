@@ -53,6 +53,16 @@ def guarded():
         yield
 
 
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory):
+    """Processes of one group, as many as the tests of ranks need."""
+    from tools.processes import Processes
+    from tools.ranks import MOST
+
+    with Processes(MOST, str(tmp_path_factory.mktemp("group") / "rendezvous")) as processes:
+        yield processes
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test starts torch's generator at the same place."""

@@ -11,7 +11,8 @@ import torch
 
 import vlmfast
 import vlmfast.functional as VF
-from vlmfast import backends
+from vlmfast.backends import selection
+from vlmfast.ops import flash_attention
 from vlmfast.ops.common import EXTENSION_FILE
 
 X = torch.zeros(1, 2, 5, 8)
@@ -31,7 +32,7 @@ def test_kernels_come_first_and_the_reference_takes_the_rest():
 
 
 def test_precedence(monkeypatch):
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "reference")
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", "reference")
     assert chosen() == "reference"
     with vlmfast.use_backend("cpu"):
         assert chosen() == "cpu"
@@ -40,7 +41,7 @@ def test_precedence(monkeypatch):
             assert chosen() == "reference"
         assert chosen() == "cpu"
     assert chosen() == "reference"
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", None)
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", None)
     assert chosen() == "cpu"
 
 
@@ -88,9 +89,9 @@ def test_use_backend_ends_with_its_block_and_its_thread():
 def test_forced_backends_run(monkeypatch):
     """What is forced is what is called."""
     calls = []
-    original = backends._PREDICATES["flash_attention"]["reference"]
+    original = selection.PREDICATES["flash_attention"]["reference"]
     monkeypatch.setitem(
-        backends._PREDICATES["flash_attention"],
+        selection.PREDICATES["flash_attention"],
         "reference",
         lambda *inputs: calls.append(inputs) or original(*inputs),
     )
@@ -130,13 +131,13 @@ def test_unknown_names(monkeypatch):
         sdpa(X, X, X, backend="tpu")
     with pytest.raises(ValueError, match=f"backend: {expected}"):
         vlmfast.use_backend("tpu")
-    monkeypatch.setattr(backends, "_FROM_ENVIRONMENT", "tpu")
+    monkeypatch.setattr(selection, "FROM_ENVIRONMENT", "tpu")
     with pytest.raises(ValueError, match=f"VLMFAST_BACKEND: {expected}"):
         sdpa(X, X, X)
 
 
 def test_explain_runs_nothing_and_says_why(monkeypatch):
-    monkeypatch.setattr(VF.flash_attention.ops, "FORWARD", {})  # a kernel that ran would fail
+    monkeypatch.setattr(flash_attention, "FORWARD", {})  # a kernel that ran would fail
     explanation = vlmfast.explain(sdpa, X, X, X, is_causal=True)
     assert explanation.backend == "cpu" and explanation.family == "flash_attention"
     assert set(explanation.refusals) == {"triton", "cuda"}
@@ -172,7 +173,7 @@ def test_triton_takes_cpu_tensors_under_the_interpreter(monkeypatch):
 
 
 def test_values_are_checked_on_the_cpu_only():
-    from vlmfast.functional.common import may_read_values
+    from vlmfast.checks import may_read_values
 
     assert may_read_values(torch.zeros(1))
     assert not may_read_values(torch.zeros(1, device="meta"))

@@ -1,4 +1,4 @@
-"""The short way of a plain call to the CPU's operators: the same results, and in nobody's way."""
+"""How the public functions call operators: past the dispatcher where nobody watches, and once."""
 
 import io
 
@@ -41,25 +41,35 @@ def sample(dtype=torch.float32, requires_grad=False):
     return torch.randn(1, 2, 5, 24).to(dtype).requires_grad_(requires_grad)
 
 
-@pytest.mark.parametrize("call", ATTENTION)
-def test_the_short_way_gives_what_the_long_one_gives(call, monkeypatch):
+@pytest.mark.parametrize("call", [*ATTENTION, loss])
+@pytest.mark.parametrize("options", [{}, {"backend": "cpu"}])
+def test_past_the_dispatcher_and_through_it(call, options, monkeypatch):
     x = sample(requires_grad=True)
-    taken = []
-    call_eagerly = ops.call_eagerly
-    monkeypatch.setattr(
-        VF.common, "call_eagerly", lambda *args: taken.append(args) or call_eagerly(*args)
-    )
     results = []
-    for options in ({}, {"backend": "cpu"}):
+    for eager in (True, False):
+        monkeypatch.setattr(ops, "is_eager", lambda eager=eager: eager)
         out = call(x, **options)
         results.append((out, *torch.autograd.grad(out.square().sum(), x)))
-    assert len(taken) == 1
     assert_close(results[0], results[1], rtol=0, atol=0)
     assert results[0][0].stride() == results[1][0].stride()
 
 
+@pytest.mark.parametrize("call", [*ATTENTION, loss])
+def test_an_operator_that_fails_is_called_once(call, monkeypatch):
+    calls = []
+
+    def fail(operator, *args):
+        calls.append(operator)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ops, "below_autograd", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call(sample())
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("call", ATTENTION)
-def test_what_only_the_long_way_takes(call):
+def test_other_dtypes_and_backends(call):
     x = sample(torch.float64)
     assert_close(call(x), call(x, backend="reference"), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):

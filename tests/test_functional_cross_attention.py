@@ -521,6 +521,12 @@ NAMES = ("query", "key", "value", "plan_or_image_index")
         ("value", lambda x: x.double(), TypeError, "value: expected the dtype of query"),
         ("query", lambda x: x[:, :3], ValueError, "key: expected a number of heads that divides"),
         ("query", lambda x: x.int(), TypeError, "query: expected a floating dtype"),
+        (
+            "query",
+            lambda x: x[:, :, :1].expand(-1, -1, 2**25, -1),
+            ValueError,
+            "query: expected sizes of at most",
+        ),
         ("query", lambda x: None, TypeError, "query: expected a tensor, got NoneType"),
         ("query", lambda x: x.to("meta"), ValueError, "key: expected the device of query"),
         ("plan_or_image_index", lambda x: x[:, :5], ValueError, "expected batch and tokens of"),
@@ -567,6 +573,28 @@ def test_plans_made_by_hand_are_refused_by_the_member_that_is_wrong(plan, field)
             (TypeError, ValueError), match=rf"plan_or_image_index.*{field}|a plan f"
         ):
             VF.image_cross_attention(*qkv(), plan._replace(**{field: member}))
+
+
+@pytest.mark.parametrize(
+    "plan, field, place, number, message",
+    [
+        (PLAN_OF_ONE, "image_index", (1, 2), -3, "numbers from -2 to 3, got -3"),
+        (PLAN_OF_ONE, "image_index", (1, 2), 4, "numbers from -2 to 3, got 4"),
+        (PLAN_OF_SEVERAL, "image_index", (1, 2), -3, "numbers from -2 to 2147483647, got -3"),
+        (PLAN_OF_ONE, "segments", (1, 0, 0), -1, "increasing positions of at most 21"),
+        (PLAN_OF_ONE, "segments", (1, 2, 2), 22, "increasing positions of at most 21"),
+        (PLAN_OF_SEVERAL, "segments", (0, 1, 1), 0, "increasing positions of at most 63"),
+        (PLAN_OF_ONE, "segments", (0, 0, 1), 3, "one list for each image where visible is None"),
+        (PLAN_OF_ONE, "order", (0, 3), 5, "an image's tokens to increase from 0 to 20"),
+        (PLAN_OF_ONE, "order", (0, 0), -(2**31), "an image's tokens to increase from 0 to 20"),
+        (PLAN_OF_SEVERAL, "order", (1, 20), 21, "an image's tokens to increase from 0 to 20"),
+    ],
+)
+def test_wrong_numbers_in_plans_made_by_hand(plan, field, place, number, message):
+    member = getattr(plan, field).clone()
+    member[place] = number
+    with pytest.raises(ValueError, match=f"plan_or_image_index.{field}: expected {message}"):
+        VF.image_cross_attention(*qkv(), plan._replace(**{field: member}))
 
 
 def test_numbers_of_images_beyond_int64_overflow():

@@ -1,8 +1,6 @@
-"""The public attention functions: the calls of torch, flash-attn and xformers."""
+"""scaled_dot_product_attention: torch's call, and inside PyTorch what torch's own does."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +12,8 @@ from torch.testing import assert_close
 import vlmfast
 import vlmfast.functional as VF
 from tools.budget import assert_keeps_budget
+from tools.flash_attention import normal, packed, qkv
 from tools.gradients import assert_same
-from vlmfast.reference.common import dropout_keep_mask
 from vlmfast.verify.flash_attention import dense_case, normal_bias, random_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,15 +21,6 @@ BACKENDS = ["cpu", "reference"]
 sdpa = VF.scaled_dot_product_attention
 
 pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
-
-
-def normal(*shape, dtype=torch.float32):
-    return torch.randn(shape).to(dtype)
-
-
-def qkv(*leading, rows=5, columns=7, dim=8, value_dim=8, dtype=torch.float32):
-    shapes = ((rows, dim), (columns, dim), (columns, value_dim))
-    return [normal(*leading, *shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
 # --- scaled_dot_product_attention: torch's call -------------------------------------------------
@@ -56,6 +45,7 @@ def test_any_leading_dimensions(leading, is_causal, backend):
         ((2, 1), (2, 3), (2, 3)),
         ((2, 3), (2, 3), (2, 1)),
         ((2, 3), (3,), (3,)),
+        ((7, 7), (7,), (7,)),  # as many keys as heads as batch elements
         ((2, 3), (), ()),
         ((3,), (2, 3), (2, 3)),
         ((4, 1, 3), (2, 3), (1, 2, 1)),
@@ -276,368 +266,6 @@ def test_no_dropout_draws_no_random_number():
     assert not sdpa(*inputs, dropout_p=1.0).any()
 
 
-# --- varlen_attention ---------------------------------------------------------------------------
-
-
-def starts(*lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def packed(lengths_q=(3, 0, 4, 2), lengths_k=(5, 2, 4, 0), heads=(4, 2), value_dim=8):
-    query = normal(sum(lengths_q), heads[0], 8).requires_grad_()
-    key = normal(sum(lengths_k), heads[1], 8).requires_grad_()
-    value = normal(sum(lengths_k), heads[1], value_dim).requires_grad_()
-    lengths = (starts(*lengths_q), starts(*lengths_k), max(lengths_q), max(lengths_k))
-    return [query, key, value], lengths
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("value_dim", [8, 6])
-def test_varlen_attention_is_a_call_for_each_sequence(value_dim, is_causal, backend):
-    inputs, lengths = packed(value_dim=value_dim)
-    out, lse = VF.varlen_attention(
-        *inputs, *lengths, is_causal=is_causal, return_lse=True, backend=backend
-    )
-    assert out.shape == (9, 4, value_dim) and out.is_contiguous()
-    assert lse.shape == (4, 9) and lse.dtype == torch.float32
-    outs, lses = [], []
-    for i in range(4):
-        q = inputs[0][lengths[0][i] : lengths[0][i + 1]].transpose(0, 1)
-        k, v = (x[lengths[1][i] : lengths[1][i + 1]].transpose(0, 1) for x in inputs[1:])
-        k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
-        visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
-        if is_causal:
-            visible = visible.tril(k.shape[1] - q.shape[1])
-        outs.append(F.scaled_dot_product_attention(q, k, v, visible).transpose(0, 1))
-        logits = (q @ k.transpose(-2, -1) / math.sqrt(8)).masked_fill(~visible, -math.inf)
-        lses.append(logits.detach().logsumexp(-1))
-    assert_close(lse.detach(), torch.cat(lses, 1))
-    assert_same(out, torch.cat(outs), inputs)
-    alone = VF.varlen_attention(*inputs, *lengths, is_causal=is_causal, backend=backend)
-    assert torch.equal(alone, out)
-
-
-def test_gradient_of_the_logsumexp():
-    inputs, lengths = packed()
-    gradients = []
-    for backend in BACKENDS:
-        out, lse = VF.varlen_attention(*inputs, *lengths, return_lse=True, backend=backend)
-        loss = out.sum() + lse[lse.isfinite()].sin().sum()
-        gradients.append(torch.autograd.grad(loss, inputs))
-    for x, y in zip(*gradients, strict=True):
-        assert_close(x, y)
-
-
-def test_rows_beyond_the_last_sequence():
-    inputs, _ = packed()
-    lengths = (starts(3, 2), starts(5, 2), 3, 5)
-    out, lse = VF.varlen_attention(*inputs, *lengths, return_lse=True)
-    assert not out[5:].any() and lse[:, 5:].isneginf().all()
-    gradients = torch.autograd.grad(out.sum(), inputs)
-    assert not gradients[0][5:].any() and not gradients[1][7:].any() and not gradients[2][7:].any()
-
-
-@pytest.mark.parametrize("empty", [(), (0,), (0, 0)])
-def test_nothing_packed(empty):
-    inputs = [torch.zeros(0, 2, 8, requires_grad=True) for _ in range(3)]
-    out = VF.varlen_attention(*inputs, starts(*empty), starts(*empty), 0, 0)
-    assert out.shape == (0, 2, 8)
-    out.sum().backward()
-
-
-# --- memory_efficient_attention -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bias_classes():
-    from xformers.ops.fmha import attn_bias
-
-    return attn_bias
-
-
-def by_formula(query, key, value, bias, scale=None):
-    """xformers' own definition, for BMHK."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    logits = scale * query @ key.transpose(-2, -1)
-    return ((logits + bias).softmax(-1) @ value).transpose(1, 2)
-
-
-def bmhk(batch=2, queries=5, keys=7, heads=3):
-    shapes = ((queries, heads, 8), (keys, heads, 8), (keys, heads, 6))
-    return [normal(batch, *shape).requires_grad_() for shape in shapes]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "name", ["LowerTriangularMask", "LowerTriangularFromBottomRightMask", "WithTensorBias"]
-)
-def test_triangular_biases(name, bias_classes, backend):
-    inputs = bmhk()
-    if name == "WithTensorBias":
-        tensor = normal(2, 3, 5, 7).requires_grad_()
-        bias = bias_classes.LowerTriangularMask().add_bias(tensor)
-    else:
-        bias, tensor = getattr(bias_classes, name)(), None
-    theirs = by_formula(*inputs, bias.materialize((2, 3, 5, 7)), 0.4)
-    ours = VF.memory_efficient_attention(*inputs, bias, scale=0.4, backend=backend)
-    assert ours.is_contiguous()
-    assert_same(ours, theirs, [*inputs, *([] if tensor is None else [tensor])])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("form", ["plain", "causal", "causal_from_bottomright"])
-@pytest.mark.parametrize("layout", ["BMHK", "BMGHK"])
-def test_block_diagonal_biases(form, layout, bias_classes, backend):
-    bias = bias_classes.BlockDiagonalMask.from_seqlens([3, 1, 4], [5, 1, 6])
-    if form != "plain":
-        bias = getattr(bias, f"make_{form}")()
-    inputs = bmhk(1, 8, 12, 4)
-    theirs = by_formula(*inputs, bias.materialize((1, 4, 8, 12)))
-    tensors = inputs if layout == "BMHK" else [x.unflatten(2, (2, 2)) for x in inputs]
-    ours = VF.memory_efficient_attention(*tensors, bias, backend=backend)
-    assert_same(ours.flatten(2, -2) if layout == "BMGHK" else ours, theirs, inputs)
-
-
-def test_block_diagonal_of_a_list_of_tensors(bias_classes):
-    tensors = [normal(1, length, 2, 8) for length in (3, 6, 2)]
-    bias, joined = bias_classes.BlockDiagonalMask.from_tensor_list(tensors)
-    outs = bias.split(VF.memory_efficient_attention(joined, joined, joined, bias))
-    for out, x in zip(outs, tensors, strict=True):
-        assert_close(out, VF.memory_efficient_attention(x, x, x))
-
-
-def test_tensor_biases_in_every_layout():
-    query, key, value = bmhk()
-    for shape in ((2, 3, 5, 7), (1, 3, 1, 7), (5, 7)):
-        bias = normal(*shape).requires_grad_()
-        ours = VF.memory_efficient_attention(query, key, value, bias)
-        assert_same(ours, by_formula(query, key, value, bias), [query, key, value, bias])
-    one_head = [x[:, :, 0] for x in (query, key, value)]
-    bias = normal(2, 5, 7).requires_grad_()
-    theirs = by_formula(*(x[:, :, None] for x in one_head), bias[:, None])[:, :, 0]
-    assert_same(VF.memory_efficient_attention(*one_head, bias), theirs, [query, key, value, bias])
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_groups_of_heads(requires_grad):
-    query = normal(2, 5, 2, 3, 8).requires_grad_(requires_grad)
-    key, value = (normal(2, 7, 2, 1, 8).requires_grad_(requires_grad) for _ in range(2))
-    bias = normal(2, 2, 1, 5, 7).requires_grad_(requires_grad)
-    wide = [x.expand(2, 7, 2, 3, 8) for x in (key, value)]
-    ours = VF.memory_efficient_attention(query, *wide, bias)
-    flat = [x.flatten(2, 3) for x in (query, *wide)]
-    theirs = by_formula(*flat, bias.expand(2, 2, 3, 5, 7).flatten(1, 2)).unflatten(2, (2, 3))
-    if requires_grad:
-        assert_same(ours, theirs, [query, key, value, bias])
-    else:
-        assert_close(ours, theirs)
-
-
-def test_dropout_of_packed_blocks(bias_classes):
-    """The mask counts rows and columns of the whole tensors, in every block."""
-    bias = bias_classes.BlockDiagonalMask.from_seqlens([3, 4], [5, 6])
-    query, key = normal(1, 7, 2, 8), normal(1, 11, 2, 8)
-    identity = torch.eye(11)[None, :, None].expand(1, 11, 2, 11)
-    torch.manual_seed(5)
-    seed = torch.randint(0, 2**62, (1,))
-    torch.manual_seed(5)
-    weights = VF.memory_efficient_attention(query, key, identity, bias, p=0.5).transpose(1, 2)
-    visible = bias.materialize((7, 11)) == 0
-    assert torch.equal(weights != 0, dropout_keep_mask(1, 2, 7, 11, 0.5, seed) & visible)
-
-
-def test_unknown_biases_are_refused(bias_classes):
-    inputs = bmhk(2, 5, 5)
-    local = bias_classes.LowerTriangularFromBottomRightMask().make_local_attention(2)
-
-    class Own(bias_classes.LowerTriangularMask):
-        pass
-
-    for bias in (local, Own(), object()):
-        with pytest.raises(NotImplementedError, match=r"attn_bias.*BlockDiagonalCausalMask.*got"):
-            VF.memory_efficient_attention(*inputs, bias)
-
-
-def test_xformers_is_not_imported():
-    code = (
-        "import sys, torch, vlmfast.functional as VF; x = torch.randn(1, 4, 2, 8);"
-        "VF.memory_efficient_attention(x, x, x, torch.zeros(1, 2, 4, 4));"
-        "sys.exit('xformers' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# --- errors -------------------------------------------------------------------------------------
-
-Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7, 8)
-
-BAD_CALLS = [
-    (TypeError, "query: expected a tensor, got list", lambda: sdpa([1.0], K, V)),
-    (TypeError, "key: expected a floating dtype, got torch.int64", lambda: sdpa(Q, K.long(), V)),
-    (TypeError, "value: expected the dtype of query", lambda: sdpa(Q, K, V.double())),
-    (TypeError, "query: expected a floating dtype", lambda: sdpa(Q.cfloat(), K, V)),
-    (TypeError, "query: expected a strided tensor", lambda: sdpa(Q.to_sparse(), K, V)),
-    (ValueError, "key: expected the device of query", lambda: sdpa(Q, K.to("meta"), V)),
-    (ValueError, "query: expected at least 2 dimensions", lambda: sdpa(Q[0, 0, 0], K, V)),
-    (ValueError, "query: expected a head dim of at least 1", lambda: sdpa(Q[..., :0], K, V)),
-    (ValueError, "value: expected a head dim of at least 1", lambda: sdpa(Q, K, V[..., :0])),
-    (ValueError, "key: expected the head dim of query, 8", lambda: sdpa(Q, K[..., :4], V)),
-    (ValueError, "value: expected the length of key, 7", lambda: sdpa(Q, K, V[:, :, :3])),
-    (ValueError, "key: expected a number of heads", lambda: sdpa(Q, K[:, :2], V[:, :2])),
-    (ValueError, "key: expected a batch size", lambda: sdpa(Q, K.repeat(2, 1, 1, 1), V)),
-    (
-        ValueError,
-        "key: expected a number of heads that divides query's, 4, got 3",
-        lambda: sdpa(Q, K[:, :3], V[:, :3], enable_gqa=True),
-    ),
-    (TypeError, "attn_mask: expected a tensor or None", lambda: sdpa(Q, K, V, [True])),
-    (
-        TypeError,
-        "attn_mask: expected a bool or floating",
-        lambda: sdpa(Q, K, V, torch.ones(5, 7).int()),
-    ),
-    (
-        ValueError,
-        r"attn_mask: expected a shape that broadcasts to \(2, 4, 5, 7\), got \(5, 6\)",
-        lambda: sdpa(Q, K, V, torch.zeros(5, 6)),
-    ),
-    (ValueError, "attn_mask: expected a shape", lambda: sdpa(Q, K, V, torch.zeros(1, 2, 4, 5, 7))),
-    (ValueError, "attn_mask: expected the device", lambda: sdpa(Q, K, V, Q.to("meta"))),
-    (ValueError, "dropout_p: expected a probability", lambda: sdpa(Q, K, V, dropout_p=-0.1)),
-    (ValueError, "dropout_p: expected a probability", lambda: sdpa(Q, K, V, dropout_p=1.5)),
-    (ValueError, "dropout_p.*got nan", lambda: sdpa(Q, K, V, dropout_p=math.nan)),
-    (TypeError, "dropout_p: expected a number", lambda: sdpa(Q, K, V, dropout_p="0")),
-    (TypeError, "scale: expected a number or None", lambda: sdpa(Q, K, V, scale="1")),
-    (ValueError, "backend: expected one of 'cpu'.*got 'gpu'", lambda: sdpa(Q, K, V, backend="gpu")),
-]
-
-
-def varlen(cu_q=None, cu_k=None, max_q=4, max_k=5, query=None, key=None, value=None):
-    def default(x, otherwise):
-        return otherwise if x is None else x
-
-    return VF.varlen_attention(
-        default(query, torch.zeros(9, 4, 8)),
-        default(key, torch.zeros(11, 2, 8)),
-        default(value, torch.zeros(11, 2, 8)),
-        default(cu_q, starts(4, 4)),
-        default(cu_k, starts(5, 5)),
-        max_q,
-        max_k,
-    )
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-ODD_DROPOUT = (
-    torch.tensor(0.0),
-    torch.zeros(2),
-    torch.empty(0),
-    torch.zeros((), device="meta"),
-    0j,
-)
-BAD_CALLS += [
-    (TypeError, "dropout_p: expected a number in", lambda p=p: sdpa(Q, K, V, dropout_p=p))
-    for p in ODD_DROPOUT
-]
-BAD_CALLS += [
-    (ValueError, "value: expected at least 2 dimensions", lambda: sdpa(Q, K, torch.tensor(1.0))),
-    (TypeError, "query: expected a tensor, got NoneType", lambda: sdpa(None, K, V)),
-    (TypeError, "scale: expected a number or None", lambda: sdpa(Q, K, V, scale=torch.ones(()))),
-]
-BAD_CALLS += [
-    (ValueError, r"query: expected shape \(total", lambda: varlen(query=torch.zeros(1, 9, 4, 8))),
-    (ValueError, "key: expected a number of heads", lambda: varlen(query=torch.zeros(9, 3, 8))),
-    (ValueError, "value: expected total and heads", lambda: varlen(value=torch.zeros(10, 2, 8))),
-    (TypeError, "cu_seqlens_q: expected a tensor", lambda: varlen([0, 9])),
-    (TypeError, "cu_seqlens_q: expected dtype torch.int32", lambda: varlen(starts(4).long())),
-    (ValueError, "cu_seqlens_q: expected shape", lambda: varlen(ints())),
-    (ValueError, "cu_seqlens_q: expected the device", lambda: varlen(starts(4, 4).to("meta"))),
-    (ValueError, "cu_seqlens_k: expected the shape", lambda: varlen(cu_k=starts(5))),
-    (ValueError, "cu_seqlens_q: expected to start at 0, got 1", lambda: varlen(ints(1, 4, 8))),
-    (ValueError, "cu_seqlens_k: expected lengths that never", lambda: varlen(cu_k=ints(0, 5, 3))),
-    (
-        ValueError,
-        "cu_seqlens_k: expected to end at 11",
-        lambda: varlen(cu_k=ints(0, 7, 12), max_k=9),
-    ),
-    (ValueError, "max_seqlen_q: expected at least 4", lambda: varlen(max_q=3)),
-    (ValueError, "max_seqlen_k: expected at least 0, got -1", lambda: varlen(max_k=-1)),
-    (TypeError, "max_seqlen_k: expected an int, got float", lambda: varlen(max_k=5.0)),
-]
-
-MASK = torch.zeros(5, 7)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SPARSE = starts(4, 4).to_sparse()
-NESTED = torch.nested.nested_tensor([MASK, MASK[:3]])
-
-BAD_CALLS += [
-    *(
-        (TypeError, f"{name}: .*floating dtype of 16 to 64 bits, got {dtype}", call)
-        for dtype in FLOAT8
-        for name, call in (
-            ("query", lambda dtype=dtype: sdpa(Q.to(dtype), K.to(dtype), V.to(dtype))),
-            ("attn_mask", lambda dtype=dtype: sdpa(Q, K, V, MASK.to(dtype))),
-            ("attn_bias", lambda dtype=dtype: mea(X, X, X, torch.zeros(5, 5).to(dtype))),
-        )
-    ),
-    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, MASK.to_sparse())),
-    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, MASK.to_sparse_csr())),
-    (TypeError, "attn_mask: expected a strided", lambda: sdpa(Q, K, V, NESTED)),
-    (TypeError, "cu_seqlens_q: expected a strided tensor", lambda: varlen(SPARSE)),
-    (TypeError, "cu_seqlens_k: expected a strided tensor", lambda: varlen(cu_k=NESTED.int())),
-    (ValueError, "max_seqlen_q: expected at most", lambda: varlen(max_q=2**63)),
-    (ValueError, "scale: expected a finite number.*got 1e.39", lambda: sdpa(Q, K, V, scale=1e39)),
-    (ValueError, "scale: expected a finite number", lambda: sdpa(Q, K, V, scale=10**400)),
-    (ValueError, "scale: expected a finite number", lambda: sdpa(Q, K, V, scale=math.nan)),
-    (TypeError, "scale: expected a number or None", lambda: sdpa(Q, K, V, scale=True)),
-    (TypeError, "is_causal: expected True or False", lambda: sdpa(Q, K, V, is_causal="no")),
-    (TypeError, "enable_gqa: expected True or False", lambda: sdpa(Q, K, V, enable_gqa=None)),
-]
-
-mea = VF.memory_efficient_attention
-X = torch.zeros(2, 5, 4, 8)
-
-BAD_CALLS += [
-    (ValueError, "query: expected layout BMHK", lambda: mea(X[0, 0], X[0, 0], X[0, 0])),
-    (ValueError, "key: expected batch and heads of query", lambda: mea(X, X[:, :, :2], X)),
-    (ValueError, "key: expected batch and heads of query", lambda: mea(X, X[:1], X)),
-    (ValueError, "value: expected the length of key", lambda: mea(X, X, X[:, :4])),
-    (ValueError, "attn_bias: expected a shape", lambda: mea(X, X, X, torch.zeros(2, 4, 5, 4))),
-    (TypeError, "attn_bias: expected a floating", lambda: mea(X, X, X, torch.zeros(5, 5).bool())),
-    (ValueError, "p: expected a probability", lambda: mea(X, X, X, p=2.0)),
-]
-
-
-@pytest.mark.parametrize(
-    "error, message, call", BAD_CALLS, ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_bad_input(error, message, call):
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_nested_tensors_are_refused():
-    for layout in (torch.jagged, torch.strided):
-        nested = torch.nested.nested_tensor(
-            [torch.zeros(3, 4, 8), torch.zeros(2, 4, 8)], layout=layout
-        )
-        with pytest.raises(TypeError, match="varlen_attention"):
-            sdpa(nested, nested, nested)
-
-
-def test_block_diagonal_bias_that_does_not_fit(bias_classes):
-    bias = bias_classes.BlockDiagonalMask.from_seqlens([2, 3])
-    with pytest.raises(ValueError, match="query: expected a batch of 1"):
-        mea(X, X, X, bias)
-    with pytest.raises(ValueError, match="key: expected 5 tokens, as attn_bias has"):
-        mea(X[:1], X[:1, :4], X[:1, :4], bias)
-
-
 # --- inside PyTorch -----------------------------------------------------------------------------
 
 
@@ -661,7 +289,8 @@ def test_autocast(dtype):
     varlen_inputs, lengths = packed()
     with torch.autocast("cpu", dtype):
         assert VF.varlen_attention(*varlen_inputs, *lengths).dtype == dtype
-        assert mea(X, X, X).dtype == dtype
+        x = torch.zeros(2, 5, 4, 8)
+        assert VF.memory_efficient_attention(x, x, x).dtype == dtype
 
 
 def test_float64_runs_by_the_reference():
@@ -720,7 +349,7 @@ COMPILED = {
     "grouped": lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True),
     "5-D": lambda q, k, v: sdpa(q[:, None], k[:, None], v[:, None]),
     "3-D": lambda q, k, v: sdpa(q[0], k[0], v[0]),
-    "xformers": lambda q, k, v: mea(q, k, v, p=0.0),
+    "xformers": lambda q, k, v: VF.memory_efficient_attention(q, k, v, p=0.0),
     "reference": lambda q, k, v: sdpa(q, k, v, backend="reference"),
 }
 

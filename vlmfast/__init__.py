@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmfast import distributed, functional, nn, ops, reference
-    from vlmfast.backends import explain, info, use_backend
+    from vlmfast.backends import explain, use_backend
+    from vlmfast.backends.info import info
     from vlmfast.integrations import PatchReport, patch, unpatch
 
 __version__ = "0.1.0"

@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 # The server imports these once, without running them, and forks each process from there.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "vlmfast.distributed", "vlmfast.nn"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "vlmfast.distributed.gather",
+        "vlmfast.distributed.join",
+        "vlmfast.distributed.ring",
+        "vlmfast.nn",
+    ]
+)
 
 
 class Processes:

@@ -4,37 +4,30 @@ Each loss is a few lines over `statistics`, which is differentiable and never ho
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.functional import common
-from vlmfast.functional.common import (
-    check_alike,
-    check_flag,
-    check_floating_tensor,
-    reject,
-    reject_type,
+from vlmfast import checks
+from vlmfast.checks import check_flag, check_floating_tensor, check_fraction, reject
+from vlmfast.contrastive_statistics import (
+    Statistics,
+    block_statistics,
+    choose,
+    merge,
+    normalize,
+    pair_loss,
 )
+from vlmfast.dispatch import no_autocast
+from vlmfast.distributed.ranks import Ranks, Ring
+from vlmfast.distributed.statistics import everyone, statistics
 from vlmfast.functional.flash_attention import scaled_dot_product_attention
-from vlmfast.ops import contrastive_loss as ops
 from vlmfast.reference.common import compute_dtype
-from vlmfast.reference.contrastive_loss import contrastive_loss as reference
 
-
-class Statistics(NamedTuple):
-    """What `vlmfast.reference.contrastive_loss` returns: of each row and column, all other logits'
-    maximum and sum, and the logit of the pair."""
-
-    row_max: Tensor
-    row_sum: Tensor
-    row_total: Tensor
-    positive: Tensor
-    column_max: Tensor
-    column_sum: Tensor
+# Rows and dimensions, or rows, queries and dimensions, as kernels count them.
+_MOST_SIZES = {2: (1 << 29, 1 << 16), 3: (1 << 29, 1 << 16, 1 << 16)}
 
 
 def clip_loss(
@@ -85,7 +78,7 @@ def clip_loss(
 
     facts = ("clip_loss", local_loss, gather_with_grad)
     (image, text, scale, bias), ranks = _join(group, check, backend, *facts)
-    with common.no_autocast(image.device.type):
+    with no_autocast(image.device.type):
         if ranks is None:
             loss = _clip_loss(image, text, scale, backend, ranks)
         else:
@@ -135,10 +128,10 @@ def siglip_loss(
         return _cast_and_check_towers(image_features, text_features, logit_scale, logit_bias)
 
     (image, text, scale, bias), ranks = _join(group, check, backend, "siglip_loss")
-    with common.no_autocast(image.device.type):
+    with no_autocast(image.device.type):
         block = statistics(
             image,
-            _everyone(text, ranks),
+            everyone(text, ranks),
             scale,
             bias,
             sigmoid=True,
@@ -205,18 +198,18 @@ def named_ntxent_loss(
         return *views, _check_temperature(temperature, views[0])
 
     (first, second, scale), ranks = _join(group, check, backend, "ntxent_loss")
-    with common.no_autocast(first.device.type):
+    with no_autocast(first.device.type):
         first, second = normalize(first), normalize(second)
-        all_first, all_second = _everyone(first, ranks), _everyone(second, ranks)
+        all_first, all_second = everyone(first, ranks), everyone(second, ranks)
         between = statistics(first, all_second, scale, backend=backend, ranks=ranks)
         losses = []
-        for z, everyone, most, total in (
+        for z, columns, most, total in (
             (first, all_first, between.row_max, between.row_sum),
             (second, all_second, between.column_max, between.column_sum),
         ):
             # The pair of row i is i itself here, which is no negative.
             within = statistics(
-                z, everyone, scale, column_statistics=False, backend=backend, ranks=ranks
+                z, columns, scale, column_statistics=False, backend=backend, ranks=ranks
             )
             merged = merge(
                 torch.stack((most, within.row_max)), torch.stack((total, within.row_sum))
@@ -288,8 +281,8 @@ def itc_loss(
     def check() -> tuple[Any, ...]:
         features = _cast_and_check_itc(image_features, text_features, *optional)
         scale = scalar("logit_scale", logit_scale, features[0])
-        soft = _check_fraction("alpha", alpha)
-        smoothing = _check_fraction("label_smoothing", label_smoothing)
+        soft = check_fraction("alpha", alpha)
+        smoothing = check_fraction("label_smoothing", label_smoothing)
         if soft > 0.0 and features[0].dim() == 3:
             reject("alpha", "0 with image_features of several queries", soft)
         _refuse_ring(group, soft > 0.0 or not features_are_keys)
@@ -300,7 +293,7 @@ def itc_loss(
     image, text, image_target, text_target, image_key, text_key = inputs[:6]
     image_queue, text_queue, scale, alpha, label_smoothing = inputs[6:11]
     n, first = text.shape[0], 0 if ranks is None else ranks.offset
-    with common.no_autocast(image.device.type):
+    with no_autocast(image.device.type):
         text_keys = _keys(text_key, text_queue, ranks)
         if not features_are_keys or alpha > 0.0:
             image_keys = _keys(image_key, image_queue, ranks)
@@ -308,10 +301,10 @@ def itc_loss(
             to_text = to_image = statistics(image, text_keys, scale, backend=backend, ranks=ranks)
         else:
             # All keys are here, so this rank needs nobody's help.
-            to_text = statistics(
+            to_text = block_statistics(
                 image, text_keys, scale, None, first, column_statistics=False, backend=backend
             )
-            to_image = statistics(image_keys, text, scale, None, -first, backend=backend)
+            to_image = block_statistics(image_keys, text, scale, None, -first, backend=backend)
             to_image = to_image._replace(positive=to_image.positive[first : first + n])
         # -log(p) of the pair, and what the other targets add to it.
         losses = torch.stack(
@@ -339,38 +332,29 @@ def itc_loss(
 
 def _join(
     group: Any, check: Callable[[], tuple[Any, ...]], backend: str | None, *facts: Any
-) -> tuple[tuple[Any, ...], Any]:
+) -> tuple[tuple[Any, ...], Ranks | None]:
     """The checked arguments of a loss, and the ranks that compute it together (None: no group)."""
     if group is None:
         return check(), None
-    from vlmfast import distributed  # imports this page
+    from vlmfast.distributed.join import join
 
     def check_all() -> tuple[Any, ...]:
         inputs = check()
         return *inputs, f"backend={choose(inputs[0], inputs[1], backend)}"
 
-    inputs, ranks = distributed.join(group, check_all, *facts)
+    inputs, ranks = join(group, check_all, *facts)
     return inputs[:-1], ranks
 
 
-def _everyone(own: Tensor, ranks: Any) -> Tensor:
-    """The columns of all ranks, as `statistics` takes them."""
-    if ranks is None:
-        return own
-    from vlmfast import distributed
-
-    return distributed.everyone(own, ranks)
-
-
-def _weighted(loss: Tensor, ranks: Any) -> Tensor:
+def _weighted(loss: Tensor, ranks: Ranks | None) -> Tensor:
     """A local mean so weighted that the mean over ranks is that of the whole batch."""
     return loss if ranks is None or ranks.weight == 1.0 else loss * ranks.weight
 
 
 def _clip_loss(
-    image: Tensor, text: Tensor, scale: Tensor, backend: str | None, ranks: Any = None
+    image: Tensor, text: Tensor, scale: Tensor, backend: str | None, ranks: Ranks | None = None
 ) -> Tensor:
-    block = statistics(image, _everyone(text, ranks), scale, backend=backend, ranks=ranks)
+    block = statistics(image, everyone(text, ranks), scale, backend=backend, ranks=ranks)
     rows = pair_loss(block.row_max, block.row_sum, block.positive)
     columns = pair_loss(block.column_max, block.column_sum, block.positive)
     return _weighted((rows.mean() + columns.mean()) / 2, ranks)
@@ -381,17 +365,17 @@ def _clip_loss_across(
     text: Tensor,
     scale: Tensor,
     backend: str | None,
-    ranks: Any,
+    ranks: Ranks,
     local_loss: bool,
     gather_with_grad: bool,
 ) -> Tensor:
     """`_clip_loss` as open_clip's two switches have it."""
-    from vlmfast import distributed
+    from vlmfast.distributed.gather import mean_gradient, mean_over_ranks, scale_gradient
 
     if local_loss and not gather_with_grad:
         losses = []
         for rows, columns in ((image, text), (text, image)):
-            others = _everyone(columns.detach(), ranks)
+            others = everyone(columns.detach(), ranks)
             block = statistics(
                 rows, others, scale, column_statistics=False, backend=backend, ranks=ranks
             )
@@ -399,78 +383,14 @@ def _clip_loss_across(
         return _weighted((losses[0] + losses[1]) / 2, ranks)
 
     if not gather_with_grad:
-        image, text = (distributed.scale_gradient(x, 1.0 / ranks.size) for x in (image, text))
+        image, text = (scale_gradient(x, 1.0 / ranks.size) for x in (image, text))
     if torch.is_grad_enabled() and text.requires_grad and not image.requires_grad:
         # Rows get their gradient here, columns by a reduce-scatter: a frozen tower needs neither.
         image, text = text, image
     if local_loss:
         return _clip_loss(image, text, scale, backend, ranks)
-    scale = distributed.mean_gradient(scale, ranks)
-    return distributed.mean_over_ranks(_clip_loss(image, text, scale, backend, ranks), ranks)
-
-
-def statistics(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    first_column: int = 0,
-    sigmoid: bool = False,
-    column_statistics: bool = True,
-    backend: str | None = None,
-    ranks: Any = None,
-) -> Statistics:
-    """`vlmfast.reference.contrastive_loss` by the backend that runs it.
-
-    Args are checked already; rows may be (n, D). The caller has switched autocast off. With
-    `ranks`, columns come from `vlmfast.distributed.everyone`, and the columns that the statistics
-    are of are this rank's own.
-    """
-    if ranks is not None:
-        from vlmfast import distributed
-
-        return distributed.statistics(
-            rows, columns, scale, bias, sigmoid, column_statistics, backend, ranks
-        )
-    if rows.dim() == 2:
-        rows = rows.unsqueeze(1)
-    chosen = choose(rows, columns, backend)
-    args = (rows, columns, scale, bias, first_column, sigmoid, column_statistics)
-    if chosen == "reference":
-        return Statistics(*reference(*args))
-    return Statistics(*common.call(ops.FORWARD[chosen], args))
-
-
-def choose(rows: Tensor, columns: Tensor, backend: str | None) -> str:
-    """The backend that computes the statistics of a block."""
-    return backends.choose("contrastive_loss", backend, rows.device.type, rows, columns)
-
-
-def merge(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum and sum of several blocks.
-
-    Args:
-        maxima: (blocks, n).
-        sums: (blocks, n), relative to them.
-
-    Returns:
-        (n,) each.
-    """
-    most = maxima.amax(0)
-    shift = most.masked_fill(most == -torch.inf, 0.0)
-    return most, (sums * torch.exp(maxima - shift)).sum(0)
-
-
-def pair_loss(most: Tensor, total: Tensor, positive: Tensor) -> Tensor:
-    """-log of the pair's share of a softmax, from the statistics of all other logits."""
-    # The largest numbers cancel first, and a sum of nothing must not give NaN in backward.
-    others = (most - positive) + total.masked_fill(total == 0.0, 1.0).log()
-    return -F.logsigmoid(-others)
-
-
-def normalize(z: Tensor) -> Tensor:
-    """Rows of unit length in z's dtype."""
-    return F.normalize(z.to(compute_dtype(z.dtype)), dim=-1).to(z.dtype)
+    scale = mean_gradient(scale, ranks)
+    return mean_over_ranks(_clip_loss(image, text, scale, backend, ranks), ranks)
 
 
 def _mean_gap(block: Statistics, n_keys: int) -> Tensor:
@@ -514,18 +434,18 @@ def scalar(argument: str, value: Any, like: Tensor) -> Tensor:
         if value.numel() != 1:
             reject(argument, "a number or a tensor of one element", tuple(value.shape))
         if value.device.type != "cpu":  # a number on the CPU goes with any device, as in torch
-            common.check_device(argument, value, "the features", like)
+            checks.check_device(argument, value, "the features", like)
         cast = value.reshape(()).to(device=like.device, dtype=dtype)
         if value.dtype == torch.float64 and dtype != torch.float64:
             _check_range(argument, value, cast)
         return cast
-    value = common.check_number(argument, value, dtype, "a number or a tensor of one element")
+    value = checks.check_number(argument, value, dtype, "a number or a tensor of one element")
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def _check_range(argument: str, value: Tensor, cast: Tensor) -> None:
     """Raises ValueError where a finite number is infinite as it is used."""
-    if common.may_read_values(value) and bool(value.isfinite()) and not bool(cast.isfinite()):
+    if checks.may_read_values(value) and bool(value.isfinite()) and not bool(cast.isfinite()):
         most = torch.finfo(cast.dtype).max
         reject(argument, f"a number of at most {most:.4g}", value.item())
 
@@ -535,7 +455,7 @@ def _check_temperature(temperature: Any, like: Tensor) -> Tensor:
     result = scalar("temperature", temperature, like)
     if not isinstance(temperature, Tensor):
         got = temperature
-    elif common.may_read_values(temperature):
+    elif checks.may_read_values(temperature):
         got = temperature.item()
     else:
         return 1.0 / result
@@ -545,39 +465,19 @@ def _check_temperature(temperature: Any, like: Tensor) -> Tensor:
     return 1.0 / result
 
 
-def _check_fraction(argument: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        reject_type(argument, "a number in [0, 1]", type(value).__name__)
-    if not 0.0 <= value <= 1.0:
-        reject(argument, "a number in [0, 1]", value)
-    return float(value)
-
-
 def _cast_and_check_pair(
     first: tuple[str, Tensor], second: tuple[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Two (N, D) tensors of one shape, dtype and device, cast for autocast."""
     (name, x), (other_name, y) = first, second
-    for argument, tensor in (first, second):
-        check_floating_tensor(argument, tensor)
-    x, y = common.autocast(x, y)
-    check_alike(other_name, y, name, x)
+    x, y = checks.cast_alike((name, other_name), (x, y))
     for argument, tensor in ((name, x), (other_name, y)):
         if tensor.dim() != 2 or 0 in tensor.shape:
             reject(argument, "shape (N, D) of at least 1 each", tuple(tensor.shape))
-        _check_sizes(argument, tensor)
+        checks.check_sizes(argument, tensor, _MOST_SIZES[2])
     if x.shape != y.shape:
         reject(other_name, f"the shape of {name}, {tuple(x.shape)}", tuple(y.shape))
     return x, y
-
-
-def _check_sizes(argument: str, features: Tensor) -> None:
-    """Raises ValueError where kernels could not count what there is."""
-    if torch.compiler.is_compiling():  # sizes that are free would be bound
-        return
-    if features.shape[0] > 1 << 29 or max(features.shape[1:]) > 1 << 16:
-        expected = "at most 2**29 rows, of at most 65536 queries and 65536 dimensions"
-        reject(argument, expected, tuple(features.shape))
 
 
 def _cast_and_check_towers(
@@ -613,16 +513,12 @@ def _cast_and_check_itc(
     given = {"image_features": image, "text_features": text}
     given.update({name: tensor for name, tensor in optional.items() if tensor is not None})
     names = list(given)
-    for name, tensor in given.items():
-        check_floating_tensor(name, tensor)
-    cast = dict(zip(names, common.autocast(*given.values()), strict=True))
+    cast = dict(zip(names, checks.cast_alike(names, list(given.values())), strict=True))
     image, text = cast["image_features"], cast["text_features"]
-    for name in names:
-        check_alike(name, cast[name], "image_features", image)
     if image.dim() not in (2, 3) or 0 in image.shape:
         expected = "shape (N, D) or (N, queries, D) of at least 1 each"
         reject("image_features", expected, tuple(image.shape))
-    _check_sizes("image_features", image)
+    checks.check_sizes("image_features", image, _MOST_SIZES[image.dim()])
     n, dim = image.shape[0], image.shape[-1]
     for name in names[1:]:
         tensor = cast[name]
@@ -630,7 +526,7 @@ def _cast_and_check_itc(
         size = "Q" if name.endswith("queue") else n
         if tuple(tensor.shape[1:]) != item or (size != "Q" and tensor.shape[0] != n):
             reject(name, f"shape {(size, *item)}", tuple(tensor.shape))
-        _check_sizes(name, tensor)
+        checks.check_sizes(name, tensor, _MOST_SIZES[tensor.dim()])
 
     def key(features: Tensor, modality: str) -> tuple[Tensor, Tensor, Tensor | None]:
         momentum, queue = cast.get(f"{modality}_momentum"), cast.get(f"{modality}_queue")
@@ -643,17 +539,15 @@ def _cast_and_check_itc(
     return image, text, image_target, text_target, image_key, text_key, more_images, more_texts
 
 
-def _keys(own: Tensor, queue: Tensor | None, ranks: Any) -> Tensor:
+def _keys(own: Tensor, queue: Tensor | None, ranks: Ranks | None) -> Tensor:
     """The keys of all ranks, and the queue's, which all ranks hold alike."""
-    keys = _everyone(own, ranks)
+    keys = everyone(own, ranks)
     return keys if queue is None else torch.cat((keys, queue))
 
 
 def _refuse_ring(group: Any, keys_needed: bool) -> None:
     if group is None or not keys_needed:
         return
-    from vlmfast.distributed import Ring
-
     if isinstance(group, Ring):
         raise NotImplementedError(
             "group: momentum features, queues and alpha need the keys of all ranks at once; "

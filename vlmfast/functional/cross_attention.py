@@ -5,21 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.functional import common
-from vlmfast.functional.common import (
-    check_alike,
-    check_flag,
-    check_floating_tensor,
-    reject,
-    reject_type,
-)
-from vlmfast.ops import cross_attention as ops
-from vlmfast.ops.common import heads_inside_tokens
-from vlmfast.reference import cross_attention as reference
+from vlmfast import checks, dispatch
+from vlmfast.checks import check_choice, check_flag, reject, reject_type
 from vlmfast.reference.cross_attention import DENSE, UNIFORM, ZERO
 
-MOST_IMAGES = common.MOST_INT32 - 1  # Phi counts one more: no image
+MOST_IMAGES = checks.MOST_INT32 - 1  # Phi counts one more: no image
+
+# As kernels count them: batch, heads, tokens or images and latents, and head dim.
+_MOST_QUERIES = (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 16)
+_MOST_VALUES = (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 24, 1 << 16)
 
 _EMPTY_ROWS = {"zero": ZERO, "uniform": UNIFORM, "dense": DENSE}
 _OVERFLOW = {"zero": ZERO, "uniform": UNIFORM, "error": ZERO}
@@ -68,12 +62,12 @@ def image_index(media_locations: Tensor, mode: str = "last") -> Tensor:
 
     Source: Alayrac et al., "Flamingo" (2022), section 2.1.3; OpenFlamingo.
     """
-    common.check_strided("media_locations", media_locations)
+    checks.check_strided("media_locations", media_locations)
     if media_locations.dtype != torch.bool:
         reject_type("media_locations", "dtype torch.bool", media_locations.dtype)
     if media_locations.dim() != 2:
         reject("media_locations", "shape (B, T)", tuple(media_locations.shape))
-    _check_choice("mode", mode, ("last", "next"))
+    check_choice("mode", mode, ("last", "next"))
     index = media_locations.cumsum(-1, dtype=torch.int32)
     if mode == "last":
         return index
@@ -125,10 +119,10 @@ def cross_attention_plan(
     several = image_index.dtype == torch.bool
     if torch.jit.is_tracing() and isinstance(num_images, Tensor):  # what sizes are there
         num_images = int(num_images)
-    num_images = common.check_integer("num_images", num_images, most=MOST_IMAGES)
-    _check_choice("mode", mode, ("last", "all_previous"))
-    _check_choice("empty_rows", empty_rows, _EMPTY_ROWS)
-    _check_choice("overflow", overflow, _OVERFLOW)
+    num_images = checks.check_integer("num_images", num_images, most=MOST_IMAGES)
+    check_choice("mode", mode, ("last", "all_previous"))
+    check_choice("empty_rows", empty_rows, _EMPTY_ROWS)
+    check_choice("overflow", overflow, _OVERFLOW)
     if several and image_index.shape[2] != num_images:
         reject("image_index", f"(B, T, {num_images}), num_images", tuple(image_index.shape))
     if several and mode != "last":
@@ -137,7 +131,7 @@ def cross_attention_plan(
         image_lengths = _check_lengths(image_lengths, image_index, num_images)
     if several or mode == "all_previous" or empty_rows == "dense":
         _check_pairs(image_index.shape[1], num_images)
-    if not several and common.may_read_values(image_index):
+    if not several and checks.may_read_values(image_index):
         _check_values("image_index", image_index, num_images, overflow)
     return _make_plan(image_index, num_images, mode, empty_rows, overflow, image_lengths)
 
@@ -244,83 +238,40 @@ def image_cross_attention(
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022),
     section 2.1.3.
     """
-    plan = plan_or_image_index
-    tensors = (query, key, value)
-    if (
-        isinstance(plan, CrossAttentionPlan)
-        and type(return_lse) is bool
-        and common.may_run_unchecked(
-            backend,
-            (*tensors, plan.image_index, plan.order, plan.segments),
-            (plan.visible, plan.image_lengths),
-        )
-    ):
-        results = _attend_unchecked(*tensors, plan, scale)
-        if results is not None:
-            return results if return_lse else results[0]
     query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
+    scale = checks.softmax_scale(scale, query.shape[-1], query.dtype)
     check_flag("return_lse", return_lse)
     plan = _check_plan(plan_or_image_index, query, key.shape[2])
-    chosen = backends.choose("cross_attention", backend, query.device.type, query, key, value)
-    args = (query, key, value, *plan, scale)
-    if chosen != "reference":
-        out, logsumexp = common.call(ops.FORWARD[chosen], args, _MEMBERS)
-    else:
-        with common.no_autocast(query.device.type):
-            out, logsumexp = reference.cross_attention(*args)
-        # Laid out as kernels lay it out, so that a view that one allows the other allows, too.
-        if heads_inside_tokens(query):
-            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    try:
+        out, logsumexp = dispatch.run(
+            "cross_attention",
+            (query, key, value, *plan, scale),
+            backend,
+            (query, key, value),
+            out_like_query=True,
+        )
+    except RuntimeError:
+        _check_numbers(plan, query.shape[2])
+        raise
     return (out, logsumexp) if return_lse else out
 
 
-def _attend_unchecked(
-    query: Tensor, key: Tensor, value: Tensor, plan: CrossAttentionPlan, scale: Any
-) -> tuple[Tensor, Tensor] | None:
-    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
-    if query.dim() != 4 or value.dim() != 5:
-        return None
-    head_dim = query.shape[3]
-    if head_dim == 0 or value.shape[4] == 0:
-        return None
-    tokens, images, visible = query.shape[2], value.shape[2], plan.visible
-    if plan.order.shape != (query.shape[0], tokens if visible is None else tokens * images):
-        return None
-    if visible is not None and (  # which the operator does not read
-        visible.dtype != torch.bool or visible.shape != (query.shape[0], tokens, images)
-    ):
-        return None
-    scale = common.plain_scale(scale, head_dim)
-    if scale is None:
-        return None
-    return common.call_unchecked(ops.FORWARD["cpu"], query, key, value, *plan, scale)
-
-
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating_tensor(name, tensor)
-    query, key, value = common.autocast(query, key, value)
-    check_alike("key", key, "query", query)
-    check_alike("value", value, "query", query)
+    query, key, value = checks.cast_alike(("query", "key", "value"), (query, key, value))
     if query.dim() != 4:
         reject("query", "shape (B, Hq, T, D)", tuple(query.shape))
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 5:
             reject(name, "shape (B, Hkv, I, L, D)", tuple(tensor.shape))
-    for name, tensor in (("query", query), ("value", value)):
-        if tensor.shape[-1] == 0:
-            reject(name, "a head dim of at least 1", tuple(tensor.shape))
-    if key.shape[-1] != query.shape[-1]:
-        reject("key", f"the head dim of query, {query.shape[-1]}", tuple(key.shape))
+    checks.check_head_dims(query.shape, key.shape, value.shape)
     if key.shape[0] != query.shape[0]:
         reject("key", f"the batch of query, {query.shape[0]}", tuple(key.shape))
     if value.shape[:4] != key.shape[:4]:
         expected = f"batch, heads, images and latents of key, {tuple(key.shape[:4])}"
         reject("value", expected, tuple(value.shape))
-    heads, key_heads = query.shape[1], key.shape[1]
-    if key_heads != heads and (key_heads == 0 or heads % key_heads != 0):
-        reject("key", f"a number of heads that divides query's {heads}", key_heads)
+    checks.check_group("key", query.shape[1], key.shape[1])
+    checks.check_sizes("query", query, _MOST_QUERIES)
+    checks.check_sizes("value", value, _MOST_VALUES)  # and key has no others
     return query, key, value
 
 
@@ -334,8 +285,8 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
             reject(name, f"batch and tokens of query, {tokens}", tuple(plan.shape))
         if plan.dim() == 3 and plan.shape[2] != images:
             reject(name, f"a bit for each of key's {images} images", tuple(plan.shape))
-        common.check_device(name, plan, "query", query)
-        if plan.dtype != torch.bool and common.may_read_values(plan):
+        checks.check_device(name, plan, "query", query)
+        if plan.dtype != torch.bool and checks.may_read_values(plan):
             _check_values(name, plan, images, "zero")
         return _make_plan(plan, images)
     _check_members(plan, query)
@@ -362,7 +313,7 @@ def _check_members(plan: CrossAttentionPlan, query: Tensor) -> None:
         member = _MEMBERS[field]
         if tensor is None and field in ("visible", "image_lengths"):
             continue
-        common.check_strided(member, tensor)
+        checks.check_strided(member, tensor)
         dtype = torch.bool if field == "visible" else torch.int32
         if tensor.dtype != dtype:
             reject_type(member, f"dtype {dtype}", tensor.dtype)
@@ -371,12 +322,41 @@ def _check_members(plan: CrossAttentionPlan, query: Tensor) -> None:
             reject(member, f"{dims} dimensions", tuple(tensor.shape))
         if not tensor.is_contiguous():
             reject(member, "a contiguous tensor", f"strides {tensor.stride()}")
-        common.check_device(member, tensor, "query", query)
+        checks.check_device(member, tensor, "query", query)
+
+
+def _check_numbers(plan: CrossAttentionPlan, tokens: int) -> None:
+    """Raises ValueError where a number in a plan made by hand is none that kernels can index by.
+
+    Operators look themselves, so this only finds out, after a failure, whether that was it.
+    """
+    members = {field: tensor for field, tensor in plan._asdict().items() if tensor is not None}
+    for field, tensor in members.items():
+        checks.check_memory(_MEMBERS[field], tensor)
+    if not all(map(checks.may_read_values, members.values())):
+        return
+    most = plan.num_images if plan.visible is None else checks.MOST_INT32
+    for kind in plan.image_index.unique().tolist():
+        if not DENSE <= kind <= most:
+            reject(_MEMBERS["image_index"], f"numbers from {DENSE} to {most}", kind)
+    for order, segments in zip(plan.order, plan.segments.tolist(), strict=True):
+        for begin, middle, end in segments:
+            if not 0 <= begin <= middle <= end <= len(order):
+                expected = f"increasing positions of at most {len(order)}"
+                reject(_MEMBERS["segments"], expected, (begin, middle, end))
+            if plan.visible is None and middle != end:
+                expected = "one list for each image where visible is None"
+                reject(_MEMBERS["segments"], expected, (begin, middle, end))
+            for part in (order[begin:middle], order[middle:end]):
+                in_range = len(part) == 0 or (part[0] >= 0 and part[-1] < tokens)
+                if not in_range or (part[1:] <= part[:-1]).any():
+                    expected = f"an image's tokens to increase from 0 to {tokens - 1}"
+                    reject(_MEMBERS["order"], expected, part.tolist())
 
 
 def _check_index(index: Any, name: str = "image_index") -> None:
-    common.check_strided(name, index)
-    if index.dtype not in (*common.INTEGER, torch.bool):
+    checks.check_strided(name, index)
+    if index.dtype not in (*checks.INTEGER, torch.bool):
         reject_type(name, "an integer dtype, or bool with (B, T, I)", index.dtype)
     if index.dim() == 2 and index.dtype == torch.bool:
         reject_type(name, "an integer dtype with (B, T): see image_index()", index.dtype)
@@ -387,14 +367,14 @@ def _check_index(index: Any, name: str = "image_index") -> None:
 
 
 def _check_lengths(lengths: Any, index: Tensor, images: int) -> Tensor:
-    common.check_strided("image_lengths", lengths, "a tensor or None")
-    if lengths.dtype not in common.INTEGER:
+    checks.check_strided("image_lengths", lengths, "a tensor or None")
+    if lengths.dtype not in checks.INTEGER:
         reject_type("image_lengths", "an integer dtype", lengths.dtype)
     if lengths.shape != (index.shape[0], images):
         reject("image_lengths", f"shape {(index.shape[0], images)}", tuple(lengths.shape))
-    common.check_device("image_lengths", lengths, "image_index", index)
+    checks.check_device("image_lengths", lengths, "image_index", index)
     saturated = _saturated_int32(lengths)
-    if common.may_read_values(lengths) and bool((saturated < 0).any()):
+    if checks.may_read_values(lengths) and bool((saturated < 0).any()):
         reject("image_lengths", "lengths of at least 0", int(lengths.long().min()))
     return saturated
 
@@ -423,10 +403,3 @@ def _check_pairs(tokens: int, images: int) -> None:
     most = 2**30
     if not torch.compiler.is_compiling() and tokens * images > most:
         reject("num_images", f"at most {most} pairs with {tokens} tokens", images)
-
-
-def _check_choice(name: str, choice: Any, choices: Any) -> None:
-    if not isinstance(choice, str):
-        reject_type(name, "a string", type(choice).__name__)
-    if choice not in choices:
-        reject(name, f"one of {', '.join(map(repr, choices))}", repr(choice))

@@ -7,20 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.functional import common
-from vlmfast.functional.common import (
-    check_alike,
-    check_flag,
-    check_floating_tensor,
-    reject,
-    reject_type,
-)
-from vlmfast.ops import flash_attention as ops
-from vlmfast.ops.common import heads_inside_tokens
-from vlmfast.reference import flash_attention as reference
+from vlmfast import checks, dispatch
+from vlmfast.checks import check_flag, check_group, reject, reject_type
+
+_NAMES = ("query", "key", "value")
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+
+# Batch, heads, tokens and head dim, as kernels count them.
+MOST_SIZES = (checks.MOST_INT64, 1 << 29, 1 << 29, 1 << 16)
 
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 Packed = tuple[Tensor | None, Tensor | None, int, int]
@@ -86,15 +81,11 @@ def scaled_dot_product_attention(
             [0, 1], or backend is unknown.
         NotImplementedError: the forced backend cannot run the call.
     """
-    is_plain = attn_mask is None and type(dropout_p) is float and dropout_p == 0.0
-    is_plain = is_plain and type(enable_gqa) is bool
-    if is_plain and common.may_run_unchecked(backend, (query, key, value)):
-        results = _attend_unchecked(query, key, value, is_causal, scale)
-        if results is not None:
-            return results[0]
-    query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
-    dropout_p = common.check_dropout("dropout_p", dropout_p)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    _check_shapes(shape, key_shape, value_shape)
+    scale = checks.softmax_scale(scale, shape[-1], query.dtype)
+    dropout_p = checks.check_dropout("dropout_p", dropout_p)
     causal = TOP_LEFT if check_flag("is_causal", is_causal) else NO_CAUSALITY
     check_flag("enable_gqa", enable_gqa)
     if attn_mask is not None:
@@ -103,12 +94,11 @@ def scaled_dot_product_attention(
         else:
             attn_mask = _check_mask("attn_mask", attn_mask, query)
 
-    shape, key_shape = query.shape, key.shape
-    if value.shape[-2] != key_shape[-2]:
-        reject("value", f"the length of key, {key_shape[-2]}", tuple(value.shape))
-    if len(shape) == 4 and shape[:2] == key_shape[:2] and key_shape[:2] == value.shape[:2]:
-        leading: tuple[int, ...] = shape[:2]
-    else:
+    if value_shape[-2] != key_shape[-2]:
+        reject("value", f"the length of key, {key_shape[-2]}", tuple(value_shape))
+    leading: tuple[int, ...] = shape[:2]
+    is_4d = len(shape) == len(key_shape) == len(value_shape) == 4
+    if not is_4d or key_shape[:2] != leading or value_shape[:2] != leading:
         query, key, value, leading = _broadcast_to_4d(query, key, value, enable_gqa)
     if attn_mask is not None:
         scores_shape = (*leading, shape[-2], key_shape[-2])
@@ -162,14 +152,15 @@ def varlen_attention(
             are checked for CPU tensors, elsewhere with VLMFAST_CHECKS=1; kernels bound every index.
         NotImplementedError: the forced backend cannot run the call.
     """
-    query, key, value = _cast_and_check(query, key, value)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    _check_shapes(query.shape, key.shape, value.shape)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 3:
             reject(name, "shape (total, heads, head dim)", tuple(tensor.shape))
     if value.shape[:2] != key.shape[:2]:
         reject("value", f"total and heads of key, {tuple(key.shape)}", tuple(value.shape))
-    _check_group("key", query.shape[1], key.shape[1])
-    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
+    check_group("key", query.shape[1], key.shape[1])
+    scale = checks.softmax_scale(scale, query.shape[-1], query.dtype)
     packed = _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     causal = BOTTOM_RIGHT if check_flag("is_causal", is_causal) else NO_CAUSALITY
     check_flag("return_lse", return_lse)
@@ -216,9 +207,10 @@ def memory_efficient_attention(
         NotImplementedError: the class of attn_bias is not one of those above, or the forced backend
             cannot run the call.
     """
-    query, key, value = _cast_and_check(query, key, value)
-    scale = common.softmax_scale(scale, query.shape[-1], query.dtype)
-    p = common.check_dropout("p", p)
+    query, key, value = checks.cast_alike(_NAMES, (query, key, value))
+    _check_shapes(query.shape, key.shape, value.shape)
+    scale = checks.softmax_scale(scale, query.shape[-1], query.dtype)
+    p = checks.check_dropout("p", p)
     if query.dim() not in (3, 4, 5):
         reject("query", "layout BMHK, BMK or BMGHK", tuple(query.shape))
     heads_shape = query.shape[2:-1]
@@ -262,69 +254,35 @@ def _attend(
     backend: str | None,
     packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses the backend and runs it. Shapes are those of the operators, already checked."""
-    chosen = backends.choose(
-        "flash_attention", backend, query.device.type, query, key, value, attn_mask
+    """Runs the backend. Shapes are those of the operators, already checked but for their sizes."""
+    checks.check_sizes("query", query, MOST_SIZES)
+    checks.check_sizes("value", value, MOST_SIZES)  # and key has no others
+    return dispatch.run(
+        "flash_attention",
+        (query, key, value, attn_mask, *packed, causal, scale, dropout_p),
+        backend,
+        (query, key, value, attn_mask),
+        dropout_p=dropout_p,
+        out_like_query=True,
     )
-    seed = common.draw_seed(query.device) if dropout_p > 0.0 else None
-    args = (query, key, value, attn_mask, *packed, causal, scale, dropout_p, seed)
-    if chosen != "reference":
-        return common.call(ops.FORWARD[chosen], args)
-    with common.no_autocast(query.device.type):
-        out, logsumexp = reference.flash_attention(*args)
-    # Laid out as kernels lay it out, so that a view that one allows the other allows, too.
-    if heads_inside_tokens(query):
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, logsumexp
 
 
-def _attend_unchecked(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: Any, scale: Any
-) -> tuple[Tensor, Tensor] | None:
-    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
-    shape = query.shape
-    if len(shape) != 4 or key.dim() != 4 or value.dim() != 4 or type(is_causal) is not bool:
-        return None
-    # Heads of a group, which the operator would accept, need enable_gqa.
-    leading = shape[:2]
-    if key.shape[:2] != leading or value.shape[:2] != leading:
-        return None
-    if shape[3] == 0 or value.shape[3] == 0:
-        return None
-    scale = common.plain_scale(scale, shape[3])
-    if scale is None:
-        return None
-    causal = TOP_LEFT if is_causal else NO_CAUSALITY
-    args = (query, key, value, None, *NOT_PACKED, causal, scale, 0.0, None)
-    return common.call_unchecked(ops.FORWARD["cpu"], *args)
-
-
-def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts for autocast and checks what no layout changes."""
-    check_floating_tensor("query", query)
-    check_floating_tensor("key", key)
-    check_floating_tensor("value", value)
-    query, key, value = common.autocast(query, key, value)
-    check_alike("key", key, "query", query)
-    check_alike("value", value, "query", query)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() < 2:
-            reject(name, "at least 2 dimensions", tuple(tensor.shape))
-        if tensor.shape[-1] == 0:
-            reject(name, "a head dim of at least 1", tuple(tensor.shape))
-    if key.shape[-1] != query.shape[-1]:
-        reject("key", f"the head dim of query, {query.shape[-1]}", tuple(key.shape))
-    return query, key, value
+def _check_shapes(*shapes: torch.Size) -> None:
+    """What no layout of query, key and value changes."""
+    for name, shape in zip(_NAMES, shapes, strict=True):
+        if len(shape) < 2:
+            reject(name, "at least 2 dimensions", tuple(shape))
+    checks.check_head_dims(*shapes)
 
 
 def _check_mask(argument: str, mask: Any, query: Tensor) -> Tensor:
     """The mask in a dtype that kernels take: bool, or floating of at most 32 bits."""
-    common.check_strided(argument, mask, "a tensor or None")
-    if mask.dtype != torch.bool and mask.dtype not in common.FLOATING:
-        reject_type(argument, f"a bool or {common.floating_dtype(mask)}", mask.dtype)
+    checks.check_strided(argument, mask, "a tensor or None")
+    if mask.dtype != torch.bool and mask.dtype not in checks.FLOATING:
+        reject_type(argument, f"a bool or {checks.floating_dtype(mask)}", mask.dtype)
     if mask.dtype == torch.float64 and query.dtype != torch.float64:
         mask = mask.to(torch.float32)
-    common.check_device(argument, mask, "query", query)
+    checks.check_device(argument, mask, "query", query)
     return mask
 
 
@@ -364,11 +322,6 @@ def _merge_heads(mask: Tensor, scores_shape: tuple[int, ...]) -> Tensor:
     return mask.flatten(1, 2)
 
 
-def _check_group(argument: str, heads: int, kv_heads: int) -> None:
-    if heads % kv_heads if kv_heads else heads:
-        reject(argument, f"a number of heads that divides query's, {heads}", kv_heads)
-
-
 def _broadcast_sizes(sizes: tuple[int, int, int], what: str) -> int:
     """The size that query's, key's and value's broadcast to."""
     wanted = 1
@@ -390,8 +343,8 @@ def _broadcast_to_4d(
     tensors = [x[(None,) * (max(rank, 3) - x.dim())] for x in (query, key, value)]
     heads, key_heads, value_heads = (x.shape[-3] for x in tensors)
     if enable_gqa:
-        _check_group("key", heads, key_heads)
-        _check_group("value", heads, value_heads)
+        check_group("key", heads, key_heads)
+        check_group("value", heads, value_heads)
     else:
         heads = _broadcast_sizes((heads, key_heads, value_heads), "a number of heads")
     batch_shape = tuple(
@@ -423,18 +376,19 @@ def _check_packed(
 ) -> Packed:
     """Checks cumulative lengths; query and key are (total, H, D)."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        common.check_strided(name, cu_seqlens)
+        checks.check_strided(name, cu_seqlens)
+        checks.check_memory(name, cu_seqlens)
         if cu_seqlens.dtype != torch.int32:
             reject_type(name, "dtype torch.int32", cu_seqlens.dtype)
-        common.check_device(name, cu_seqlens, "query", query)
+        checks.check_device(name, cu_seqlens, "query", query)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             reject(name, "shape (sequences + 1,)", tuple(cu_seqlens.shape))
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         expected = f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}"
         reject("cu_seqlens_k", expected, tuple(cu_seqlens_k.shape))
-    max_seqlen_q = common.check_integer("max_seqlen_q", max_seqlen_q)
-    max_seqlen_k = common.check_integer("max_seqlen_k", max_seqlen_k)
-    if common.may_read_values(cu_seqlens_q) and common.may_read_values(cu_seqlens_k):
+    max_seqlen_q = checks.check_integer("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = checks.check_integer("max_seqlen_k", max_seqlen_k)
+    if checks.may_read_values(cu_seqlens_q) and checks.may_read_values(cu_seqlens_k):
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q.tolist(), query.shape[0], max_seqlen_q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k.tolist(), key.shape[0], max_seqlen_k)
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
@@ -494,7 +448,7 @@ def _read_block_diagonal(bias: Any, query: Tensor, key: Tensor) -> Packed:
         total = sequences.seqstart_py[-1]
         if tensor.shape[1] != total:
             reject(name, f"{total} tokens, as attn_bias has", tuple(tensor.shape))
-        common.check_device("attn_bias", sequences.seqstart, "query", query)
+        checks.check_device("attn_bias", sequences.seqstart, "query", query)
     return (
         sequences_q.seqstart,
         sequences_k.seqstart,

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.functional import common
-from vlmfast.functional.common import check_alike, check_floating_tensor, reject, reject_type
-from vlmfast.ops import window_attention as ops
-from vlmfast.reference import window_attention as reference
+from vlmfast import checks, dispatch
+from vlmfast.checks import check_floating_tensor, reject, reject_type
+
+# As kernels count them: batch, height and width; and channels.
+_MOST_SIDES, _MOST_CHANNELS = (checks.MOST_INT64, 1 << 30, 1 << 30), 1 << 24
 
 
 def shifted_window_attention(
@@ -79,16 +79,11 @@ def shifted_window_attention(
 
     Source: Liu et al., "Swin Transformer" (2021) and "Swin Transformer V2" (2022).
     """
-    parameters = (relative_position_bias, logit_scale, pad_value)
-    is_plain = type(dropout_p) is float and dropout_p == 0.0
-    if is_plain and common.may_run_unchecked(backend, (qkv,), parameters):
-        geometry = (num_heads, window_size, shift_size, wrap)
-        results = _attend_unchecked(qkv, *parameters, *geometry, scale, mask_value)
-        if results is not None:
-            return results[0]
     query, key, value = _cast_and_check(qkv)
-    channels = query.shape[3] // 3 if key is None else query.shape[3]
-    num_heads = common.check_integer("num_heads", num_heads, least=1)
+    packed = 3 if key is None else 1
+    channels = query.shape[3] // packed
+    checks.check_sizes("qkv", query, (*_MOST_SIDES, packed * _MOST_CHANNELS))
+    num_heads = checks.check_integer("num_heads", num_heads, least=1)
     if channels == 0 or channels % num_heads:
         reject("num_heads", f"a number that divides the {channels} channels", num_heads)
     head_dim = channels // num_heads
@@ -105,69 +100,21 @@ def shifted_window_attention(
     )
     logit_scale = _check_parameter("logit_scale", logit_scale, (num_heads,), query)
     pad_value = _check_parameter("pad_value", pad_value, (3 * channels,), query)
-    scale = common.softmax_scale(scale, head_dim, query.dtype)
-    mask_value = common.check_number("mask_value", mask_value, query.dtype)
+    scale = checks.softmax_scale(scale, head_dim, query.dtype)
+    mask_value = checks.check_number("mask_value", mask_value, query.dtype)
     if not isinstance(wrap, str):
         reject_type("wrap", "'padded' or 'unpadded'", type(wrap).__name__)
     if wrap not in ("padded", "unpadded"):
         reject("wrap", "'padded' or 'unpadded'", repr(wrap))
-    dropout_p = common.check_dropout("dropout_p", dropout_p)
+    dropout_p = checks.check_dropout("dropout_p", dropout_p)
 
-    chosen = backends.choose(
-        "window_attention",
-        backend,
-        query.device.type,
-        query,
-        bias,
-        logit_scale,
-        pad_value,
-        head_dim,
-        window,
-    )
-    seed = common.draw_seed(query.device) if dropout_p > 0.0 else None
     args = (
         *(query, key, value, bias, logit_scale, pad_value),
-        *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p, seed),
+        *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p),
     )
-    if chosen != "reference":
-        out, _ = common.call(ops.FORWARD[chosen], args, {"query": "qkv"})
-        return out
-    with common.no_autocast(query.device.type):
-        out, _ = reference.window_attention(*args)
+    inputs = (query, bias, logit_scale, pad_value, head_dim, window)
+    out, _ = dispatch.run("window_attention", args, backend, inputs, dropout_p=dropout_p)
     return out
-
-
-def _attend_unchecked(
-    qkv: Any,
-    bias: Tensor | None,
-    logit_scale: Tensor | None,
-    pad_value: Tensor | None,
-    num_heads: Any,
-    window_size: Any,
-    shift_size: Any,
-    wrap: Any,
-    scale: Any,
-    mask_value: Any,
-) -> tuple[Tensor, Tensor] | None:
-    """What the CPU's operator returns, for arguments that mean the same to it; else None."""
-    for pair in (window_size, shift_size):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            return None
-        if not all(map(common.is_plain_integer, pair)):
-            return None
-    if qkv.dim() != 4 or not common.is_plain_integer(num_heads) or num_heads == 0:
-        return None
-    if type(wrap) is not str or wrap not in ("padded", "unpadded"):
-        return None
-    if not common.is_plain_number(mask_value):
-        return None
-    scale = common.plain_scale(scale, max(1, qkv.shape[3] // 3 // num_heads))
-    if scale is None:
-        return None
-    return common.call_unchecked(
-        *(ops.FORWARD["cpu"], qkv, None, None, bias, logit_scale, pad_value, num_heads),
-        *(*window_size, *shift_size, wrap == "padded", scale, mask_value, 0.0, None),
-    )
 
 
 def _cast_and_check(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -176,19 +123,16 @@ def _cast_and_check(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         check_floating_tensor("qkv", qkv)
         if qkv.dim() != 4 or qkv.shape[3] % 3:
             reject("qkv", "shape (batch, height, width, 3 * channels)", tuple(qkv.shape))
-        return common.autocast(qkv)[0], None, None
+        return checks.autocast(qkv)[0], None, None
     if not isinstance(qkv, (tuple, list)):
         reject_type("qkv", "a tensor or a tuple of three", type(qkv).__name__)
     if len(qkv) != 3:
         reject("qkv", "a tensor or a tuple of three", f"a {type(qkv).__name__} of {len(qkv)}")
     names = ("qkv[0]", "qkv[1]", "qkv[2]")
-    for name, tensor in zip(names, qkv, strict=True):
-        check_floating_tensor(name, tensor)
-    query, key, value = common.autocast(*qkv)
+    query, key, value = checks.cast_alike(names, qkv)
     if query.dim() != 4:
         reject(names[0], "shape (batch, height, width, channels)", tuple(query.shape))
     for name, tensor in zip(names[1:], (key, value), strict=True):
-        check_alike(name, tensor, names[0], query)
         if tensor.shape != query.shape:
             reject(name, f"the shape of qkv[0], {tuple(query.shape)}", tuple(tensor.shape))
     return query, key, value
@@ -199,8 +143,8 @@ def _check_pair(argument: str, pair: Any) -> tuple[int, int]:
         reject_type(argument, "a pair of ints", type(pair).__name__)
     if len(pair) != 2:
         reject(argument, "a pair of ints", pair)
-    least = -common.MOST_INT32  # the caller says better how small they may be
-    height, width = (common.check_integer(argument, number, least) for number in pair)
+    least = -checks.MOST_INT32  # the caller says better how small they may be
+    height, width = (checks.check_integer(argument, number, least) for number in pair)
     return height, width
 
 
@@ -211,12 +155,12 @@ def _check_parameter(
     if tensor is None:
         return None
     check_floating_tensor(argument, tensor)
-    common.check_device(argument, tensor, "qkv", query)
+    checks.check_device(argument, tensor, "qkv", query)
     if tuple(tensor.shape) != shape:
         reject(argument, f"shape {shape}", tuple(tensor.shape))
     if tensor.dtype == torch.float64 and query.dtype != torch.float64:
         narrowed = tensor.to(torch.float32)
-        if common.may_read_values(tensor):
+        if checks.may_read_values(tensor):
             overflows = narrowed.detach().isinf() & tensor.detach().isfinite()
             if overflows.any():
                 got = tensor.detach()[overflows][0].item()

@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 from torch import nn
 
 from vlmfast.backends import check_backend
+from vlmfast.families import FAMILIES
 from vlmfast.integrations.rules import BACKEND, LINEAR, MARK, Replacement, Rule, class_name
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "unpatch"]
@@ -19,8 +20,6 @@ LIBRARIES = ("open_clip", "timm", "torchvision", "transformers", "flamingo", "to
 
 # Recognised by what its layers are made of, wherever their classes come from.
 STRUCTURAL = "flamingo"
-
-FAMILIES = ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
 
 
 class PatchEntry(NamedTuple):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import (
+from vlmfast.checks import (
     check_flag,
     check_integer,
     check_number,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import (
+from vlmfast.checks import (
     check_device,
     check_flag,
     check_floating_tensor,

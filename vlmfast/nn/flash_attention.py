@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import (
+from vlmfast.checks import (
     FLOATING,
     check_device,
     check_flag,

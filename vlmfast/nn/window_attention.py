@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmfast.functional as VF
-from vlmfast.functional.common import (
+from vlmfast.checks import (
     MOST_INT32,
     check_dropout,
     check_flag,

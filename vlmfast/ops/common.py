@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+
+from vlmfast.ops.flops import register_flops
 
 NAMESPACE = "vlmfast"
 
@@ -177,16 +178,13 @@ def is_eager() -> bool:
 
 
 def call(operator: Any, *args: Any) -> Any:
-    """Calls an operator, in the short way if there is one."""
-    return call_eagerly(operator, *args) if is_eager() else operator(*args)
+    """Calls an operator as its autograd kernel would, where nobody watches.
 
-
-def call_eagerly(operator: Any, *args: Any) -> Any:
-    """Calls an operator as its autograd kernel would, without the dispatcher's way to it.
-
-    A kernel in Python costs that way, some 4 us, and several times as much where other code has
-    taken the cache meanwhile. Only where `is_eager()`.
+    An autograd kernel in Python costs the dispatcher's way to it, some 4 us, and several times as
+    much where other code has taken the cache meanwhile.
     """
+    if not is_eager():
+        return operator(*args)
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return below_autograd(operator, *args)
     if torch.is_inference_mode_enabled():  # and gradients all the same
@@ -248,11 +246,6 @@ def forbid_double_backward(name: str, operator: Any) -> None:
             )
 
     register_autograd(name, operator, FirstDerivativeOnly)
-
-
-def register_flops(operator: Any, formula: Callable[..., int]) -> None:
-    """Registers a formula for torch.utils.flop_counter; it receives the operator's arguments."""
-    register_flop_formula(operator._overloadpacket, get_raw=True)(formula)
 
 
 def heads_inside_tokens(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlmfast.functional.common import check_device, check_integer, reject_type
+from vlmfast.checks import check_device, check_integer, reject_type
 from vlmfast.kept import Copied, Keepers, can_be_copied
 
 __all__ = [

@@ -8,21 +8,10 @@ from contextlib import nullcontext
 import torch
 
 from vlmfast import backends
-from vlmfast.verify import (
-    contrastive_loss,
-    cross_attention,
-    flash_attention,
-    window_attention,
-)
+from vlmfast.families import rows
 from vlmfast.verify.common import Case, Measurement, cpu_isa, measure
 
-# A family takes part by a page of cases and a line here.
-CASES: dict[str, list[Case]] = {
-    "flash_attention": flash_attention.CASES,
-    "window_attention": window_attention.CASES,
-    "cross_attention": cross_attention.CASES,
-    "contrastive_loss": contrastive_loss.CASES,
-}
+CASES: dict[str, list[Case]] = {family: row.CASES for family, row in rows("vlmfast.verify").items()}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

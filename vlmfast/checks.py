@@ -1,23 +1,18 @@
-"""What the functions of all families share: argument checks, autocast, dropout's seed.
+"""Checks of arguments, for whatever is public.
 
-Every check raises a ValueError or TypeError that names the argument, what was expected and what was
-got, and none of them reads a tensor's values, but where it says so.
+Each of them raises a ValueError or TypeError that names the argument, what was expected and what
+was got, and none reads a tensor's values, except where it says so.
 """
 
 import math
 import operator
 import os
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from vlmfast import backends
-from vlmfast.ops.common import EXTENSION_ERROR, call_eagerly, is_eager
-from vlmfast.ops.common import call as ops_call
 from vlmfast.reference.common import compute_dtype
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # no subclass that a mode makes, such as FakeTensor
@@ -28,7 +23,7 @@ INTEGER = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
 MOST_INT32 = 2**31 - 1
-_MOST_FLOAT32 = torch.finfo(torch.float32).max
+MOST_INT64 = 2**63 - 1
 
 
 def reject(argument: str, expected: str, got: Any) -> NoReturn:
@@ -39,61 +34,6 @@ def reject(argument: str, expected: str, got: Any) -> NoReturn:
 def reject_type(argument: str, expected: str, got: Any) -> NoReturn:
     """Raises TypeError."""
     raise TypeError(f"{argument}: expected {expected}, got {got}")
-
-
-def may_run_unchecked(
-    backend: str | None, tensors: Sequence[Any], optional: Sequence[Any] = ()
-) -> bool:
-    """Whether a call may go to the CPU's operator first and be checked only if that refuses.
-
-    The operator checks all that could touch foreign memory, in less time than Python takes to look
-    at the tensors: that is 0.1 ms where a model's other layers have taken the cache meanwhile. Here
-    it need only be certain that it is this operator, on values, that will be called.
-    """
-    return (
-        backend is None
-        and EXTENSION_ERROR is None
-        and backends.is_free()
-        and is_eager()
-        and not torch.is_autocast_enabled("cpu")
-        and all(map(_holds_values, tensors))
-        and all(tensor is None or _holds_values(tensor) for tensor in optional)
-        and tensors[0].dtype in backends.HALF_OR_FLOAT
-    )
-
-
-def _holds_values(tensor: Any) -> bool:
-    return type(tensor) in _PLAIN and tensor.is_cpu and not tensor.is_nested
-
-
-def call_unchecked(operator: Any, *args: Any) -> Any:
-    """The results of an operator; None where it fails, for checks of the caller's to say why.
-
-    What passes them is called again, and what then fails is raised.
-    """
-    try:
-        return call_eagerly(operator, *args)
-    except RuntimeError:
-        return None
-
-
-def call(operator: Any, args: Sequence[Any], names: Mapping[str, str] | None = None) -> Any:
-    """The results of an operator; what it refuses by its own checks is raised as a ValueError.
-
-    Args:
-        operator: of `vlmfast.ops`.
-        args: its arguments.
-        names: what the caller calls those that have other names there.
-    """
-    try:
-        return ops_call(operator, *args)
-    except RuntimeError as error:
-        refusal = re.search(r"([a-z]\w*(?:, \w+)*)(: expected .*)", str(error))
-        if refusal is None:
-            raise
-    arguments, says = refusal.groups()
-    called = (names.get(name, name) if names else name for name in arguments.split(", "))
-    raise ValueError(", ".join(called) + says)
 
 
 def check_floating_tensor(argument: str, tensor: Any) -> None:
@@ -119,6 +59,12 @@ def check_strided(argument: str, tensor: Any, expected: str = "a tensor") -> Non
         reject_type(argument, "a strided tensor", tensor.layout)
 
 
+def check_memory(argument: str, tensor: Tensor) -> None:
+    """Raises ValueError for a zero tensor of torch's autograd, whose numbers lie nowhere."""
+    if not torch.compiler.is_compiling() and tensor._is_zerotensor():
+        reject(argument, "a tensor that has memory", "a zero tensor")
+
+
 def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
     """Raises unless `tensor` has the dtype (TypeError) and device (ValueError) of `other`."""
     if tensor.dtype != other.dtype:
@@ -132,13 +78,78 @@ def check_device(argument: str, tensor: Tensor, other_argument: str, other: Tens
         reject(argument, f"the device of {other_argument}, {other.device}", tensor.device)
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, as torch casts its own attention: all but float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def cast_alike(names: Sequence[str], tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Floating tensors in autocast's dtype; raises unless they agree in dtype and device."""
+    for name, tensor in zip(names, tensors, strict=True):
+        check_floating_tensor(name, tensor)
+    tensors = autocast(*tensors)
+    first = tensors[0]
+    dtype, device = first.dtype, first.device
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.dtype != dtype or tensor.device != device:
+            check_alike(name, tensor, names[0], first)
+    return tensors
+
+
+def check_head_dims(query: torch.Size, key: torch.Size, value: torch.Size) -> None:
+    """Raises ValueError unless shapes of query and key agree in the last size, and none is 0."""
+    dim = query[-1]
+    if dim == 0:
+        reject("query", "a head dim of at least 1", tuple(query))
+    if value[-1] == 0:
+        reject("value", "a head dim of at least 1", tuple(value))
+    if key[-1] != dim:
+        reject("key", f"the head dim of query, {dim}", tuple(key))
+
+
+def check_group(argument: str, heads: int, kv_heads: int) -> None:
+    """Raises ValueError unless each head of the argument serves as many heads of query."""
+    if heads % kv_heads if kv_heads else heads:
+        reject(argument, f"a number of heads that divides query's, {heads}", kv_heads)
+
+
+def check_sizes(argument: str, tensor: Tensor, most: Sequence[int]) -> None:
+    """Raises ValueError where a size is larger than `most`, which kernels can count."""
+    if torch.compiler.is_compiling():  # sizes that are free would be bound
+        return
+    if any(map(operator.gt, tensor.shape, most)):
+        reject(argument, f"sizes of at most {tuple(most)}", tuple(tensor.shape))
+
+
+def check_fraction(argument: str, number: Any, expected: str = "a number in [0, 1]") -> float:
+    """A number in [0, 1]; raises TypeError or ValueError unless it is one."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        reject_type(argument, "a number in [0, 1]", type(number).__name__)
+    if not 0.0 <= number <= 1.0:
+        reject(argument, expected, number)
+    return float(number)
+
+
 def check_dropout(argument: str, p: Any) -> float:
     """The dropout probability; raises TypeError or ValueError unless it is a number in [0, 1]."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        reject_type(argument, "a number in [0, 1]", type(p).__name__)
-    if not 0.0 <= p <= 1.0:
-        reject(argument, "a probability in [0, 1]", p)
-    return float(p)
+    return check_fraction(argument, p, "a probability in [0, 1]")
+
+
+def check_choice(argument: str, choice: Any, choices: Collection[str]) -> None:
+    """Raises TypeError unless `choice` is a string, ValueError unless it is one of the choices."""
+    if not isinstance(choice, str):
+        reject_type(argument, "a string", type(choice).__name__)
+    if choice not in choices:
+        reject(argument, f"one of {', '.join(map(repr, choices))}", repr(choice))
 
 
 def softmax_scale(scale: Any, head_dim: int, dtype: torch.dtype = torch.float32) -> float:
@@ -146,23 +157,6 @@ def softmax_scale(scale: Any, head_dim: int, dtype: torch.dtype = torch.float32)
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     return check_number("scale", scale, dtype, "a number or None")
-
-
-def plain_scale(scale: Any, head_dim: int) -> float | None:
-    """`softmax_scale` where it need not check, and None where it must."""
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    return scale if is_plain_number(scale) else None
-
-
-def is_plain_number(number: Any) -> bool:
-    """Whether `check_number` would return the number as it is."""
-    return type(number) is float and -_MOST_FLOAT32 <= number <= _MOST_FLOAT32
-
-
-def is_plain_integer(number: Any) -> bool:
-    """Whether `check_integer` would return the number as it is."""
-    return type(number) is int and 0 <= number <= MOST_INT32
 
 
 def check_number(
@@ -201,30 +195,6 @@ def check_flag(argument: str, flag: Any) -> bool:
     if not isinstance(flag, (bool, torch.SymBool)):
         reject_type(argument, "True or False", type(flag).__name__)
     return flag  # type: ignore[return-value]
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """The key of a dropout mask, drawn from torch's generator: int64 (1,)."""
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, as torch casts its own attention: all but float64."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[None]:
-    """A context without autocast, for a reference: it rounds nothing that it was not given."""
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def may_read_values(tensor: Tensor) -> bool:
