@@ -1,4 +1,4 @@
-"""Command line: python -m bench [FAMILY ...], compare or report; see --help."""
+"""Command line: python -m bench [FAMILY ...], compare, profile or report; see --help."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import vlmfast
-from bench import compare, report
+from bench import compare, profile, report
 from bench.contest import Contest, contests, run
 from bench.contestant import OURS, is_installed
 from bench.families import FAMILIES
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] == "compare":
         return compare.main(arguments[1:])
+    if arguments and arguments[0] == "profile":
+        return profile.main(arguments[1:])
     if arguments and arguments[0] == "report":
         return report.main(arguments[1:])
     parser = _parser()
@@ -176,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Times families of kernels against their peers, each call checked first.",
         epilog="python -m bench compare BEFORE AFTER: what changed between two results.json. "
-        "python -m bench report RESULTS: the report of one that is kept.",
+        "python -m bench report RESULTS: the report of one that is kept. "
+        "python -m bench profile TARGET: where the time of a case or a model goes.",
     )
     parser.add_argument(
         "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all"

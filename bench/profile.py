@@ -1,7 +1,6 @@
-"""What a checkout adds to `python -m vlmfast profile`: cases, and the machine's ceilings.
+"""`python -m bench profile`: what `python -m vlmfast profile` does, and of cases, too.
 
-That command looks for this module in the folders beside its package; the package by itself profiles
-models alone.
+The machine's ceilings are measured here, so that a table says what share of them was reached.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from vlmfast.profile import Target
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profiles a model or a case; returns 0."""
-    return profile.main(arguments, case_targets, _ceilings)
+    return profile.main(arguments, "bench", case_targets, _ceilings)
 
 
 def _ceilings(dtypes: Sequence[str], device: str) -> Ceilings:

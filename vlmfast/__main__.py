@@ -1,13 +1,8 @@
 """Fused kernels for vision-language models: what runs here, how fast, and how exactly."""
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-
-import vlmfast
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,28 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return 1 if run_verify(options.seed) else 0
     if options.command == "profile":
-        return _program("profile").main(rest)
+        from vlmfast.profile import main as run_profile
+
+        return run_profile(rest)
     try:
         from vlmfast.demo import main as run_demo
     except ModuleNotFoundError as error:
         print(f"the demo needs {error.name}: pip install vlmfast[demo]", file=sys.stderr)
         return 1
     return run_demo(rest)
-
-
-def _program(command: str) -> ModuleType:
-    """The module of a command: in a checkout that of a folder beside this package, if one has it.
-
-    It knows what an installed package does not hold, and uses the module in here, which in turn
-    knows nothing of it.
-    """
-    for root in vlmfast.__path__[1:]:  # of a checkout
-        for path in sorted(Path(root).glob(f"*/{command}.py")):
-            if path.parent != Path(__file__).resolve().parent:
-                if root not in sys.path:
-                    sys.path.insert(0, root)
-                return importlib.import_module(f"{path.parent.name}.{command}")
-    return importlib.import_module(f"vlmfast.{command}")
 
 
 if __name__ == "__main__":

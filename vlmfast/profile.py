@@ -89,6 +89,7 @@ class Findings:
 
 def main(
     arguments: Sequence[str] | None = None,
+    module: str = "vlmfast",
     find_case: FindCase | None = None,
     measure_ceilings: MeasureCeilings | None = None,
 ) -> int:
@@ -96,36 +97,42 @@ def main(
 
     Args:
         arguments: of the command line.
+        module: whose command this is, `python -m <module> profile`.
         find_case: the targets that one names who names no model; it may raise SystemExit.
         measure_ceilings: what the machine can do; None: no share of it is told.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser(module)
+    options = parser.parse_args(arguments)
     if options.steps < 1:
-        _parser().error(f"argument --steps: expected at least 1, got {options.steps}")
+        parser.error(f"argument --steps: expected at least 1, got {options.steps}")
     if options.ncu_report:
         try:
             table = read_ncu(options.ncu_report.read_text().splitlines())
         except (OSError, ValueError) as error:
-            _parser().error(f"argument --ncu-report: {options.ncu_report}: {error}")
+            parser.error(f"argument --ncu-report: {options.ncu_report}: {error}")
         print(markdown_table(*table))
         return 0
     if options.target is None:
-        _parser().error("the following arguments are required: TARGET")
+        parser.error("the following arguments are required: TARGET")
     targets = list(_targets(options, find_case))
     if options.no_trace:
         _run_alone(targets, options.steps)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     found = [_measure(target, options) for target in targets]
-    print("\n".join(_report(found, options, measure_ceilings)))
+    print("\n".join(_report(found, measure_ceilings)))
+    if torch.cuda.is_available():
+        print(_ncu_command(module, options))
+        print(f"then: python -m {module} profile --ncu-report ncu.csv")
+    print("open a trace at https://ui.perfetto.dev")
     if sys.platform == "linux":
         for target in targets:
             print(f"\n{target.name}\n{_counters(target.run, options.steps)}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m vlmfast profile", description=__doc__)
+def _parser(module: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {module} profile", description=__doc__)
     parser.add_argument("target", nargs="?", metavar="TARGET")
     parser.add_argument(
         "--patched", action="store_true", help="also after vlmfast.patch, and both side by side"
@@ -155,7 +162,7 @@ def _targets(options: argparse.Namespace, find_case: FindCase | None) -> Iterato
     found = _find_model(options, device)
     if found is None:
         if find_case is None:
-            raise SystemExit(f"no model is called {options.target!r}, and cases need a checkout")
+            raise SystemExit(f"no model is called {options.target!r}; cases need a checkout")
         yield from find_case(options, device)
         return
     model, inputs, run, dtype = found
@@ -272,9 +279,7 @@ def _file_name(text: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in text).strip("-")
 
 
-def _report(
-    found: Sequence[Findings], options: argparse.Namespace, measure_ceilings: MeasureCeilings | None
-) -> Iterator[str]:
+def _report(found: Sequence[Findings], measure_ceilings: MeasureCeilings | None) -> Iterator[str]:
     ceilings = None
     if measure_ceilings is None:
         yield "the machine's ceilings are measured in a checkout, and this is none"
@@ -308,10 +313,6 @@ def _report(
         )
     yield ""
     yield from _resources()
-    if torch.cuda.is_available():
-        yield _ncu_command(options)
-        yield "then: python -m vlmfast profile --ncu-report ncu.csv"
-    yield "open a trace at https://ui.perfetto.dev"
 
 
 def ncu_command(report: str) -> list[str]:
@@ -323,9 +324,9 @@ def ncu_command(report: str) -> list[str]:
     return ["ncu", *raw, "--metrics", ",".join(NCU_METRICS), "--log-file", report]
 
 
-def _ncu_command(options: argparse.Namespace) -> str:
+def _ncu_command(module: str, options: argparse.Namespace) -> str:
     """The same target under Nsight Compute, one step of it."""
-    profiled = ["-m", "vlmfast", "profile", options.target, "--steps", "1", "--no-trace"]
+    profiled = ["-m", module, "profile", options.target, "--steps", "1", "--no-trace"]
     profiled += ["--dtype", options.dtype, "--mode", options.mode, "--batch", str(options.batch)]
     profiled += ["--patched"] if options.patched else []
     return shlex.join([*ncu_command("ncu.csv"), "python", *profiled])
