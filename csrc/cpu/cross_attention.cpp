@@ -67,7 +67,7 @@ bool increases(const int32_t* first, const int32_t* end, int32_t end_value) {
 // Everything in a plan that kernels use as an index.
 void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
   const int32_t* kinds = problem.image_index;
-  const int32_t most = problem.several ? std::numeric_limits<int32_t>::max() : problem.images;
+  const int32_t most = problem.many_images ? std::numeric_limits<int32_t>::max() : problem.images;
   bool known = true;
   for (int64_t i = 0; i < batch * problem.tokens; i++)
     known &= kinds[i] >= kDenseRow && kinds[i] <= most;
@@ -80,7 +80,7 @@ void check_plan(const CrossAttentionProblem& problem, int64_t batch) {
     VLMFAST_CHECK(0 <= segment[0] && segment[0] <= segment[1] && segment[1] <= segment[2] &&
                       segment[2] <= problem.order_size,
                   "segments: expected increasing positions of at most ", problem.order_size);
-    VLMFAST_CHECK(problem.several || segment[1] == segment[2],
+    VLMFAST_CHECK(problem.many_images || segment[1] == segment[2],
                   "segments: expected one list for each image where visible is None");
     const int32_t* order = problem.order + row / problem.images * problem.order_size;
     for (int part = 0; part < 2; part++)
@@ -132,7 +132,7 @@ void describe(const Inputs& in, CrossAttentionProblem* problem) {
   problem->value_dim = static_cast<int>(in.value.size(4));
   problem->max_queries = problem->tokens;
   problem->scale = static_cast<float>(in.scale);
-  problem->several = in.visible.has_value();
+  problem->many_images = in.visible.has_value();
 
   problem->image_index = check_integers("image_index", in.image_index, 2);
   problem->order = check_integers("order", in.order, 2);
@@ -266,8 +266,9 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
   problem.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
   problem.prefetch = exceeds_cache({&query, &key, &value, &out});
   const CrossAttentionKernel& run = VLMFAST_CURRENT_VARIANT(cross_attention_kernel);
-  const auto tasks = problem.several ? token_tasks(problem, batch, key_heads, run.queries_per_tile)
-                                     : image_tasks(problem, key, run.queries_per_tile);
+  const auto tasks = problem.many_images
+                         ? token_tasks(problem, batch, key_heads, run.queries_per_tile)
+                         : image_tasks(problem, key, run.queries_per_tile);
   set_maxima(tasks, &problem);
   const int64_t scratch_size = run.forward_scratch(problem);
   for_each_task(
@@ -276,8 +277,8 @@ std::tuple<Tensor, Tensor> cross_attention(const Tensor& query, const Tensor& ke
         run.forward(problem, tasks[claim.task], tasks[claim.next], scratch);
       },
       group_size(tasks, key_heads));
-  const auto batches = problem.several ? batches_with_uniform_rows(problem, batch)
-                                       : batches_with_unseeing_rows(problem, batch);
+  const auto batches = problem.many_images ? batches_with_uniform_rows(problem, batch)
+                                           : batches_with_unseeing_rows(problem, batch);
   for_each_task(static_cast<int64_t>(batches.size()) * key_heads, scratch_size,
                 [&](const Claim& claim, float* scratch) {
                   run.fill_rows(problem, batches[claim.task / key_heads],
@@ -367,23 +368,23 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_backward(
   }
 
   problem.grad_query_split_size = batch * heads * tokens * head_dim;
-  const int64_t splits =
-      problem.several ? image_splits(problem, batch * key_heads, problem.grad_query_split_size * 4)
-                      : 1;
+  const int64_t splits = problem.many_images ? image_splits(problem, batch * key_heads,
+                                                            problem.grad_query_split_size * 4)
+                                             : 1;
   MaybeTensor partial;
-  if (problem.several && query_grad) {
+  if (problem.many_images && query_grad) {
     partial = empty({splits, problem.grad_query_split_size}, ScalarType::Float);
     problem.grad_query_splits = static_cast<float*>(partial->mutable_data_ptr());
   }
-  const auto tasks = problem.several ? split_tasks(problem, batch, key_heads, splits)
-                                     : gradient_tasks(problem, key);
+  const auto tasks = problem.many_images ? split_tasks(problem, batch, key_heads, splits)
+                                         : gradient_tasks(problem, key);
   for_each_task(
       static_cast<int64_t>(tasks.size()), run.backward_scratch(problem),
       [&](const Claim& claim, float* scratch) {
         run.backward(problem, tasks[claim.task], tasks[claim.next], scratch);
       },
       group_size(tasks, key_heads));
-  if (problem.several && query_grad) {
+  if (problem.many_images && query_grad) {
     for_each_task(batch * heads, 0, [&](const Claim& claim, float*) {
       const int64_t i = claim.task;
       for (int token = 0; token < tokens; token++)

@@ -31,7 +31,7 @@ struct CrossAttentionProblem {
   int head_dim, value_dim;
   int max_queries;  // of one head, of all tasks
   float scale;
-  bool several;                  // a token may see more than one image
+  bool many_images;              // a token may see more than one image
   bool prefetch;                 // the tensors do not lie in a cache already
   const int32_t* image_index;    // (B, T)
   const int32_t* order;          // (B, order_size)
@@ -62,7 +62,7 @@ struct CrossAttentionBackward : CrossAttentionProblem {
   Strided grad_query;
   StridedImages grad_key, grad_value;
   bool wants_query, wants_key_value;
-  float* grad_query_splits = nullptr;  // (splits, B, Hq, T, D), where `several`
+  float* grad_query_splits = nullptr;  // (splits, B, Hq, T, D), where `many_images`
   int64_t grad_query_split_size = 0;
   float* uniform_gradient = nullptr;  // (B, Hkv, Dv): what uniform rows add to every grad_value row
 };

@@ -43,7 +43,7 @@ struct Backward {
     grad_scores = arena.take(kScores);
     left = kStep == 1 ? scores : arena.take(kScores / 2);
     grad_left = kStep == 1 ? grad_scores : arena.take(kScores / 2);
-    const int64_t held = p.several ? (int64_t)p.group * p.tokens : 0;
+    const int64_t held = p.many_images ? (int64_t)p.group * p.tokens : 0;
     rows.tops = arena.take(held);
     rows.sums = arena.take(held);
     scratch_size = arena.used;
@@ -119,11 +119,11 @@ struct Backward {
     const int64_t held_row = (int64_t)(head - task.head * problem.group) * problem.tokens;
     // Lanes without a query get weights of exp2(-inf) = 0.
     for (int i = tile.count; i < kTile; i++) delta[i] = share[i] = 0.f, top[i] = kInfinity;
-    bool precise = problem.several || tile.count > kImpreciseRows;
+    bool precise = problem.many_images || tile.count > kImpreciseRows;
     for (int i = 0; i < tile.count; i++) {
       const int token = tile.index[i];
       const float logsumexp = problem.logsumexp[row + token];
-      if (problem.several) {
+      if (problem.many_images) {
         top[i] = rows.tops[held_row + token];
         share[i] = rows.sums[held_row + token];
       } else {
@@ -227,7 +227,7 @@ struct Backward {
     const TokenRows<T> grad_in(rows_of<T>(problem.grad_out, task.batch, head), tile);
     // Where tokens see this image alone and one block holds it, neither logsumexp nor out is
     // needed.
-    const bool whole = !problem.several && n <= kBlock;
+    const bool whole = !problem.many_images && n <= kBlock;
     float delta[kTile], top[kTile], share[kTile];
     if (!whole) row_values(task, head, tile, n, delta, top, share);
     pack_transposed<Words, kGroups>(query_in, tile.count, problem.head_dim, sign, query);
@@ -268,9 +268,9 @@ struct Backward {
     Fetcher<T> fetcher(later, ahead);
     fetcher.add(rows_of<T>(problem.query, task.batch, head), problem.head_dim);
     fetcher.add(rows_of<T>(problem.grad_out, task.batch, head), problem.value_dim);
-    if (problem.several || n > kBlock)
+    if (problem.many_images || n > kBlock)
       fetcher.add(rows_of<T>(problem.out, task.batch, head), problem.value_dim);
-    if (problem.wants_query && !problem.several)
+    if (problem.wants_query && !problem.many_images)
       fetcher.add(rows_of<T>(problem.grad_query, task.batch, head), problem.head_dim);
     with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
       run_tile<decltype(groups)::value>(task, head, tile, n, overwrite, fetcher);
@@ -288,7 +288,7 @@ struct Backward {
     for (int i = 0; i < tile.count; i++) {
       const int token = tile.index[i];
       float* grad = grad_query + (int64_t)i * stride;
-      if (problem.several) {
+      if (problem.many_images) {
         float* target = partial_grad_query(task, head) + (int64_t)token * problem.head_dim;
         for (int d = 0; d < problem.head_dim; d += kLanes) {
           const int n = minimum(kLanes, problem.head_dim - d);
@@ -345,7 +345,8 @@ struct Backward {
   // Requests what `next` reads and writes first, spread over this task.
   VLMFAST_INLINE Prefetcher prefetcher(const CrossAttentionTask& next, int64_t steps) const {
     Prefetcher result;
-    if (!problem.prefetch || problem.several || next.image_begin >= next.image_end) return result;
+    if (!problem.prefetch || problem.many_images || next.image_begin >= next.image_end)
+      return result;
     const int image = next.image_begin;
     const auto add_latents = [&](const StridedImages& tensor, int dim) {
       result.add(latents_of<T>(tensor, next.batch, next.head, image), problem.latents, dim);
@@ -435,7 +436,7 @@ struct Backward {
   }
 
   void run(const CrossAttentionTask& task, const CrossAttentionTask& next) const {
-    if (!problem.several) return run_image(task, next, task.image_begin);
+    if (!problem.many_images) return run_image(task, next, task.image_begin);
     prepare_rows(task);
     if (problem.wants_query) {
       float* target = partial_grad_query(task, task.head * problem.group);

@@ -30,7 +30,7 @@ struct Forward {
     query = arena.take((int64_t)kTile * round_up(maximum(words, p.head_dim), kLanes));
     scores = arena.take(maximum(kScores, round_up(p.latents, kLanes)));
     out = arena.take((int64_t)kTile * value_stride);
-    const int64_t held = p.several ? (int64_t)p.group * p.max_queries : 0;
+    const int64_t held = p.many_images ? (int64_t)p.group * p.max_queries : 0;
     rows.tops = arena.take(held);
     rows.sums = arena.take(held);
     row_out = arena.take(held * value_stride);
@@ -204,7 +204,7 @@ struct Forward {
           const Rows<T> queries = rows_of<T>(problem.query, task.batch, head);
           Fetcher<T> fetcher(later, ahead);
           fetcher.add(queries, problem.head_dim);
-          if (!problem.several)
+          if (!problem.many_images)
             fetcher.add(rows_of<T>(problem.out, task.batch, head), problem.value_dim);
           with_groups(tile.count, [&](auto groups) VLMFAST_INLINE_LAMBDA {
             attend<decltype(groups)::value>(TokenRows<T>(queries, tile), tile.count, image_keys, n,
@@ -261,7 +261,7 @@ struct Forward {
                      VLMFAST_INLINE_LAMBDA { store_tile(softmax, task.batch, head, tile, out); });
   }
 
-  VLMFAST_INLINE void run_several(const CrossAttentionTask& task) const {
+  VLMFAST_INLINE void run_many_images(const CrossAttentionTask& task) const {
     const int range = task.end - task.begin;
     const int64_t held = (int64_t)problem.group * range;
     const auto first_row = [&](int head) {
@@ -293,8 +293,8 @@ struct Forward {
   }
 
   void run(const CrossAttentionTask& task, const CrossAttentionTask& next) const {
-    if (problem.several)
-      run_several(task);
+    if (problem.many_images)
+      run_many_images(task);
     else
       run_one(task, next);
   }
@@ -332,7 +332,8 @@ struct Forward {
         if (uniform) {
           store_row(batch, head, token, out, 1.f);
           logsumexp(batch, head)[token] = natural_logsumexp(0.f, log_count);
-        } else if (kinds[token] == kUniformRow || (kinds[token] == kZeroRow && !problem.several)) {
+        } else if (kinds[token] == kUniformRow ||
+                   (kinds[token] == kZeroRow && !problem.many_images)) {
           store_empty(batch, head, token);
         }
       }
