@@ -521,12 +521,6 @@ NAMES = ("query", "key", "value", "plan_or_image_index")
         ("value", lambda x: x.double(), TypeError, "value: expected the dtype of query"),
         ("query", lambda x: x[:, :3], ValueError, "key: expected a number of heads that divides"),
         ("query", lambda x: x.int(), TypeError, "query: expected a floating dtype"),
-        (
-            "query",
-            lambda x: x[:, :, :1].expand(-1, -1, 2**25, -1),
-            ValueError,
-            "query: expected sizes of at most",
-        ),
         ("query", lambda x: None, TypeError, "query: expected a tensor, got NoneType"),
         ("query", lambda x: x.to("meta"), ValueError, "key: expected the device of query"),
         ("plan_or_image_index", lambda x: x[:, :5], ValueError, "expected batch and tokens of"),
@@ -648,3 +642,24 @@ def test_traced_calls_take_other_values(bits):
     traced = torch.jit.trace(VF.image_cross_attention, tuple(inputs()))
     others = inputs()
     assert_close(traced(*others), VF.image_cross_attention(*others))
+
+
+def test_more_than_kernels_count_is_refused_by_them_alone():
+    query, phi = torch.zeros(1, 1, 2, 8), torch.ones(1, 2, dtype=torch.int32)
+    latents = torch.zeros(1, 1, 1, 1, 8).expand(1, 1, 1, 2**25, 8)
+    with pytest.raises(ValueError, match="value: expected at most 16777216 latents, got 33554432"):
+        VF.image_cross_attention(query, latents, latents, phi)
+    wide = torch.zeros(1, 1, 1, 2, 2**17)
+    out = VF.image_cross_attention(query, latents[:, :, :, :2], wide, phi, backend="reference")
+    assert out.shape == (1, 1, 2, 2**17)
+
+
+def test_a_backend_that_cannot_run_is_told_before_a_plan_that_is_wrong():
+    query, key = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 1, 3, 8)
+    plan = VF.cross_attention_plan(torch.ones(1, 2, dtype=torch.int32), 1)
+    wrong = plan._replace(order=plan.order + 9)
+    with pytest.raises(NotImplementedError, match="cannot run this call"):
+        VF.image_cross_attention(query, key, key, wrong, backend="cuda")
+    with pytest.raises(ValueError, match=r"plan_or_image_index\.order") as failure:
+        VF.image_cross_attention(query, key, key, wrong)
+    assert failure.value.__context__ is None

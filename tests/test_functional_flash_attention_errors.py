@@ -59,9 +59,13 @@ BAD_CALLS = [
 # More than kernels count, in no memory.
 LONG, WIDE = torch.zeros(1, 4, 1, 8).expand(2, 4, 2**31, 8), torch.zeros(1).expand(2, 4, 7, 2**17)
 BAD_CALLS += [
-    (ValueError, "query: expected sizes of at most", lambda: sdpa(LONG, K, V)),
-    (ValueError, "value: expected sizes of at most", lambda: sdpa(Q, LONG, LONG)),
-    (ValueError, "value: expected sizes of at most", lambda: sdpa(Q, K, WIDE)),
+    (
+        ValueError,
+        "query: expected at most 536870912 tokens, got 2147483648",
+        lambda: sdpa(LONG, K, V),
+    ),
+    (ValueError, "value: expected at most 536870912 tokens", lambda: sdpa(Q, LONG, LONG)),
+    (ValueError, "value: expected at most 65536 features of a", lambda: sdpa(Q, K, WIDE)),
 ]
 
 
@@ -189,3 +193,19 @@ def test_block_diagonal_bias_that_does_not_fit():
         mea(X, X, X, bias)
     with pytest.raises(ValueError, match="key: expected 5 tokens, as attn_bias has"):
         mea(X[:1], X[:1, :4], X[:1, :4], bias)
+
+
+def test_starts_of_a_block_diagonal_bias_are_checked():
+    from xformers.ops.fmha import attn_bias
+
+    x = torch.randn(1, 5, 2, 8)
+    for seqstart, error, says in (
+        (torch.tensor([0, 2, 5]), TypeError, "attn_bias: expected dtype torch.int32"),
+        (torch.tensor([0, 2, 1, 5]).int(), ValueError, "attn_bias: expected lengths that never"),
+        (torch.tensor([0, 2, 6]).int(), ValueError, "attn_bias: expected at least 4"),
+        (torch.tensor([1, 2, 5]).int(), ValueError, "attn_bias: expected to start at 0, got 1"),
+    ):
+        bias = attn_bias.BlockDiagonalMask.from_seqlens([2, 3])
+        bias.q_seqinfo.seqstart = seqstart
+        with pytest.raises(error, match=says):
+            mea(x, x, x, bias)

@@ -230,7 +230,11 @@ BAD_CALLS = [
     (ValueError, "scale: expected a finite number, .* got 1e.39", bad(scale=1e39)),
     (ValueError, "window_size: expected at most", bad(QKV, 2, (2**63, 7))),
     (ValueError, "num_heads: expected at most", bad(QKV, 2**63)),
-    (ValueError, "qkv: expected sizes of at most", bad(QKV[:, :1].expand(-1, 2**31, -1, -1), 2)),
+    (
+        ValueError,
+        "qkv: expected at most 1073741824 rows, got 2147483648",
+        bad(QKV[:, :1].expand(-1, 2**31, -1, -1), 2),
+    ),
     (TypeError, "num_heads: expected an int, got bool", bad(QKV, True)),
     (ValueError, "wrap: expected 'padded' or 'unpadded', got 'both'", bad(wrap="both")),
     (ValueError, "dropout_p: expected a probability", bad(dropout_p=1.5)),

@@ -25,6 +25,8 @@ INTEGER = (
 MOST_INT32 = 2**31 - 1
 MOST_INT64 = 2**63 - 1
 
+Limit = tuple[str, int]  # what a dimension counts, and the most that kernels can count
+
 
 def reject(argument: str, expected: str, got: Any) -> NoReturn:
     """Raises ValueError."""
@@ -122,12 +124,13 @@ def check_group(argument: str, heads: int, kv_heads: int) -> None:
         reject(argument, f"a number of heads that divides query's, {heads}", kv_heads)
 
 
-def check_sizes(argument: str, tensor: Tensor, most: Sequence[int]) -> None:
-    """Raises ValueError where a size is larger than `most`, which kernels can count."""
+def check_sizes(argument: str, tensor: Tensor, limits: Sequence[Limit]) -> None:
+    """Raises ValueError where a size is larger than its limit, the most that kernels can count."""
     if torch.compiler.is_compiling():  # sizes that are free would be bound
         return
-    if any(map(operator.gt, tensor.shape, most)):
-        reject(argument, f"sizes of at most {tuple(most)}", tuple(tensor.shape))
+    for size, (what, most) in zip(tensor.shape, limits, strict=True):
+        if size > most:
+            reject(argument, f"at most {most} {what}", size)
 
 
 def check_fraction(argument: str, number: Any, expected: str = "a number in [0, 1]") -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import backends
+from vlmfast import backends, checks
 from vlmfast.families import rows
 from vlmfast.ops import common as ops
 
@@ -22,6 +22,7 @@ def run(
     inputs: Sequence[Any],
     dropout_p: float | None = None,
     out_like_query: bool = False,
+    limits: Sequence[tuple[str, Tensor, Sequence[checks.Limit]]] = (),
 ) -> Any:
     """What the operators of a family return, and its reference with the same arguments.
 
@@ -33,9 +34,12 @@ def run(
         dropout_p: where the operator takes a seed as its last argument: it is drawn here, for a
             call that is refused or explained must not draw it.
         out_like_query: the first result lies in memory as the first argument does, (B, H, L, D)
-            both, so that a view that one backend allows the others allow, too.
+            both, so that a view that one backend allows the others allow, too. Kernels do that
+            themselves.
+        limits: by the names of arguments, the sizes that the C++ kernels can count.
 
     Raises:
+        ValueError: a size is above its limit.
         NotImplementedError: the forced backend cannot run the inputs.
     """
     first = args[0]
@@ -43,6 +47,9 @@ def run(
     chosen = backends.choose(family, backend, device_type, *inputs)
     if dropout_p is not None:
         args = (*args, _draw_seed(first.device) if dropout_p > 0.0 else None)
+    if chosen == "cpu" and device_type == "cpu":
+        for argument, tensor, sizes in limits:
+            checks.check_sizes(argument, tensor, sizes)
     if chosen != "reference":
         return ops.call(_OPERATORS[family].FORWARD[chosen], *args)
     with no_autocast(device_type):

@@ -26,8 +26,8 @@ from vlmfast.distributed.statistics import everyone, statistics
 from vlmfast.functional.flash_attention import scaled_dot_product_attention
 from vlmfast.reference.common import compute_dtype
 
-# Rows and dimensions, or rows, queries and dimensions, as kernels count them.
-_MOST_SIZES = {2: (1 << 29, 1 << 16), 3: (1 << 29, 1 << 16, 1 << 16)}
+_ROWS, _QUERIES, _FEATURES = ("rows", 1 << 29), ("queries", 1 << 16), ("features", 1 << 16)
+_LIMITS = {2: (_ROWS, _FEATURES), 3: (_ROWS, _QUERIES, _FEATURES)}
 
 
 def clip_loss(
@@ -474,7 +474,7 @@ def _cast_and_check_pair(
     for argument, tensor in ((name, x), (other_name, y)):
         if tensor.dim() != 2 or 0 in tensor.shape:
             reject(argument, "shape (N, D) of at least 1 each", tuple(tensor.shape))
-        checks.check_sizes(argument, tensor, _MOST_SIZES[2])
+        checks.check_sizes(argument, tensor, _LIMITS[2])
     if x.shape != y.shape:
         reject(other_name, f"the shape of {name}, {tuple(x.shape)}", tuple(y.shape))
     return x, y
@@ -518,7 +518,7 @@ def _cast_and_check_itc(
     if image.dim() not in (2, 3) or 0 in image.shape:
         expected = "shape (N, D) or (N, queries, D) of at least 1 each"
         reject("image_features", expected, tuple(image.shape))
-    checks.check_sizes("image_features", image, _MOST_SIZES[image.dim()])
+    checks.check_sizes("image_features", image, _LIMITS[image.dim()])
     n, dim = image.shape[0], image.shape[-1]
     for name in names[1:]:
         tensor = cast[name]
@@ -526,7 +526,7 @@ def _cast_and_check_itc(
         size = "Q" if name.endswith("queue") else n
         if tuple(tensor.shape[1:]) != item or (size != "Q" and tensor.shape[0] != n):
             reject(name, f"shape {(size, *item)}", tuple(tensor.shape))
-        checks.check_sizes(name, tensor, _MOST_SIZES[tensor.dim()])
+        checks.check_sizes(name, tensor, _LIMITS[tensor.dim()])
 
     def key(features: Tensor, modality: str) -> tuple[Tensor, Tensor, Tensor | None]:
         momentum, queue = cast.get(f"{modality}_momentum"), cast.get(f"{modality}_queue")

@@ -12,8 +12,10 @@ from vlmfast.reference.cross_attention import DENSE, UNIFORM, ZERO
 MOST_IMAGES = checks.MOST_INT32 - 1  # Phi counts one more: no image
 
 # As kernels count them: batch, heads, tokens or images and latents, and head dim.
-_MOST_QUERIES = (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 16)
-_MOST_VALUES = (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 24, 1 << 16)
+_BATCH, _HEADS = ("batch entries", checks.MOST_INT32), ("heads", checks.MOST_INT32)
+_FEATURES = ("features of a head", 1 << 16)
+_QUERY_LIMITS = (_BATCH, _HEADS, ("tokens", 1 << 24), _FEATURES)
+_VALUE_LIMITS = (_BATCH, _HEADS, ("images", 1 << 24), ("latents", 1 << 24), _FEATURES)
 
 _EMPTY_ROWS = {"zero": ZERO, "uniform": UNIFORM, "dense": DENSE}
 _OVERFLOW = {"zero": ZERO, "uniform": UNIFORM, "error": ZERO}
@@ -249,11 +251,16 @@ def image_cross_attention(
             backend,
             (query, key, value),
             out_like_query=True,
+            # Key has no other sizes.
+            limits=(("query", query, _QUERY_LIMITS), ("value", value, _VALUE_LIMITS)),
         )
-    except RuntimeError:
-        _check_numbers(plan, query.shape[2])
+        return (out, logsumexp) if return_lse else out
+    except NotImplementedError:
         raise
-    return (out, logsumexp) if return_lse else out
+    except RuntimeError as error:
+        failure = error
+    _check_numbers(plan, query.shape[2])
+    raise failure
 
 
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,8 +277,6 @@ def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
         expected = f"batch, heads, images and latents of key, {tuple(key.shape[:4])}"
         reject("value", expected, tuple(value.shape))
     checks.check_group("key", query.shape[1], key.shape[1])
-    checks.check_sizes("query", query, _MOST_QUERIES)
-    checks.check_sizes("value", value, _MOST_VALUES)  # and key has no others
     return query, key, value
 
 

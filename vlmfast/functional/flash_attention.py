@@ -14,8 +14,12 @@ _NAMES = ("query", "key", "value")
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
-# Batch, heads, tokens and head dim, as kernels count them.
-MOST_SIZES = (checks.MOST_INT64, 1 << 29, 1 << 29, 1 << 16)
+_LIMITS = (
+    ("batch entries", checks.MOST_INT64),
+    ("heads", 1 << 29),
+    ("tokens", 1 << 29),
+    ("features of a head", 1 << 16),
+)
 
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 Packed = tuple[Tensor | None, Tensor | None, int, int]
@@ -255,8 +259,6 @@ def _attend(
     packed: Packed = NOT_PACKED,
 ) -> tuple[Tensor, Tensor]:
     """Runs the backend. Shapes are those of the operators, already checked but for their sizes."""
-    checks.check_sizes("query", query, MOST_SIZES)
-    checks.check_sizes("value", value, MOST_SIZES)  # and key has no others
     return dispatch.run(
         "flash_attention",
         (query, key, value, attn_mask, *packed, causal, scale, dropout_p),
@@ -264,6 +266,7 @@ def _attend(
         (query, key, value, attn_mask),
         dropout_p=dropout_p,
         out_like_query=True,
+        limits=(("query", query, _LIMITS), ("value", value, _LIMITS)),  # key has no other sizes
     )
 
 
@@ -376,13 +379,7 @@ def _check_packed(
 ) -> Packed:
     """Checks cumulative lengths; query and key are (total, H, D)."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        checks.check_strided(name, cu_seqlens)
-        checks.check_memory(name, cu_seqlens)
-        if cu_seqlens.dtype != torch.int32:
-            reject_type(name, "dtype torch.int32", cu_seqlens.dtype)
-        checks.check_device(name, cu_seqlens, "query", query)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            reject(name, "shape (sequences + 1,)", tuple(cu_seqlens.shape))
+        _check_starts(name, cu_seqlens, query)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         expected = f"the shape of cu_seqlens_q, {tuple(cu_seqlens_q.shape)}"
         reject("cu_seqlens_k", expected, tuple(cu_seqlens_k.shape))
@@ -392,6 +389,17 @@ def _check_packed(
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q.tolist(), query.shape[0], max_seqlen_q)
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k.tolist(), key.shape[0], max_seqlen_k)
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
+
+
+def _check_starts(argument: str, starts: Any, query: Tensor) -> None:
+    """Whether a tensor can say where sequences start."""
+    checks.check_strided(argument, starts)
+    checks.check_memory(argument, starts)
+    if starts.dtype != torch.int32:
+        reject_type(argument, "dtype torch.int32", starts.dtype)
+    checks.check_device(argument, starts, "query", query)
+    if starts.dim() != 1 or starts.shape[0] == 0:
+        reject(argument, "shape (sequences + 1,)", tuple(starts.shape))
 
 
 def _check_cu_seqlens(argument: str, starts: list[int], total: int, longest: int) -> None:
@@ -448,10 +456,13 @@ def _read_block_diagonal(bias: Any, query: Tensor, key: Tensor) -> Packed:
         total = sequences.seqstart_py[-1]
         if tensor.shape[1] != total:
             reject(name, f"{total} tokens, as attn_bias has", tuple(tensor.shape))
-        checks.check_device("attn_bias", sequences.seqstart, "query", query)
+        _check_starts("attn_bias", sequences.seqstart, query)
+        if checks.may_read_values(sequences.seqstart):
+            starts, longest = sequences.seqstart.tolist(), max(sequences.max_seqlen, 0)
+            _check_cu_seqlens("attn_bias", starts, total, longest)
     return (
-        sequences_q.seqstart,
-        sequences_k.seqstart,
+        sequences_q.seqstart.contiguous(),
+        sequences_k.seqstart.contiguous(),
         max(sequences_q.max_seqlen, 0),
         max(sequences_k.max_seqlen, 0),
     )

@@ -9,7 +9,8 @@ from vlmfast import checks, dispatch
 from vlmfast.checks import check_floating_tensor, reject, reject_type
 
 # As kernels count them: batch, height and width; and channels.
-_MOST_SIDES, _MOST_CHANNELS = (checks.MOST_INT64, 1 << 30, 1 << 30), 1 << 24
+_SIDES = (("images", checks.MOST_INT64), ("rows", 1 << 30), ("columns", 1 << 30))
+_MOST_CHANNELS = 1 << 24
 
 
 def shifted_window_attention(
@@ -82,7 +83,6 @@ def shifted_window_attention(
     query, key, value = _cast_and_check(qkv)
     packed = 3 if key is None else 1
     channels = query.shape[3] // packed
-    checks.check_sizes("qkv", query, (*_MOST_SIDES, packed * _MOST_CHANNELS))
     num_heads = checks.check_integer("num_heads", num_heads, least=1)
     if channels == 0 or channels % num_heads:
         reject("num_heads", f"a number that divides the {channels} channels", num_heads)
@@ -113,7 +113,15 @@ def shifted_window_attention(
         *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p),
     )
     inputs = (query, bias, logit_scale, pad_value, head_dim, window)
-    out, _ = dispatch.run("window_attention", args, backend, inputs, dropout_p=dropout_p)
+    limits = (*_SIDES, ("channels", packed * _MOST_CHANNELS))
+    out, _ = dispatch.run(
+        "window_attention",
+        args,
+        backend,
+        inputs,
+        dropout_p=dropout_p,
+        limits=(("qkv", query, limits),),
+    )
     return out
 
 

@@ -143,11 +143,6 @@ def register_kernel(name: str, dispatch_keys: Sequence[str], kernel: Callable[..
         _library.impl(name, kernel, dispatch_key)
 
 
-def has_kernel(name: str, dispatch_key: str) -> bool:
-    """Whether `vlmfast::name` has a kernel under the dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key)
-
-
 def below_autograd(operator: Any, *args: Any) -> Any:
     """Calls an operator without its autograd kernel, as that kernel itself does."""
     with torch._C._AutoDispatchBelowAutograd():
