@@ -40,7 +40,7 @@ from vlmfast.integrations.transformers import attention  # noqa: E402
 BATCH, TOKENS, WIDTH, HEADS, WORDS = 2, 20, 64, 4, 128
 MOST_PARAMETERS = 30_000_000
 # How many comparisons a sweep over transformers 5.23 makes at least: fewer would go unnoticed.
-LEAST_COMPARED = 563
+LEAST_COMPARED = 1180
 
 # What an integer field of a config becomes, by its name; the first pattern that matches holds.
 _SIZES: tuple[tuple[str, int], ...] = (
@@ -300,7 +300,7 @@ def compare(cls: type[PreTrainedModel], implementation: str) -> Comparison:
     idle = {type(module).__name__ for module in called - ran}
     faults += [f"{name} is reported as replaced, and does not run" for name in sorted(idle)]
     if report.replaced and not report.skipped:
-        faults += _faults_of_weights(cls, patched, inputs(SEEDS[0]))
+        faults += _faults_of_weights(cls, patched, inputs(SEEDS[0]), peers[0])
     return Comparison(len(report.replaced), {type(m).__name__ for m in ran}, faults)
 
 
@@ -325,9 +325,16 @@ _UNTOLD = "projection_attentions"
 
 
 def _faults_of_weights(
-    cls: type[PreTrainedModel], patched: PreTrainedModel, inputs: dict[str, Any]
+    cls: type[PreTrainedModel],
+    patched: PreTrainedModel,
+    inputs: dict[str, Any],
+    original: dict[str, Tensor | None],
 ) -> list[str]:
-    """Where `output_attentions` gives something else than the eager model."""
+    """Where `output_attentions` gives something else than the eager model.
+
+    Some models compute something else on eager than on sdpa: one that sees all tokens there and
+    only those before it here, because its layer says is_causal. Of these only shapes are compared.
+    """
     try:
         expected = _run(build(cls, "eager"), inputs, output_attentions=True)
     except Exception:
@@ -338,10 +345,15 @@ def _faults_of_weights(
         if "attentions" in name and value is not None and not name.endswith(_UNTOLD)
     }
     mine = _run(patched, inputs, output_attentions=True)
+    alike = all(
+        _is_close(value, expected[name])
+        for name, value in original.items()
+        if value is not None and expected.get(name) is not None and name not in weights
+    )
     faults = []
     for name, theirs in weights.items():
         ours = mine.get(name)
-        if ours is None or not _is_close(ours, theirs):
+        if ours is None or ours.shape != theirs.shape or (alike and not _is_close(ours, theirs)):
             faults.append(f"{name} with output_attentions: {_kind(ours)} that is not the eager one")
     return faults
 
