@@ -663,3 +663,14 @@ def test_a_backend_that_cannot_run_is_told_before_a_plan_that_is_wrong():
     with pytest.raises(ValueError, match=r"plan_or_image_index\.order") as failure:
         VF.image_cross_attention(query, key, key, wrong)
     assert failure.value.__context__ is None
+
+
+def test_a_weight_on_the_only_latent_is_one(cpu_isa):
+    """To the last bit, as in torch, though backward computes weights anew."""
+    query = 3.0 * torch.randn(1, 2, 20, 64)
+    key, value = (torch.randn(1, 2, 5, 1, 64) for _ in range(2))
+    plan = VF.cross_attention_plan(torch.ones(1, 20, dtype=torch.int32), 5, mode="all_previous")
+    out = VF.image_cross_attention(query, key, value.requires_grad_(), plan, backend="cpu")
+    out.sum().backward()
+    assert torch.equal(value.grad[:, :, 0], torch.full((1, 2, 1, 64), 20.0))
+    assert value.grad[:, :, 1:].count_nonzero() == 0

@@ -412,7 +412,7 @@ struct Backward {
     const float* logsumexp =
         problem.logsumexp +
         ((int64_t)task.batch * problem.heads + task.head * problem.group) * problem.tokens;
-    bool precise = problem.tokens > kImpreciseRows;
+    bool precise = problem.tokens > kImpreciseRows && problem.latents > kFewLatents;
     for (int64_t i = 0; i < held; i++)
       precise &= split_logsumexp<T>(logsumexp[i], rows.tops + i, rows.sums + i);
     if (precise) return;

@@ -20,6 +20,9 @@ constexpr int kFewRows = kLanes / 4;
 // Up to so many queries of an image do not average rounding away. In backward their softmax is
 // computed afresh, and scores are summed up kPartWords words at a time.
 constexpr int kImpreciseRows = 8, kPartWords = 16;
+// Of images of up to so many latents a row may have all its weight on one: it is then 1 to the last
+// bit, as in eager PyTorch, only where the softmax is computed afresh.
+constexpr int kFewLatents = 8;
 
 // Calls body(Count<groups>()) with as many vectors as a tile of n queries has.
 template <class Body>
