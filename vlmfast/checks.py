@@ -8,7 +8,7 @@ import math
 import operator
 import os
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +25,12 @@ INTEGER = (
 MOST_INT32 = 2**31 - 1
 MOST_INT64 = 2**63 - 1
 
-Limit = tuple[str, int]  # what a dimension counts, and the most that kernels can count
+
+class Limits(NamedTuple):
+    """What each dimension of a tensor counts, and the most of it that kernels can count."""
+
+    counted: tuple[str, ...]
+    most: tuple[int, ...]
 
 
 def reject(argument: str, expected: str, got: Any) -> NoReturn:
@@ -124,13 +129,14 @@ def check_group(argument: str, heads: int, kv_heads: int) -> None:
         reject(argument, f"a number of heads that divides query's, {heads}", kv_heads)
 
 
-def check_sizes(argument: str, tensor: Tensor, limits: Sequence[Limit]) -> None:
-    """Raises ValueError where a size is larger than its limit, the most that kernels can count."""
+def check_sizes(argument: str, tensor: Tensor, limits: Limits) -> None:
+    """Raises ValueError where a size is larger than its limit."""
     if torch.compiler.is_compiling():  # sizes that are free would be bound
         return
-    for size, (what, most) in zip(tensor.shape, limits, strict=True):
-        if size > most:
-            reject(argument, f"at most {most} {what}", size)
+    if any(map(operator.gt, tensor.shape, limits.most)):
+        for what, most, size in zip(*limits, tensor.shape, strict=True):
+            if size > most:
+                reject(argument, f"at most {most} {what}", size)
 
 
 def check_fraction(argument: str, number: Any, expected: str = "a number in [0, 1]") -> float:

@@ -22,7 +22,7 @@ def run(
     inputs: Sequence[Any],
     dropout_p: float | None = None,
     out_like_query: bool = False,
-    limits: Sequence[tuple[str, Tensor, Sequence[checks.Limit]]] = (),
+    limits: Sequence[tuple[str, Tensor, checks.Limits]] = (),
 ) -> Any:
     """What the operators of a family return, and its reference with the same arguments.
 

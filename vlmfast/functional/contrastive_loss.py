@@ -26,8 +26,10 @@ from vlmfast.distributed.statistics import everyone, statistics
 from vlmfast.functional.flash_attention import scaled_dot_product_attention
 from vlmfast.reference.common import compute_dtype
 
-_ROWS, _QUERIES, _FEATURES = ("rows", 1 << 29), ("queries", 1 << 16), ("features", 1 << 16)
-_LIMITS = {2: (_ROWS, _FEATURES), 3: (_ROWS, _QUERIES, _FEATURES)}
+_LIMITS = {
+    2: checks.Limits(("rows", "features"), (1 << 29, 1 << 16)),
+    3: checks.Limits(("rows", "queries", "features"), (1 << 29, 1 << 16, 1 << 16)),
+}
 
 
 def clip_loss(

@@ -12,10 +12,14 @@ from vlmfast.reference.cross_attention import DENSE, UNIFORM, ZERO
 MOST_IMAGES = checks.MOST_INT32 - 1  # Phi counts one more: no image
 
 # As kernels count them: batch, heads, tokens or images and latents, and head dim.
-_BATCH, _HEADS = ("batch entries", checks.MOST_INT32), ("heads", checks.MOST_INT32)
-_FEATURES = ("features of a head", 1 << 16)
-_QUERY_LIMITS = (_BATCH, _HEADS, ("tokens", 1 << 24), _FEATURES)
-_VALUE_LIMITS = (_BATCH, _HEADS, ("images", 1 << 24), ("latents", 1 << 24), _FEATURES)
+_QUERY_LIMITS = checks.Limits(
+    ("batch entries", "heads", "tokens", "features of a head"),
+    (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 16),
+)
+_VALUE_LIMITS = checks.Limits(
+    ("batch entries", "heads", "images", "latents", "features of a head"),
+    (checks.MOST_INT32, checks.MOST_INT32, 1 << 24, 1 << 24, 1 << 16),
+)
 
 _EMPTY_ROWS = {"zero": ZERO, "uniform": UNIFORM, "dense": DENSE}
 _OVERFLOW = {"zero": ZERO, "uniform": UNIFORM, "error": ZERO}
@@ -41,6 +45,14 @@ class CrossAttentionPlan(NamedTuple):
 
 
 _MEMBERS = {field: f"plan_or_image_index.{field}" for field in CrossAttentionPlan._fields}
+_KINDS = (  # dtype and dimensions of each
+    ("image_index", torch.int32, 2),
+    ("visible", torch.bool, 3),
+    ("order", torch.int32, 2),
+    ("segments", torch.int32, 3),
+    ("image_lengths", torch.int32, 2),
+)
+_OPTIONAL = ("visible", "image_lengths")
 
 
 def image_index(media_locations: Tensor, mode: str = "last") -> Tensor:
@@ -265,18 +277,19 @@ def image_cross_attention(
 
 def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = checks.cast_alike(("query", "key", "value"), (query, key, value))
-    if query.dim() != 4:
-        reject("query", "shape (B, Hq, T, D)", tuple(query.shape))
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != 5:
-            reject(name, "shape (B, Hkv, I, L, D)", tuple(tensor.shape))
-    checks.check_head_dims(query.shape, key.shape, value.shape)
-    if key.shape[0] != query.shape[0]:
-        reject("key", f"the batch of query, {query.shape[0]}", tuple(key.shape))
-    if value.shape[:4] != key.shape[:4]:
-        expected = f"batch, heads, images and latents of key, {tuple(key.shape[:4])}"
-        reject("value", expected, tuple(value.shape))
-    checks.check_group("key", query.shape[1], key.shape[1])
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if len(shape) != 4:
+        reject("query", "shape (B, Hq, T, D)", tuple(shape))
+    for name, images in (("key", key_shape), ("value", value_shape)):
+        if len(images) != 5:
+            reject(name, "shape (B, Hkv, I, L, D)", tuple(images))
+    checks.check_head_dims(shape, key_shape, value_shape)
+    if key_shape[0] != shape[0]:
+        reject("key", f"the batch of query, {shape[0]}", tuple(key_shape))
+    if value_shape[:4] != key_shape[:4]:
+        expected = f"batch, heads, images and latents of key, {tuple(key_shape[:4])}"
+        reject("value", expected, tuple(value_shape))
+    checks.check_group("key", shape[1], key_shape[1])
     return query, key, value
 
 
@@ -294,40 +307,46 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
         if plan.dtype != torch.bool and checks.may_read_values(plan):
             _check_values(name, plan, images, "zero")
         return _make_plan(plan, images)
-    _check_members(plan, query)
-    if plan.image_index.shape != tokens:
+    shapes = _check_members(plan, query)
+    if shapes[0] != tokens:
         reject(name, f"a plan for {tokens} tokens, as query has", tuple(plan.image_index.shape))
     if plan.num_images != images:
         reject(name, f"a plan for {images} images, as key has", plan.num_images)
-    shapes = {
-        "visible": (*tokens, images),
-        "order": (tokens[0], tokens[1] * (1 if plan.visible is None else images)),
-        "segments": (tokens[0], images, 3),
-        "image_lengths": (tokens[0], images),
-    }
-    for field, shape in shapes.items():
-        tensor = getattr(plan, field)
-        if tensor is not None and tensor.shape != shape:
-            reject(_MEMBERS[field], f"shape {shape}", tuple(tensor.shape))
+    batch, length = tokens
+    expected = (
+        tokens,
+        (batch, length, images),
+        (batch, length * (1 if plan.visible is None else images)),
+        (batch, images, 3),
+        (batch, images),
+    )
+    for (field, _, _), shape, wanted in zip(_KINDS, shapes, expected, strict=True):
+        if shape is not None and shape != wanted:
+            reject(_MEMBERS[field], f"shape {wanted}", tuple(shape))
     return plan
 
 
-def _check_members(plan: CrossAttentionPlan, query: Tensor) -> None:
-    """Whether what a plan holds is of the kinds that `cross_attention_plan` makes."""
-    for field, tensor in plan._asdict().items():
-        member = _MEMBERS[field]
-        if tensor is None and field in ("visible", "image_lengths"):
+def _check_members(plan: CrossAttentionPlan, query: Tensor) -> list[torch.Size | None]:
+    """The shapes of what a plan holds; it is of the kinds that `cross_attention_plan` makes."""
+    shapes: list[torch.Size | None] = []
+    device = query.device
+    for (field, dtype, dims), tensor in zip(_KINDS, plan, strict=True):
+        if tensor is None and field in _OPTIONAL:
+            shapes.append(None)
             continue
+        member = _MEMBERS[field]
         checks.check_strided(member, tensor)
-        dtype = torch.bool if field == "visible" else torch.int32
+        shape = tensor.shape
         if tensor.dtype != dtype:
             reject_type(member, f"dtype {dtype}", tensor.dtype)
-        dims = 3 if field in ("visible", "segments") else 2
-        if tensor.dim() != dims:
-            reject(member, f"{dims} dimensions", tuple(tensor.shape))
+        if len(shape) != dims:
+            reject(member, f"{dims} dimensions", tuple(shape))
         if not tensor.is_contiguous():
             reject(member, "a contiguous tensor", f"strides {tensor.stride()}")
-        checks.check_device(member, tensor, "query", query)
+        if tensor.device != device:
+            checks.check_device(member, tensor, "query", query)
+        shapes.append(shape)
+    return shapes
 
 
 def _check_numbers(plan: CrossAttentionPlan, tokens: int) -> None:

@@ -14,11 +14,9 @@ _NAMES = ("query", "key", "value")
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
-_LIMITS = (
-    ("batch entries", checks.MOST_INT64),
-    ("heads", 1 << 29),
-    ("tokens", 1 << 29),
-    ("features of a head", 1 << 16),
+_LIMITS = checks.Limits(
+    ("batch entries", "heads", "tokens", "features of a head"),
+    (checks.MOST_INT64, 1 << 29, 1 << 29, 1 << 16),
 )
 
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k

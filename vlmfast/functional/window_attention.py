@@ -9,8 +9,11 @@ from vlmfast import checks, dispatch
 from vlmfast.checks import check_floating_tensor, reject, reject_type
 
 # As kernels count them: batch, height and width; and channels.
-_SIDES = (("images", checks.MOST_INT64), ("rows", 1 << 30), ("columns", 1 << 30))
-_MOST_CHANNELS = 1 << 24
+_COUNTED, _MOST_CHANNELS = ("images", "rows", "columns", "channels"), 1 << 24
+_PACKED, _APART = (
+    checks.Limits(_COUNTED, (checks.MOST_INT64, 1 << 30, 1 << 30, most))
+    for most in (3 * _MOST_CHANNELS, _MOST_CHANNELS)
+)
 
 
 def shifted_window_attention(
@@ -113,14 +116,13 @@ def shifted_window_attention(
         *(num_heads, *window, *shift, wrap == "padded", scale, mask_value, dropout_p),
     )
     inputs = (query, bias, logit_scale, pad_value, head_dim, window)
-    limits = (*_SIDES, ("channels", packed * _MOST_CHANNELS))
     out, _ = dispatch.run(
         "window_attention",
         args,
         backend,
         inputs,
         dropout_p=dropout_p,
-        limits=(("qkv", query, limits),),
+        limits=(("qkv", query, _PACKED if key is None else _APART),),
     )
     return out
 
