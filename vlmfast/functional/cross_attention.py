@@ -296,7 +296,8 @@ def _cast_and_check(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
     """The plan, made from Phi if that is what was given; it fits the tokens and the images."""
     name = "plan_or_image_index"
-    tokens = (query.shape[0], query.shape[2])
+    batch, _, length, _ = query.shape
+    tokens = (batch, length)
     if not isinstance(plan, CrossAttentionPlan):
         _check_index(plan, name)
         if plan.shape[:2] != tokens:
@@ -312,7 +313,6 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
         reject(name, f"a plan for {tokens} tokens, as query has", tuple(plan.image_index.shape))
     if plan.num_images != images:
         reject(name, f"a plan for {images} images, as key has", plan.num_images)
-    batch, length = tokens
     expected = (
         tokens,
         (batch, length, images),
@@ -330,7 +330,8 @@ def _check_members(plan: CrossAttentionPlan, query: Tensor) -> list[torch.Size |
     """The shapes of what a plan holds; it is of the kinds that `cross_attention_plan` makes."""
     shapes: list[torch.Size | None] = []
     device = query.device
-    for (field, dtype, dims), tensor in zip(_KINDS, plan, strict=True):
+    members: tuple[Any, ...] = plan  # made by hand, it may hold anything
+    for (field, dtype, dims), tensor in zip(_KINDS, members, strict=True):
         if tensor is None and field in _OPTIONAL:
             shapes.append(None)
             continue
