@@ -209,3 +209,10 @@ def test_starts_of_a_block_diagonal_bias_are_checked():
         bias.q_seqinfo.seqstart = seqstart
         with pytest.raises(error, match=says):
             mea(x, x, x, bias)
+
+
+def test_a_call_beyond_the_limits_draws_no_dropout_seed():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="value: expected at most 65536 features"):
+        sdpa(Q, K, WIDE, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)

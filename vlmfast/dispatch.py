@@ -45,11 +45,11 @@ def run(
     first = args[0]
     device_type = "cpu" if first.is_cpu else first.device.type  # a string that costs
     chosen = backends.choose(family, backend, device_type, *inputs)
-    if dropout_p is not None:
-        args = (*args, _draw_seed(first.device) if dropout_p > 0.0 else None)
     if chosen == "cpu" and device_type == "cpu":
         for argument, tensor, sizes in limits:
             checks.check_sizes(argument, tensor, sizes)
+    if dropout_p is not None:
+        args = (*args, _draw_seed(first.device) if dropout_p > 0.0 else None)
     if chosen != "reference":
         return ops.call(_OPERATORS[family].FORWARD[chosen], *args)
     with no_autocast(device_type):
