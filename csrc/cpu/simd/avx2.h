@@ -79,15 +79,6 @@ VLMFAST_INLINE void store_first(BFloat16* p, Vec x, int n) {
 VLMFAST_INLINE void store_first(Half* p, Vec x, int n) {
   store_first_16bit(&p->bits, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), n);
 }
-VLMFAST_INLINE Vec split_exponent(Vec x, Vec* fraction) {
-  x = max(broadcast(-127.f),
-          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
-  // on the adders instead of the multipliers.
-  const Vec shifted = x + broadcast(12582912.f);
-  *fraction = x - (shifted - broadcast(12582912.f));
-  return shifted;
-}
 // NaN stays: the low bits of its payload are anything.
 VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
   const __m256i is_number = _mm256_castps_si256(_mm256_cmp_ps(p, p, _CMP_ORD_Q));

@@ -112,6 +112,7 @@ VLMFAST_INLINE Vec sum_of_lanes(const Vec r[16]) {
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
+#define VLMFAST_OWN_SPLIT_EXPONENT
 VLMFAST_INLINE Vec split_exponent(Vec x, Vec* fraction) {
   *fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return x - *fraction;

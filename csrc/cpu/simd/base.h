@@ -89,15 +89,6 @@ template <class T>
 VLMFAST_INLINE void store_first(T* p, Vec x, int n) {
   for (int i = 0; i < 4 && i < n; i++) from_float(x[i], p + i);
 }
-VLMFAST_INLINE Vec split_exponent(Vec x, Vec* fraction) {
-  x = max(broadcast(-127.f),
-          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
-  // on the adders instead of the multipliers.
-  const Vec shifted = x + broadcast(12582912.f);
-  *fraction = x - (shifted - broadcast(12582912.f));
-  return shifted;
-}
 // NaN stays: the low bits of its payload are anything.
 VLMFAST_INLINE Vec add_exponent(Vec p, Vec n) {
   return (Vec)((IntVec)p + (((IntVec)n << 23) & (p == p)));

@@ -29,6 +29,18 @@ VLMFAST_INLINE Vec exp2_of_fraction(Vec f) {
   return fma(p, f, broadcast(1.f));
 }
 
+#ifndef VLMFAST_OWN_SPLIT_EXPONENT
+VLMFAST_INLINE Vec split_exponent(Vec x, Vec* fraction) {
+  x = max(broadcast(-127.f),
+          x);  // there 2^x has the bits of zero, and below it the exponent would wrap
+  // Adding 1.5 * 2^23 leaves round(x) in the low bits: half the work of a rounding instruction, and
+  // on the adders instead of the multipliers.
+  const Vec shifted = x + broadcast(12582912.f);
+  *fraction = x - (shifted - broadcast(12582912.f));
+  return shifted;
+}
+#endif
+
 // 2^x for x <= 127. -inf gives 0, NaN stays NaN.
 template <int kDegree>
 VLMFAST_INLINE Vec exp2(Vec x) {

@@ -35,10 +35,13 @@
 //                                  is too large becomes infinite. Writes nothing beyond
 //   transpose(Vec r[kLanes])       lane j of r[i] becomes lane i of r[j]
 //   sum_of_lanes(const Vec r[kLanes])  lane i: the sum of all lanes of r[i]
-//   split_exponent(x, &fraction)   x <= 127 as integer + fraction, which lies in [-1/2, 1/2];
-//                                  returns the integer in the form that add_exponent takes
-//   add_exponent(p, exponent)      p * 2^integer. NaN stays NaN; -inf gives 0; below 2^-126 any
-//                                  result from 0 to there will do
+//   add_exponent(p, exponent)      p * 2^integer, the integer in the low bits of `exponent`: math.h
+//                                  splits x <= 127 into it and a fraction in [-1/2, 1/2]. NaN stays
+//                                  NaN; -inf gives 0; below 2^-126 any result from 0 to there will
+//                                  do
+//
+// Where there are better instructions for that, the file defines VLMFAST_OWN_SPLIT_EXPONENT, and
+// gives split_exponent(x, &fraction), which returns the integer as its add_exponent takes it.
 //
 // Where the instruction set multiplies pairs of bfloat16, the file defines VLMFAST_BF16_WORDS, and
 // gives what follows. A lane of a Vec then holds two elements, the first in its low half.
