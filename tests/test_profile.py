@@ -124,9 +124,9 @@ def test_the_package_profiles_models_alone(tmp_path, capsys):
     arguments = ["--steps", "1", "--batch", "1", "--out", str(tmp_path)]
     assert command.main(["profile", "vit_tiny_patch16_224", *arguments]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("the machine's ceilings are measured in a checkout")
+    assert text.startswith("shares of the machine's ceilings: see README")
     assert re.search(r"^\| before \| [\d.]+ \| [\d.]+ \| \d+ \|  \|", text, re.MULTILINE)
-    with pytest.raises(SystemExit, match="called 'resampler'; cases need a checkout"):
+    with pytest.raises(SystemExit, match="called 'resampler'; for cases see README"):
         command.main(["profile", "resampler", *arguments])
 
 

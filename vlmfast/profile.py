@@ -1,7 +1,8 @@
 """Where the time of a model or of one kernel goes, and how far it is from the machine's limits.
 
 A target is a row of the demo, by any part of its name; a model of timm, as vit_base_patch16_224;
-or a case of the benchmarks, as clip-text. Only a checkout knows cases and the machine's limits.
+or a case of the benchmarks, as clip-text. Cases and the machine's limits are told by the command of
+this name that a checkout has besides (see README).
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _targets(options: argparse.Namespace, find_case: FindCase | None) -> Iterato
     found = _find_model(options, device)
     if found is None:
         if find_case is None:
-            raise SystemExit(f"no model is called {options.target!r}; cases need a checkout")
+            raise SystemExit(f"no model is called {options.target!r}; for cases see README")
         yield from find_case(options, device)
         return
     model, inputs, run, dtype = found
@@ -282,7 +283,7 @@ def _file_name(text: str) -> str:
 def _report(found: Sequence[Findings], measure_ceilings: MeasureCeilings | None) -> Iterator[str]:
     ceilings = None
     if measure_ceilings is None:
-        yield "the machine's ceilings are measured in a checkout, and this is none"
+        yield "shares of the machine's ceilings: see README"
     else:
         dtypes = list(dict.fromkeys(f.target.dtype for f in found))
         ceilings = measure_ceilings(dtypes, "cuda" if torch.cuda.is_available() else "cpu")
