@@ -42,7 +42,7 @@ def block_statistics(
     return Statistics(*dispatch.run("contrastive_loss", args, backend, (rows, columns)))
 
 
-def choose(rows: Tensor, columns: Tensor, backend: str | None) -> str:
+def choose_backend(rows: Tensor, columns: Tensor, backend: str | None) -> str:
     """The backend that computes the statistics of a block."""
     return backends.choose("contrastive_loss", backend, rows.device.type, rows, columns)
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from vlmfast.contrastive_statistics import (
     Statistics,
     block_statistics,
-    choose,
+    choose_backend,
     merge,
     relative_to,
 )
@@ -39,7 +39,7 @@ def ring_statistics(
     if rows.dim() == 2:
         rows = rows.unsqueeze(1)
     # Chosen once: use_backend may have ended when backward runs.
-    settings = _Settings(sigmoid, column_statistics, choose(rows, columns, backend))
+    settings = _Settings(sigmoid, column_statistics, choose_backend(rows, columns, backend))
     return Statistics(*_RingStatistics.apply(rows, columns, scale, bias, settings, ranks))
 
 

@@ -15,7 +15,7 @@ from vlmfast.checks import check_flag, check_floating_tensor, check_fraction, re
 from vlmfast.contrastive_statistics import (
     Statistics,
     block_statistics,
-    choose,
+    choose_backend,
     merge,
     normalize,
     pair_loss,
@@ -342,7 +342,7 @@ def _join(
 
     def check_all() -> tuple[Any, ...]:
         inputs = check()
-        return *inputs, f"backend={choose(inputs[0], inputs[1], backend)}"
+        return *inputs, f"backend={choose_backend(inputs[0], inputs[1], backend)}"
 
     inputs, ranks = join(group, check_all, *facts)
     return inputs[:-1], ranks
