@@ -29,7 +29,7 @@ NO_MASK = tl.constexpr(0)
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
 
-LONGEST = 1 << 29
+LONGEST = 1 << 29  # rows or windows: their numbers, and those of a block beyond, fit 32 bits
 
 SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
 MOST_PIECES = 4

@@ -247,6 +247,8 @@ def image_cross_attention(
             floating.
         ValueError: shapes or devices do not fit, the plan was made for other tokens or another
             number of images, or backend is unknown.
+        RuntimeError: numbers in a plan made by hand are wrong, under torch.vmap or in a subclass
+            of Tensor; elsewhere that is a ValueError.
         NotImplementedError: the forced backend cannot run the call.
 
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning" (2022),

@@ -152,6 +152,7 @@ def varlen_attention(
         TypeError: an argument is of a wrong type or dtype.
         ValueError: shapes or devices do not fit, or cumulative lengths are wrong. Their values
             are checked for CPU tensors, elsewhere with VLMFAST_CHECKS=1; kernels bound every index.
+        RuntimeError: cumulative lengths are wrong under torch.vmap, or in a subclass of Tensor.
         NotImplementedError: the forced backend cannot run the call.
     """
     query, key, value = checks.cast_alike(_NAMES, (query, key, value))
