@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed
 from torch import nn
 
 import vlmfast
@@ -19,6 +18,7 @@ from tools.models import (
     spy_on_attention,
     spy_on_windows,
 )
+from tools.processes import Processes
 from vlmfast._torchvision_ops import import_torchvision
 
 import_torchvision()
@@ -286,21 +286,35 @@ def test_scripting_says_why_not(model):
         torch.jit.script(model)
 
 
-def test_data_parallel_wrapper(model, x, tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes of one group."""
+    with Processes(2, str(tmp_path_factory.mktemp("group") / "rendezvous")) as processes:
+        yield processes
+
+
+def data_parallel_gradients(group, name, x):
+    """On one of two ranks, with half of x: paths of what was replaced, and all gradients."""
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(
+        MODELS[name](), process_group=group, find_unused_parameters=True
     )
-    try:
-        original = copy.deepcopy(model)
-        wrapped = DistributedDataParallel(model)
-        report = vlmfast.patch(wrapped)
-        assert all(entry.path.startswith("module") for entry in report.replaced)
-        for m in (wrapped, original):
-            m(x).square().mean().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    for mine, theirs in zip(model.parameters(), original.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    report = vlmfast.patch(wrapped)
+    wrapped(x.chunk(2)[group.rank()]).square().mean().backward()
+    gradients = (parameter.grad for parameter in wrapped.parameters())
+    sent = [None if gradient is None else gradient.numpy() for gradient in gradients]
+    return [entry.path for entry in report.replaced], sent
+
+
+def test_data_parallel_wrapper(pair, name, model, x):
+    model(x).square().mean().backward()
+    for paths, gradients in pair.run(data_parallel_gradients, name, x):
+        assert len(paths) == LAYERS[name] and all(path.startswith("module") for path in paths)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            assert (parameter.grad is None) == (gradient is None)
+            if gradient is not None:
+                ours = torch.from_numpy(gradient)
+                torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointed(x, model):
