@@ -8,6 +8,7 @@
 #   MINUTES=10          how long make fuzz looks for faults
 #   FUZZ_ARGS="--repeat FAMILY:DTYPE:SEED"   arguments for it (see tests/tools/fuzz)
 #   GATE_ARGS=--update  renew the register snapshot (see tests/tools/compile_gate.py)
+#   TRITON=3.6.0        the version that `make gates` compiles with, beside that of .venv
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -20,6 +21,7 @@ EXAMPLE_ARGS ?=
 export MAX_JOBS ?= $(shell nproc)
 
 VENV := .venv
+OTHER_TRITON := $(TRITON:%=build/triton-%)
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 EXTENSION := vlmfast/_C.abi3.so
@@ -60,8 +62,11 @@ compatibility: $(EXTENSION)
 fuzz: $(EXTENSION)
 	PYTHONPATH=tests $(BIN)/python -m tools.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)
 
-gates: $(ENVIRONMENT)
-	PYTHONPATH=tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
+gates: $(ENVIRONMENT) $(OTHER_TRITON)
+	PYTHONPATH=$(OTHER_TRITON:%=%:)tests $(BIN)/python -m tools.compile_gate $(GATE_ARGS)
+
+build/triton-%: $(ENVIRONMENT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 sanitize: $(EXTENSION)
 	PYTHONPATH=tests $(BIN)/python -m tools.sanitize $(SANITIZE_ARGS)

@@ -7,7 +7,7 @@
 # time; one that fails or runs out of it leaves what it has, and the next one starts. FOLDER (out/gpu)
 # then holds a log for each step, summary.txt, results.json and report.html of the race, those of
 # the race against torch.compile and FlexAttention in compiled/, searched.py with rows for
-# kernels/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest, ninja;
+# kernels/<family>/configs.py, and ncu.md. Needs torch 2.11 or later with CUDA, Triton, pytest, ninja;
 # downloads nothing. --dry-run prints the commands.
 set -uo pipefail
 here=$PWD  # what a relative path is relative to

@@ -1,7 +1,8 @@
 """Launch configurations searched on this GPU: VLMFAST_AUTOTUNE=1 python -m bench.search FILE.
 
-Runs the selected cases, forward and backward, with the search of `kernels/configs.py` switched on,
-and writes what it found, after every case, as rows in the form that the tables of that file have.
+Runs the selected cases, forward and backward, with the search of `kernels/launch.py` switched on,
+and writes what it found, after every case, as rows in the form that `kernels/<family>/configs.py`
+has them.
 """
 
 import os
@@ -16,14 +17,14 @@ from bench.families import FAMILIES
 
 
 def formatted(searched: Mapping[tuple[int, object], object]) -> str:
-    """Rows by kernel, architecture and precision, as `_rows(...)` of `kernels/configs.py`."""
+    """Rows by kernel, architecture and precision, as `rows(...)` of `kernels/launch.py`."""
     tables: dict[str, list[tuple]] = {}
     for (architecture, shape), row in searched.items():
         title = f"{shape.kernel}, sm_{architecture}, {shape.precision}"
         tables.setdefault(title, []).append((row.columns, row.rows, *row.launch, row.plain_only))
     lines = []
     for title, rows in sorted(tables.items()):
-        lines += [f"# {title}", "_rows("]
+        lines += [f"# {title}", "rows("]
         for *numbers, is_plain in sorted(rows):
             mark = ", PLAIN" if is_plain else ""
             lines.append(f"    ({', '.join(map(str, numbers))}{mark}),")
@@ -52,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() or os.environ.get("VLMFAST_AUTOTUNE") != "1":
         print("the search wants a GPU and VLMFAST_AUTOTUNE=1", file=sys.stderr)
         return 1
-    from vlmfast.kernels import configs
+    from vlmfast.kernels import launch
 
     target.parent.mkdir(parents=True, exist_ok=True)
     for contest in training_contests("cuda"):
         print(contest, flush=True)
         our_call(contest)()
-        target.write_text(formatted(configs.searched))
+        target.write_text(formatted(launch.searched))
     return 0
 
 

@@ -1,189 +1,39 @@
-"""Pieces that every kernel of this folder is built from.
+"""Pieces that every kernel of this folder is built from, on the device.
 
 A head dimension such as 80 is not padded to the next power of two: it is held as a tuple of tiles
-with power-of-two widths, 64 + 16, the last of them masked where it reaches past the end. `pieces`
+with power-of-two widths, 64 + 16, the last of them masked where it reaches past the end. PIECES
 below is always such a tuple of (first column, width) pairs, and a "split tile" the matching tuple
 of (rows, width) tiles.
-
-Strides travel as (batch, head, row, column). The first three count units of `UNIT` elements, which
-the launcher sets to 8 where it can: Triton sees by itself only that a number is divisible by 16,
-and a row of 72 half-precision elements would otherwise be loaded two bytes at a time.
 """
 
-import contextlib
-import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vlmfast.kernels import configs
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Kinds of attention mask, as the kernels' MASK parameter.
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)
-FLOAT_MASK = tl.constexpr(2)
 
-LONGEST = 1 << 29  # rows or windows: their numbers, and those of a block beyond, fit 32 bits
+class Strided(NamedTuple):
+    """A tensor in a kernel: where it begins, and its strides (batch, head, row, column).
 
-SMALLEST_PIECE = 16  # tl.dot takes nothing narrower
-MOST_PIECES = 4
-
-
-def split_into_pieces(
-    size: int, largest: int = 256, most: int = MOST_PIECES
-) -> tuple[tuple[int, int], ...]:
-    """Cover `size` columns by at most `most` power-of-two widths, wasting as little as possible.
-
-    >>> split_into_pieces(88)
-    ((0, 64), (64, 32))
+    All strides but the last count units of UNIT elements, which the launcher sets to 8 where it
+    can: Triton sees by itself only that a number is divisible by 16, and a row of 72 half-precision
+    elements would otherwise be loaded two bytes at a time.
     """
-    widths = [SMALLEST_PIECE << i for i in range(8) if SMALLEST_PIECE << i <= largest]
-    choices = (
-        choice
-        for count in range(1, most + 1)
-        for choice in itertools.combinations_with_replacement(reversed(widths), count)
-        if sum(choice) >= size
-    )
-    best = min(choices, key=lambda choice: (sum(choice), len(choice)), default=None)
-    if best is None:
-        raise ValueError(f"size: expected at most {most * largest}, got {size}")
-    starts = itertools.accumulate(best[:-1], initial=0)
-    return tuple(zip(starts, best, strict=True))
+
+    pointer: torch.Tensor
+    strides: tuple[int, ...]
 
 
-def covered_columns(pieces: tuple[tuple[int, int], ...]) -> int:
-    return sum(width for _, width in pieces)
+class Dropout(NamedTuple):
+    """What dropout is drawn by: see `dropout_keep`. `scale` is that of the elements kept."""
 
-
-def dense_like(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised (B, H, L, D) tensor in the dimension order of `tensor`, without gaps."""
-    if tensor.stride(1) < tensor.stride(2):
-        batch, heads, rows, columns = shape
-        return tensor.new_empty(batch, rows, heads, columns).transpose(1, 2)
-    return tensor.new_empty(shape)
-
-
-def stride_unit(*tensors: torch.Tensor) -> int:
-    """8 where every stride but the last dimension's is a multiple of 8 elements, else 1."""
-    strides = (s for tensor in tensors for s in kernel_strides(tensor, 1)[:-1])
-    return 8 if all(s % 8 == 0 for s in strides) else 1
-
-
-def kernel_strides(tensor: torch.Tensor, unit: int) -> tuple[int, ...]:
-    """Strides as kernels take them; a dimension of size 1 has stride 0, whatever torch says."""
-    strides = [s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
-    return (*(s // unit for s in strides[:-1]), strides[-1])
-
-
-def with_strides(unit: int, *tensors: torch.Tensor) -> list:
-    """Each tensor followed by its strides: the arguments of a kernel."""
-    return [arg for tensor in tensors for arg in (tensor, kernel_strides(tensor, unit))]
-
-
-def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one: Triton launches on whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def precision_of(tensor: torch.Tensor) -> str:
-    """ "half", or how products of float32 are rounded, as torch's own are: "tf32" or "ieee"."""
-    if tensor.dtype != torch.float32:
-        return "half"
-    # allow_tf32 reads the same setting, but raises once the newer name has been written to.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def input_precision(tensor: torch.Tensor) -> str:
-    """What `tl.dot` is told; it does not ask where the inputs are in half precision."""
-    return "tf32" if precision_of(tensor) == "tf32" else "ieee"
-
-
-def head_pieces(size: int, precision: str, largest: int = 256) -> tuple[tuple[int, int], ...]:
-    """The tiles that a head dimension is split into.
-
-    Without tensor cores a product is unrolled along its inner dimension; wider tiles than 64 would
-    then spill.
-    """
-    return split_into_pieces(size, largest=64 if precision == "ieee" else largest)
-
-
-def with_positive_scale(problem: Any) -> tuple[Any, float]:
-    """A family's problem with scale > 0, and the factor that the queries were multiplied by.
-
-    Kernels take the maximum of scores before they scale them, which wants a positive scale. Any
-    other (nobody uses one) costs a copy of the queries.
-    """
-    if not problem.scale <= 0.0:
-        return problem, 1.0
-    factor = -1.0 if problem.scale < 0.0 else 0.0
-    scale = -problem.scale if problem.scale < 0.0 else 1.0
-    return problem._replace(query=problem.query * factor, scale=scale), factor
-
-
-class Saved(NamedTuple):
-    """What the backward takes besides the problem; statistics are contiguous float32."""
-
-    out: torch.Tensor
-    logsumexp: torch.Tensor
-    grad_out: torch.Tensor
-    grad_logsumexp: torch.Tensor | None
-
-
-def saved_for_backward(
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_logsumexp: torch.Tensor | None,
-) -> Saved:
-    """From an operator's arguments."""
-    if grad_logsumexp is not None:
-        grad_logsumexp = grad_logsumexp.to(torch.float32).contiguous()
-    return Saved(out, logsumexp.contiguous(), grad_out.to(out.dtype), grad_logsumexp)
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """Elements whose 32 random bits fall below this are dropped; as the int32 of the same bits."""
-    threshold = min(int(dropout_p * 2**32), 2**32 - 1)
-    return threshold - 2**32 if threshold >= 2**31 else threshold
-
-
-def dropout_scale(dropout_p: float) -> float:
-    """What the kept elements are multiplied by; nothing is kept at p = 1."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-
-
-def run_with_launch(
-    shape: configs.ShapeClass, tensor: torch.Tensor, run: Callable[[configs.Launch], None]
-) -> None:
-    """Call `run` with the launch that fits the shape on the tensor's device."""
-    with device_guard(tensor):
-        configs.launch(shape, tensor.device, run)
-
-
-def check_lengths(**lengths: int) -> None:
-    """Raises ValueError for what kernels cannot count in 32 bits."""
-    for name, length in lengths.items():
-        if length > LONGEST:
-            raise ValueError(f"{name}: expected at most {LONGEST}, got {length}")
-
-
-def run_kernel(
-    kernel: triton.JITFunction, programs: int, *args, launch: configs.Launch, **constants
-) -> None:
-    if programs >= 1 << 31:
-        raise ValueError(
-            f"batch, heads, lengths: expected to make fewer than 2**31 blocks, got {programs}"
-        )
-    if programs > 0:
-        kernel[(programs,)](
-            *args, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-        )
+    seed: torch.Tensor | None
+    threshold: int
+    scale: float
 
 
 @triton.jit
@@ -194,11 +44,13 @@ def program_indices(inner, middle):
 
 
 @triton.jit
-def head_pointer(pointer, strides, batch, head, row, UNIT: tl.constexpr):
-    """Address of element (batch, head, row, 0); in 64 bits, since a tensor may exceed 2**31."""
-    pointer += tl.cast(batch, tl.int64) * strides[0] * UNIT
-    pointer += tl.cast(head, tl.int64) * strides[1] * UNIT
-    return pointer + tl.cast(row, tl.int64) * strides[2] * UNIT
+def at_head(tensor, batch, head, row, UNIT: tl.constexpr):
+    """The tensor from element (batch, head, row, 0) on; its address in 64 bits, for what exceeds
+    2**31 elements."""
+    pointer = tensor.pointer + tl.cast(batch, tl.int64) * tensor.strides[0] * UNIT
+    pointer += tl.cast(head, tl.int64) * tensor.strides[1] * UNIT
+    pointer += tl.cast(row, tl.int64) * tensor.strides[2] * UNIT
+    return Strided(pointer, tensor.strides)
 
 
 @triton.jit
@@ -250,24 +102,22 @@ def store_pieces(pointers, column_stride, inside, tiles, SIZE: tl.constexpr, PIE
 
 @triton.jit
 def load_rows(
-    pointer,
-    strides,
+    tensor,
     rows,
     num_rows,
     SIZE: tl.constexpr,
     PIECES: tl.constexpr,
     UNIT: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr = True,
 ):
-    """Split tile of the given rows, (len(rows), SIZE); rows from num_rows on read as 0."""
-    pointers = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
-    return load_pieces(pointers, strides[3], rows < num_rows, SIZE, PIECES, CHECK_ROWS)
+    """Split tile of rows of a tensor (`at_head`), (len(rows), SIZE); from num_rows on, 0."""
+    pointers = tensor.pointer + rows[:, None].to(tl.int64) * tensor.strides[2] * UNIT
+    return load_pieces(pointers, tensor.strides[3], rows < num_rows, SIZE, PIECES, CHECK_ROWS)
 
 
 @triton.jit
 def store_rows(
-    pointer,
-    strides,
+    tensor,
     rows,
     num_rows,
     tiles,
@@ -275,46 +125,9 @@ def store_rows(
     PIECES: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """Write a split tile to the given rows, but those from num_rows on."""
-    pointers = pointer + rows[:, None].to(tl.int64) * strides[2] * UNIT
-    store_pieces(pointers, strides[3], rows < num_rows, tiles, SIZE, PIECES)
-
-
-@triton.jit
-def load_head_rows(
-    pointer,
-    strides,
-    batch,
-    head,
-    first_row,
-    rows,
-    num_rows,
-    SIZE: tl.constexpr,
-    PIECES: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """`load_rows` of a head, its rows counted from first_row, of a (B, H, rows, SIZE) tensor."""
-    pointer = head_pointer(pointer, strides, batch, head, first_row, UNIT)
-    return load_rows(pointer, strides, rows, num_rows, SIZE, PIECES, UNIT, True)
-
-
-@triton.jit
-def store_head_rows(
-    pointer,
-    strides,
-    batch,
-    head,
-    first_row,
-    rows,
-    num_rows,
-    tiles,
-    SIZE: tl.constexpr,
-    PIECES: tl.constexpr,
-    UNIT: tl.constexpr,
-):
-    """`store_rows` to a head, its rows counted from first_row, of a (B, H, rows, SIZE) tensor."""
-    pointer = head_pointer(pointer, strides, batch, head, first_row, UNIT)
-    store_rows(pointer, strides, rows, num_rows, tiles, SIZE, PIECES, UNIT)
+    """Write a split tile to rows of a tensor (`at_head`), but those from num_rows on."""
+    pointers = tensor.pointer + rows[:, None].to(tl.int64) * tensor.strides[2] * UNIT
+    store_pieces(pointers, tensor.strides[3], rows < num_rows, tiles, SIZE, PIECES)
 
 
 @triton.jit
@@ -393,46 +206,6 @@ def row_inner_products(left, right):
 
 
 @triton.jit
-def mask_scores(
-    scores,
-    rows,
-    columns,
-    num_rows,
-    num_columns,
-    causal_offset,
-    attn_mask,
-    mask_strides,
-    scale,
-    MASK: tl.constexpr,
-    MASK_HAS_ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    CHECK_COLUMNS: tl.constexpr,
-):
-    """Apply every mask to the unscaled products `scores`; what is hidden becomes -inf.
-
-    `rows` and `columns` are indices of queries and keys, shaped to broadcast to the tile: (M, 1)
-    and (1, N), or (1, M) and (N, 1) where the tile is transposed. A float mask is added to the
-    scaled scores, so the result is scaled with one and unscaled without.
-    """
-    if MASK != NO_MASK:
-        pointers = attn_mask + columns.to(tl.int64) * mask_strides[3]
-        inside = columns < num_columns
-        if MASK_HAS_ROWS:
-            pointers += rows.to(tl.int64) * mask_strides[2]
-            inside = inside & (rows < num_rows)
-        if MASK == FLOAT_MASK:
-            scores = scores * scale + tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        else:
-            keep = tl.load(pointers, mask=inside, other=0) != 0
-            scores = tl.where(keep, scores, float("-inf"))
-    if CAUSAL:
-        scores = tl.where(columns <= rows + causal_offset, scores, float("-inf"))
-    if CHECK_COLUMNS:
-        scores = tl.where(columns < num_columns, scores, float("-inf"))
-    return scores
-
-
-@triton.jit
 def shifted_exp2(scores, shift, factor):
     """exp2(scores * factor - shift), at most 1: the shift is a log-sum-exp times log2(e).
 
@@ -461,8 +234,7 @@ def online_softmax_step(scores, row_max, row_sum, factor):
 
 @triton.jit
 def dropout_keep(
-    dropout_seed,
-    threshold,
+    dropout,
     stream,
     rows,
     first_column,
@@ -475,8 +247,8 @@ def dropout_keep(
     counter is (column // 4, row, stream, 0), the key the seed's low and high half. One call gives
     four neighbours, which is used where ALIGNED: first_column is then a multiple of 4.
     """
-    seed = tl.load(dropout_seed)
-    threshold = threshold.to(tl.uint32, bitcast=True)
+    seed = tl.load(dropout.seed)
+    threshold = dropout.threshold.to(tl.uint32, bitcast=True)
     if ALIGNED:
         quads = first_column // 4 + tl.arange(0, COLUMNS // 4)
     else:

@@ -61,21 +61,18 @@ def test_gpu_script_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 
 def test_searched_rows_have_the_form_of_the_tables() -> None:
-    from vlmfast.kernels import configs
+    from vlmfast.kernels.launch import PLAIN, Launch, Row, ShapeClass, rows
 
-    launch = configs.Launch(128, 64, 8, 3)
+    launch = Launch(128, 64, 8, 3)
+    plain = ShapeClass("flash_attention_fwd", "half", 64, 197, plain=True)
+    masked = ShapeClass("flash_attention_fwd", "half", 64, 577, plain=False)
     searched = {
-        (90, configs.ShapeClass("flash_attention_fwd", "half", 64, 197, True)): configs.Row(
-            64, 197, launch, plain_only=True
-        ),
-        (90, configs.ShapeClass("flash_attention_fwd", "half", 64, 577, False)): configs.Row(
-            64, 577, launch
-        ),
+        (90, plain): Row(64, 197, launch, plain_only=True),
+        (90, masked): Row(64, 577, launch),
     }
     text = search.formatted(searched)
-    assert text.startswith("# flash_attention_fwd, sm_90, half\n_rows(\n")
-    names = {"_rows": configs._rows, "PLAIN": configs.PLAIN}
-    assert eval(text, names) == tuple(searched.values())
+    assert text.startswith("# flash_attention_fwd, sm_90, half\nrows(\n")
+    assert eval(text, {"rows": rows, "PLAIN": PLAIN}) == tuple(searched.values())
 
 
 def test_ncu_reports_become_tables(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_there_is_no_circle():
 
 
 def test_what_is_imported_is_found():
-    assert "vlmfast.kernels.flash_attention" in IMPORTS["vlmfast.ops.common"]
+    assert "vlmfast.kernels.flash_attention.forward" in IMPORTS["vlmfast.ops.common"]
     assert "vlmfast.distributed.join" in IMPORTS["vlmfast.functional.contrastive_loss"]
     assert "vlmfast.backends.flash_attention" in IMPORTS["vlmfast.backends.selection"]
     assert "vlmfast.distributed" in imports_of("vlmfast.ops.common", "import vlmfast.distributed")

@@ -26,7 +26,12 @@ from vlmfast.verify.contrastive_loss import (
     siglip_case,
 )
 
-kernels = pytest.importorskip("vlmfast.kernels.contrastive_loss")
+pytest.importorskip("triton")
+
+from vlmfast.kernels.contrastive_loss import backward as backward_module
+from vlmfast.kernels.contrastive_loss import problem as problem_module
+from vlmfast.kernels.contrastive_loss.backward import backward
+from vlmfast.kernels.contrastive_loss.forward import forward
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
@@ -84,12 +89,12 @@ def test_blocks_are_those_of_the_cpu_kernels(first_column, sigmoid):
 def test_chunks_of_rows_sum_up(monkeypatch):
     rows, columns, scale = sample(300, 1, 60, 16)
     args = (rows, columns, scale, None, 5, False, True)
-    row_max, *_, column_max, _ = kernels.forward(*args)
+    row_max, *_, column_max, _ = forward(*args)
     grads = [torch.randn(300) for _ in range(3)] + [torch.randn(60)]
     rest = (*grads, *args[:4], row_max, column_max, 5, False, *(True,) * 5)
-    whole = kernels.backward(*rest)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 60 * 4 * 128)
-    for x, y in zip(kernels.backward(*rest), whole, strict=True):
+    whole = backward(*rest)
+    monkeypatch.setattr(backward_module, "CHUNK_BYTES", 60 * 4 * 128)
+    for x, y in zip(backward(*rest), whole, strict=True):
         assert_agree(x, y, 300)
 
 
@@ -98,8 +103,8 @@ def test_strips_of_columns_merge(monkeypatch):
     args = (rows, columns, scale, None, 5, False, True)
     exact = reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in args))
     for programs in (1, 4, 1000):
-        monkeypatch.setattr(kernels, "PROGRAMS", programs)
-        for x, y in zip(kernels.forward(*args), exact, strict=True):
+        monkeypatch.setattr(problem_module, "PROGRAMS", programs)
+        for x, y in zip(forward(*args), exact, strict=True):
             assert_agree(x, y, 16 + 300)
 
 
@@ -126,8 +131,8 @@ def test_any_strides(layout):
     else:
         rows, columns = rows[::2, :, ::2], columns[:, ::2]
     rest = (scale, None, 0, False, True)
-    dense = kernels.forward(rows.contiguous(), columns.contiguous(), *rest)
-    for x, y in zip(kernels.forward(rows, columns, *rest), dense, strict=True):
+    dense = forward(rows.contiguous(), columns.contiguous(), *rest)
+    for x, y in zip(forward(rows, columns, *rest), dense, strict=True):
         assert torch.equal(x, y)
 
 
@@ -135,11 +140,11 @@ def test_float16_holds_small_gradients():
     """A loss scaled down by 2**-20: the largest entry of G would be a subnormal float16."""
     rows, columns, scale = sample(60, 1, 60, 16, torch.float16)
     args = (rows, columns, scale, None, 0, False, True)
-    row_max, *_, column_max, _ = kernels.forward(*args)
+    row_max, *_, column_max, _ = forward(*args)
     grads = [torch.rand(60) for _ in range(4)]
     results = []
     for factor in (1.0, 2.0**-20):
         rest = (*args[:4], row_max, column_max, 0, False, *(True,) * 5)
-        results.append(kernels.backward(*(factor * x for x in grads), *rest))
+        results.append(backward(*(factor * x for x in grads), *rest))
     for x, y in zip(*results, strict=True):
         assert torch.equal(x * 2.0**-20, y)

@@ -14,8 +14,10 @@ from vlmfast.reference.flash_attention import flash_attention as reference
 from vlmfast.verify.common import budget, relative_error
 from vlmfast.verify.flash_attention import CASES, dense_case, normal_bias, packed_case, random_mask
 
-kernels = pytest.importorskip("vlmfast.kernels.flash_attention")
-configs = kernels.configs
+launch = pytest.importorskip("vlmfast.kernels.launch")
+forward = pytest.importorskip("vlmfast.kernels.flash_attention.forward").forward
+backward = pytest.importorskip("vlmfast.kernels.flash_attention.backward").backward
+TABLES = pytest.importorskip("vlmfast.kernels.flash_attention.configs").TABLES
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("guarded")]
 
@@ -77,9 +79,9 @@ def test_gradient_of_a_bias_over_queries_is_that_of_the_logsumexp(shape):
     bias, grad_logsumexp = torch.randn(shape), torch.randn(2, 2, 5)
     bias[:, :, -1:] = -torch.inf  # hides its rows: nothing of theirs counts
     rest = (None, None, 0, 0, 0, 0.3, 0.0, None)
-    out, logsumexp = kernels.forward(query, key, value, bias, *rest)
+    out, logsumexp = forward(query, key, value, bias, *rest)
     saved = (grad_out, grad_logsumexp, query, key, value, bias, out, logsumexp)
-    gradient = kernels.backward(*saved, *rest, False, False, True)[3]
+    gradient = backward(*saved, *rest, False, False, True)[3]
     seen = grad_logsumexp.masked_fill(bias[..., 0].expand(2, 2, 5) == -torch.inf, 0.0)
     torch.testing.assert_close(gradient, seen.unsqueeze(3).sum_to_size(shape))
 
@@ -100,7 +102,7 @@ def test_huge_logits(is_causal):
 def test_lengths_that_kernels_cannot_count_are_named():
     x = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**29 + 1, 8)
     with pytest.raises(ValueError, match=r"query: expected at most 536870912, got 536870913"):
-        kernels.forward(x, x, x, None, None, None, 0, 0, 0, 1.0, 0.0, None)
+        forward(x, x, x, None, None, None, 0, 0, 0, 1.0, 0.0, None)
 
 
 def attend(query, key, value, **options):
@@ -142,7 +144,7 @@ def test_logsumexp(kind, dropout_p):
     mask = keep if kind == "bool" else torch.randn(keep.shape).masked_fill(~keep, -torch.inf)
     seed = torch.tensor([5])
     arguments = (mask, None, None, 0, 0, 0, 0.2, dropout_p, seed if dropout_p else None)
-    out, logsumexp = kernels.forward(query, key, value, *arguments)
+    out, logsumexp = forward(query, key, value, *arguments)
     _, truth = reference(query.double(), key.double(), value.double(), mask, *arguments[1:])
     _, by_torch = reference(query, key, value, mask, *arguments[1:])
     hidden = ~keep.any(3).expand(2, 2, 70)
@@ -166,6 +168,13 @@ def test_strided_and_expanded_tensors():
     grad_out = torch.ones(2, 2, 21, 40)
     attend(query, dense, value).backward(grad_out)
     torch.testing.assert_close(leaf.grad, dense.grad.sum((0, 1), keepdim=True))
+
+
+def test_a_padded_query_of_negative_scale():
+    """Whose copy times -1 has other strides, no longer multiples of 8."""
+    query, key, value = torch.randn(3, 1, 2, 9, 24)[..., :20].unbind(0)
+    expected = attend(-query, key, value, scale=0.3)
+    torch.testing.assert_close(attend(query, key, value, scale=-0.3), expected)
 
 
 def test_dropout_mask_is_the_reference_s():
@@ -192,23 +201,22 @@ def test_repeats_bitwise():
 
 def test_autotuned_launches_keep_the_budget(monkeypatch):
     """Whatever launch autotuning settles on computes the same thing, forward and backward."""
-    search, near = configs.search, configs.candidates
+    search, near = launch.search, launch.candidates
     tuned = set()
 
-    def search_without_a_gpu(shape, device, run):
-        row = search(shape, device, run, timer=lambda call: call() or 1.0)
-        assert row.launch != configs.lookup(shape, device)
+    def search_without_a_gpu(shape, shipped, run):
+        row = search(shape, shipped, run, timer=lambda call: call() or 1.0)
+        assert row.launch != shipped
         tuned.add(shape.kernel)
         return row
 
     monkeypatch.setenv("VLMFAST_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "searched", {})
-    monkeypatch.setattr(configs, "candidates", lambda shipped: list(near(shipped))[1:3])
-    monkeypatch.setattr(configs, "search", search_without_a_gpu)
+    monkeypatch.setattr(launch, "searched", {})
+    monkeypatch.setattr(launch, "candidates", lambda shipped: list(near(shipped))[1:3])
+    monkeypatch.setattr(launch, "search", search_without_a_gpu)
     case = dense_case("bias", (1, 2, 40, 32), mask=normal_bias(1, 2, 40, 40))
     assert_keeps_budget(case, torch.float32, backend="triton")
-    kernels_of_a_bias = {name for name in configs.TABLE if name.startswith("flash_attention")}
-    assert tuned == kernels_of_a_bias - {"flash_attention_bwd_whole"}
+    assert tuned == TABLES.keys() - {"flash_attention_bwd_whole"}
 
 
 def test_the_interpreter_takes_cpu_tensors_only_when_asked():

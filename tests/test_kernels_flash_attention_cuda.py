@@ -11,7 +11,7 @@ from tools.budget import assert_keeps_budget
 from vlmfast.reference.common import dropout_keep_mask
 from vlmfast.verify.flash_attention import CASES, dense_case, normal_bias, random_mask
 
-configs = pytest.importorskip("vlmfast.kernels.configs")
+launch = pytest.importorskip("vlmfast.kernels.launch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -218,12 +218,12 @@ def test_elements_beyond_two_to_the_31():
 
 def test_autotune_gives_the_same_numbers(monkeypatch):
     monkeypatch.setenv("VLMFAST_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "searched", {})
-    near = configs.candidates
-    monkeypatch.setattr(configs, "candidates", lambda shipped: itertools.islice(near(shipped), 6))
+    monkeypatch.setattr(launch, "searched", {})
+    near = launch.candidates
+    monkeypatch.setattr(launch, "candidates", lambda shipped: itertools.islice(near(shipped), 6))
     case = dense_case("197 x 64", (2, 4, 197, 64))
     assert_keeps_budget(case, torch.bfloat16, backend="triton", device="cuda")
-    assert {shape.kernel for _, shape in configs.searched} >= {"flash_attention_fwd"}
+    assert {shape.kernel for _, shape in launch.searched} >= {"flash_attention_fwd"}
 
 
 # As many heads as fill a GPU, for the kernel that takes a head as a whole.

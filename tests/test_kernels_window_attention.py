@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tools.budget import assert_keeps_budget
 from tools.window_attention import with_lengths
-from vlmfast.kernels import window_attention as kernels
+from vlmfast.kernels.window_attention.forward import forward
 from vlmfast.ops import window_attention as ops
 from vlmfast.reference import window_attention as reference
 from vlmfast.verify.common import Case
@@ -238,6 +238,4 @@ def test_other_windows_and_heads_do_not_leak():
 def test_windows_that_kernels_cannot_count_are_named():
     qkv = torch.zeros(1, 1, 1, 24).expand(1, 2**15, 2**15, 24)
     with pytest.raises(ValueError, match="windows: expected at most 536870912, got 1073741824"):
-        kernels.forward(
-            *(qkv, None, None, None, None, None, 1, 1, 1, 0, 0, True, 1.0, -100.0, 0.0, None)
-        )
+        forward(*(qkv, None, None, None, None, None, 1, 1, 1, 0, 0, True, 1.0, -100.0, 0.0, None))

@@ -43,7 +43,7 @@ PROBE = """
     torch.testing.assert_close(
         ours, torch.nn.functional.scaled_dot_product_attention(query, key, value)
     )
-    kernel = importlib.util.find_spec("vlmfast.kernels.flash_attention")
+    kernel = importlib.util.find_spec("vlmfast.kernels.flash_attention.forward")
     print(json.dumps([vlmfast.__file__, kernel.origin, vlmfast.__version__]))
 """
 
@@ -124,7 +124,7 @@ def sources(*patterns: str) -> set[str]:
 
 
 def test_sdist_can_build_test_and_measure(unpacked: Path) -> None:
-    expected = sources("csrc/**/*.*", "kernels/*.py", "vlmfast/**/*.py", "bench/**/*.py")
+    expected = sources("csrc/**/*.*", "kernels/**/*.py", "vlmfast/**/*.py", "bench/**/*.py")
     expected |= sources("tests/**/*.py", "tests/data/*", "tests/snapshots/*")
     expected |= {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"}
     shipped = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
@@ -137,7 +137,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = sources("vlmfast/**/*.py") | {"vlmfast/_C.abi3.so", "vlmfast/py.typed"}
-    expected |= {f"vlmfast/{name}" for name in sources("kernels/*.py")}
+    expected |= {f"vlmfast/{name}" for name in sources("kernels/**/*.py")}
     assert names == expected
 
 
@@ -146,7 +146,7 @@ def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
     run(python, *PIP, "install", *OFFLINE, wheel, cwd=tmp_path)
     package, kernel, version = run_python(PROBE, cwd=tmp_path, python=python)
     assert Path(package).is_relative_to(tmp_path / "env")
-    assert Path(kernel) == Path(package).parent / "kernels" / "flash_attention.py"
+    assert Path(kernel) == Path(package).parent / "kernels" / "flash_attention" / "forward.py"
     assert wheel.name.startswith(f"vlmfast-{version}-")
 
 
@@ -157,7 +157,7 @@ def test_pip_install_works(unpacked: Path, fast_compiler: str, tmp_path: Path) -
     run(*command, cwd=unpacked, CXX=fast_compiler)
     package, kernel, _ = run_python(PROBE, cwd=tmp_path, PYTHONPATH=str(target))
     assert Path(package) == target / "vlmfast" / "__init__.py"
-    assert Path(kernel) == target / "vlmfast" / "kernels" / "flash_attention.py"
+    assert Path(kernel) == target / "vlmfast" / "kernels" / "flash_attention" / "forward.py"
 
 
 def test_editable_install_works(checkout: Path, fast_compiler: str, tmp_path: Path) -> None:
@@ -165,13 +165,13 @@ def test_editable_install_works(checkout: Path, fast_compiler: str, tmp_path: Pa
     run(python, *PIP, "install", *OFFLINE, "--editable", ".", cwd=checkout, CXX=fast_compiler)
     package, kernel, _ = run_python(PROBE, cwd=tmp_path, python=python)
     assert Path(package) == checkout / "vlmfast" / "__init__.py"
-    assert Path(kernel) == checkout / "kernels" / "flash_attention.py"
+    assert Path(kernel) == checkout / "kernels" / "flash_attention" / "forward.py"
 
 
 def test_uninstalled_use_from_the_root() -> None:
     package, kernel, _ = run_python(PROBE, cwd=ROOT)
     assert Path(package) == ROOT / "vlmfast" / "__init__.py"
-    assert Path(kernel) == ROOT / "kernels" / "flash_attention.py"
+    assert Path(kernel) == ROOT / "kernels" / "flash_attention" / "forward.py"
 
 
 BLOCK = """

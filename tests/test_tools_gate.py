@@ -9,8 +9,9 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from tools import compile_gate as gate  # noqa: E402
+from tools import compiled  # noqa: E402
 from tools.compile_cases.common import CompileCase  # noqa: E402
-from vlmfast.kernels import configs  # noqa: E402
+from vlmfast.kernels import launch  # noqa: E402
 
 
 @triton.jit
@@ -31,6 +32,22 @@ def normalise_kernel(x, out, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     values = tl.load(x + at)
     tl.store(out + at, values / tl.sum(values * values))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def copy_kernel(x, out, columns, SIZE: tl.constexpr):
+    rows, inner = tl.arange(0, SIZE), tl.arange(0, SIZE)
+    offsets = rows[:, None] * columns + inner[None, :]
+    tl.store(out + offsets, tl.load(x + offsets, mask=inner[None, :] < columns, other=0.0))
+
+
+@triton.jit
+def attend_kernel(query, key, value, out, SIZE: tl.constexpr):
+    rows = tl.arange(0, SIZE)
+    tile = rows[:, None] * SIZE + rows[None, :]
+    scores = tl.dot(tl.load(query + tile), tl.trans(tl.load(key + tile)))
+    values = tl.load(value + tile)
+    tl.store(out + tile, tl.dot(tl.math.exp2(scores).to(values.dtype), values))
 
 
 @triton.jit
@@ -64,7 +81,7 @@ def complaints(case, arch):
     return gate.complaints(gate.compile_case(case, arch))
 
 
-@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("arch", launch.ARCHITECTURES)
 def test_sound_kernels_pass(arch):
     assert complaints(product(), arch) == []
     assert complaints(product(size=32), arch) == []
@@ -116,6 +133,44 @@ def test_float32_rounded_in_the_wrong_way_is_caught(wanted, used):
     case = product(dtype=torch.float32, precision=used)._replace(precision=wanted)
     (line,) = complaints(case, 80)
     assert line.endswith(f"products: expected {wanted}, found {used}")
+
+
+def wasted_time(case):
+    (kernel,) = gate.compile_case(case, 90).kernels
+    return list(gate.wasted_time(kernel))
+
+
+def attention(warps):
+    def launch():
+        x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
+        attend_kernel[(1,)](x, x, x, torch.empty(64, 64, device="meta"), SIZE=64, num_warps=warps)
+
+    return CompileCase("attention", launch)
+
+
+def test_product_that_several_warps_compute_is_seen():
+    assert wasted_time(attention(warps=4)) == []
+    assert wasted_time(attention(warps=8)) == ["computed 2 times"]
+
+
+def test_what_the_assembler_says_of_products_that_wait_is_read(monkeypatch):
+    run_on = compiled._run_on
+
+    def warned(code, tool, *options):
+        warning = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async ..."
+        return run_on(code, tool, *options) + (warning if tool == "ptxas" else "")
+
+    monkeypatch.setattr(compiled, "_run_on", warned)
+    assert wasted_time(attention(warps=4)) == ["serialised"]
+
+
+@pytest.mark.parametrize(("columns", "remarks"), [(64, ["2 narrow tiles"]), (63, [])])
+def test_rows_moved_by_less_than_they_could_be_are_seen(columns, remarks):
+    def launch():
+        x = torch.empty(64, columns, dtype=torch.bfloat16, device="meta")
+        copy_kernel[(1,)](x, x, columns, SIZE=64, num_warps=4)
+
+    assert wasted_time(CompileCase("copy", launch)) == remarks
 
 
 def test_kernel_that_does_not_compile_is_caught():
@@ -170,18 +225,19 @@ def test_first_case_of_a_family_goes_to_every_architecture_and_no_case_to_none()
         for case in cases[1:]:
             found = gate.targets(family, case, gate.TESTED_ARCHITECTURES)
             assert found == [a for a in gate.TESTED_ARCHITECTURES if a in case.archs] != []
-            assert gate.targets(family, case, configs.ARCHITECTURES) == [*case.archs]
+            assert gate.targets(family, case, launch.ARCHITECTURES) == [*case.archs]
 
 
 def test_configuration_row_that_no_case_compiles_is_caught(monkeypatch):
-    row = configs.Row(64, 64, configs.Launch(64, 64, 4, 1))
-    monkeypatch.setattr(configs, "TABLE", {"family_fwd": {(90, "half"): (row,)}})
-    shape = configs.ShapeClass("family_fwd", "half", 64, 64, plain=True)
+    row = launch.Row(64, 64, launch.Launch(64, 64, 4, 1))
+    table = {(90, "half"): (row,)}
+    monkeypatch.setattr(gate, "tables_of", lambda family: {f"{family}_fwd": table})
+    shape = launch.ShapeClass("family_fwd", "half", 64, 64, plain=True)
 
-    def launch():
-        configs.launch(shape, torch.device("meta"), lambda found: None)
+    def covers():
+        launch.run_with_launch(table, shape, torch.device("meta"), lambda found: None)
 
-    report = gate.compile_case(CompileCase("covers", launch), 90)
+    report = gate.compile_case(CompileCase("covers", covers), 90)
     assert gate.uncovered_rows("family", [report]) == []
     (line,) = gate.uncovered_rows("family", [])
     assert line == f"family_fwd, sm_90, half: no case compiles {row}"
@@ -190,6 +246,6 @@ def test_configuration_row_that_no_case_compiles_is_caught(monkeypatch):
 
 
 def test_nothing_is_left_behind():
-    before = configs.find_row, torch.backends.cuda.matmul.fp32_precision
+    before = launch.find_row, torch.backends.cuda.matmul.fp32_precision
     gate.compile_case(product(dtype=torch.float32, precision="tf32"), 90)
-    assert (configs.find_row, torch.backends.cuda.matmul.fp32_precision) == before
+    assert (launch.find_row, torch.backends.cuda.matmul.fp32_precision) == before

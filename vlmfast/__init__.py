@@ -49,7 +49,7 @@ _HOMES = {
 
 # An installed wheel carries vlmfast/kernels; in a checkout the folder stands beside the package.
 _checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "kernels" / "flash_attention.py").is_file():
+if (_checkout / "kernels" / "launch.py").is_file():
     __path__.append(str(_checkout))
 
 

@@ -3,6 +3,7 @@
     make gates                                           everything
     make gates GATE_ARGS="--family flash_attention"      one family
     make gates GATE_ARGS=--update                        and write the register snapshot anew
+    make gates TRITON=3.6.0                              with another Triton than that of .venv
 
 The launchers run on meta tensors under a driver that only names an architecture, so what is
 compiled is what ships: the same configurations, strides, alignments and constants. The gate fails
@@ -12,7 +13,11 @@ compiled is what ships: the same configurations, strides, alignments and constan
 - where its matrix products are not rounded as the case says, or do not run on the tensor cores in
   the way of that GPU,
 - where its registers differ from the snapshot of this Triton version, tests/snapshots/,
-- where a row of `kernels/configs.py` was compiled by no case.
+- where a row of `kernels/<family>/configs.py` was compiled by no case.
+
+Its table also says what costs time on sm_90 without being wrong: products that wait for one another
+or are computed more than once, rows that begin at multiples of 16 bytes and are moved by less, and
+copies of four bytes.
 
 A family takes part by a page in tests/tools/compile_cases/. tests/test_kernels_gate.py runs the
 part of this that `TESTED_ARCHITECTURES` names, and tests/test_tools_gate.py plants a bug for each
@@ -21,16 +26,14 @@ guard. None of it works in a process that has TRITON_INTERPRET set.
 
 import argparse
 import contextlib
+import dataclasses
 import gc
+import importlib
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -38,25 +41,17 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tools.compile_cases import CASES
 from tools.compile_cases.common import CompileCase
-from vlmfast.kernels import configs
+from tools.compiled import MACHINE_CODE_OF, REGISTER_UNIT, Compiled, examine
+from vlmfast.kernels import launch
 
 SNAPSHOT = Path(__file__).parents[1] / "snapshots" / f"registers-triton-{triton.__version__}.json"
-REGISTER_UNIT = 8  # a GPU hands registers to a thread by eights; smaller changes mean nothing
 
-# How matrix products are computed, as it shows in PTX. "fma", without tensor cores, shows in the
-# layout of the result in Triton's own representation.
-INSTRUCTIONS = {
-    "mma.sync": r"\bmma\.sync",
-    "wgmma": r"wgmma\.mma_async",
-    "tcgen05": r"tcgen05\.mma",
-}
-FMA_PRODUCT = r"tt\.dot .*-> tensor<[^>]*#blocked"
+# What computes matrix products of half precision.
 NATIVE_INSTRUCTION = {
     80: "mma.sync",
     86: "mma.sync",
@@ -64,7 +59,6 @@ NATIVE_INSTRUCTION = {
     100: "tcgen05",
     120: "mma.sync",
 }
-ROWS_OF_WIDE_PRODUCTS = 64  # the least that wgmma and tcgen05 take; narrower ones are mma.sync's
 SPILLS_FORBIDDEN_ON = (90,)
 
 # What `make test` has the time to compile every case for: the GPU that may not spill, and, of those
@@ -93,72 +87,19 @@ class CompileOnlyDriver:
         return torch.device("meta")
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What became of one kernel.
-
-    Attributes:
-        products: kinds of matrix products that its source asks for: "wide" and "narrow" in half
-            precision, "tf32", "ieee".
-        instructions: kinds of instruction that compute them.
-    """
-
-    kernel: str
-    arch: int
-    registers: int
-    stack: int
-    shared: int
-    tensor_memory: int
-    products: frozenset[str]
-    instructions: frozenset[str]
-
-
-@dataclass
+@dataclasses.dataclass
 class Report:
     """All kernels of one case on one architecture, and the configuration rows that it used."""
 
     case: str
     arch: int
     precision: str
-    kernels: list[Compiled] = field(default_factory=list)
-    rows: set[tuple[str, str, configs.Row]] = field(default_factory=set)
+    kernels: list[Compiled] = dataclasses.field(default_factory=list)
+    rows: set[tuple[str, str, launch.Row]] = dataclasses.field(default_factory=set)
     error: str = ""
 
     def __str__(self) -> str:
         return f"{self.case}, sm_{self.arch}"
-
-
-def examine(kernel: CompiledKernel, arch: int) -> Compiled:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    found = {
-        name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])
-    }
-    if re.search(FMA_PRODUCT, kernel.asm["ttgir"]):
-        found.add("fma")
-    return Compiled(
-        kernel=kernel.metadata.name,
-        arch=arch,
-        registers=numbers["REG"],
-        stack=numbers["STACK"],
-        shared=kernel.metadata.shared,
-        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-        products=frozenset(kinds_of_products(kernel.asm["ttir"])),
-        instructions=frozenset(found),
-    )
-
-
-def kinds_of_products(ttir: str) -> Iterator[str]:
-    for rest, rows, dtype in re.findall(r"tt\.dot (.*?) : tensor<(\d+)x\d+x(\w+)>", ttir):
-        if dtype != "f32":
-            yield "wide" if int(rows) >= ROWS_OF_WIDE_PRODUCTS else "narrow"
-        else:
-            yield "tf32" if "inputPrecision = tf32" in rest else "ieee"
 
 
 @contextlib.contextmanager
@@ -166,14 +107,17 @@ def compile_only(arch: int, precision: str) -> Iterator[Report]:
     """Within the block every launch compiles for `arch` and is examined, and nothing runs."""
     report = Report("", arch, precision)
     run = JITFunction.run
-    find_row = configs.find_row
+    find_row = launch.find_row
     tf32 = torch.backends.cuda.matmul.fp32_precision
 
     def compile_and_examine(self, *args, warmup, **kwargs):
-        report.kernels.append(examine(run(self, *args, warmup=True, **kwargs), arch))
+        compiled = examine(run(self, *args, warmup=True, **kwargs), arch)
+        if not all(map(has_aligned_rows, tensors_in((args, kwargs.values())))):
+            compiled = dataclasses.replace(compiled, narrow=0)  # nothing wider is possible
+        report.kernels.append(compiled)
 
-    def find_and_note_row(shape, arch):
-        row = find_row(shape, arch)
+    def find_and_note_row(table, shape, arch):
+        row = find_row(table, shape, arch)
         if row is not None:
             report.rows.add((shape.kernel, shape.precision, row))
         return row
@@ -182,8 +126,8 @@ def compile_only(arch: int, precision: str) -> Iterator[Report]:
         # reset_active() would look for a real driver, and there may be none.
         mock.patch.object(driver, "_active", CompileOnlyDriver(arch)),
         mock.patch.object(JITFunction, "run", compile_and_examine),
-        mock.patch.object(configs, "find_row", find_and_note_row),
-        mock.patch.object(configs, "architecture", lambda device: arch),
+        mock.patch.object(launch, "find_row", find_and_note_row),
+        mock.patch.object(launch, "architecture", lambda device: arch),
     ):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         try:
@@ -202,6 +146,21 @@ def compile_case(case: CompileCase, arch: int) -> Report:
     return report
 
 
+def tensors_in(arguments: Iterable[object]) -> Iterator[torch.Tensor]:
+    """Those among a kernel's arguments, and within the tuples that it is handed."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif not isinstance(argument, str) and isinstance(argument, Iterable):
+            yield from tensors_in(argument)
+
+
+def has_aligned_rows(tensor: torch.Tensor) -> bool:
+    """Whether rows of half precision begin at multiples of 16 bytes; those of others may not."""
+    strides = [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+    return tensor.element_size() != 2 or all(s % 8 == 0 for s in strides[:-1])
+
+
 def complaints(report: Report) -> list[str]:
     """What is wrong with the kernels of one report, a line each."""
     if report.error:
@@ -214,7 +173,7 @@ def complaints(report: Report) -> list[str]:
 
 
 def _resources(compiled: Compiled) -> Iterator[str]:
-    limit = configs.SHARED_MEMORY[compiled.arch]
+    limit = launch.SHARED_MEMORY[compiled.arch]
     if compiled.shared > limit:
         yield f"needs {compiled.shared} bytes of shared memory; a block may have {limit}"
     if compiled.tensor_memory > TENSOR_MEMORY_COLUMNS:
@@ -248,12 +207,29 @@ def _products(compiled: Compiled, precision: str) -> Iterator[str]:
         )
 
 
+def wasted_time(compiled: Compiled) -> Iterator[str]:
+    """What costs time on sm_90 without being wrong."""
+    if compiled.serialised:
+        yield "serialised"
+    if compiled.repeats > 1:
+        yield f"computed {compiled.repeats} times"
+    if compiled.narrow:
+        yield f"{compiled.narrow} narrow tiles"
+    if compiled.short_copies:
+        yield f"{compiled.short_copies} copies of 4 bytes"
+
+
 def _list(words: Iterable[str]) -> str:
     return " and ".join(sorted(words))
 
 
+def tables_of(family: str) -> dict[str, launch.Table]:
+    """The family's launch configurations, by kernel."""
+    return importlib.import_module(f"vlmfast.kernels.{family}.configs").TABLES
+
+
 def uncovered_rows(
-    family: str, reports: Iterable[Report], archs: tuple[int, ...] = configs.ARCHITECTURES
+    family: str, reports: Iterable[Report], archs: tuple[int, ...] = launch.ARCHITECTURES
 ) -> list[str]:
     """Rows of the family's configurations, on some architectures, that no case compiled."""
     used = {
@@ -263,8 +239,7 @@ def uncovered_rows(
     }
     return [
         f"{kernel}, sm_{arch}, {precision}: no case compiles {row}"
-        for kernel, table in configs.TABLE.items()
-        if kernel.startswith(family)
+        for kernel, table in tables_of(family).items()
         for (arch, precision), rows in table.items()
         if arch in archs
         for row in rows
@@ -347,7 +322,7 @@ class Compilations:
     def __init__(
         self,
         families: Iterable[str] = tuple(CASES),
-        archs: Iterable[int] = configs.ARCHITECTURES,
+        archs: Iterable[int] = launch.ARCHITECTURES,
     ):
         # Forking would copy the threads of torch; a fresh process costs two seconds.
         self.pool = ProcessPoolExecutor(
@@ -379,9 +354,12 @@ class Compilations:
 
 
 def _line(report: Report, k: Compiled) -> str:
+    code, remarks = " " * 12, ()
+    if k.arch in MACHINE_CODE_OF:
+        code, remarks = f"{k.matrix:3} {k.waits:5} {k.blocks:6}", wasted_time(k)
     return (
-        f"{report.case:44} sm_{k.arch:<3} {k.kernel:40} {k.registers:9} {k.stack:5} {k.shared:6} "
-        f"{_list(k.instructions)}"
+        f"{report.case:38} sm_{k.arch:<3} {k.kernel:37} {k.registers:9} {k.stack:5} {k.shared:6} "
+        f"{code} {', '.join((*sorted(k.instructions), *remarks))}"
     )
 
 
@@ -394,7 +372,10 @@ def main() -> int:
         parser.error("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     families = options.family or list(CASES)
     wrong = []
-    print(f"{'case':44} {'arch':6} {'kernel':40} registers stack shared instructions")
+    print(
+        f"{'case':38} {'arch':6} {'kernel':37} registers stack shared "
+        "mma waits blocks instructions, and what costs time"
+    )
     with Compilations(families) as compilations:
         for family in families:
             reports = []

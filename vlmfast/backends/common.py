@@ -23,7 +23,7 @@ def is_installed(module: str) -> bool:
 
 _TRITON_INSTALLED = is_installed("triton")
 _TRITON_FAMILIES = frozenset(
-    family for family in FAMILIES if is_installed(f"vlmfast.kernels.{family}")
+    family for family in FAMILIES if is_installed(f"vlmfast.kernels.{family}.forward")
 )
 
 

@@ -70,7 +70,8 @@ def register_family(
 
     For each backend these are `vlmfast::<family>_<backend>` and
     `vlmfast::<family>_backward_<backend>`, of which `schemas`, `fakes` and `flops` are pairs. The
-    Triton kernels are registered, too: `forward` and `backward` of vlmfast/kernels/<family>.py.
+    Triton kernels are registered, too: `forward` and `backward` of the files of these
+    names in vlmfast/kernels/<family>/.
 
     Args:
         autograd_function: makes the one of a backend, from its two operators.
@@ -95,8 +96,8 @@ def register_family(
 
 def _triton_kernel(family: str, function: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        kernels = importlib.import_module(f"vlmfast.kernels.{family}")  # imports Triton
-        return getattr(kernels, function)(*args)
+        module = importlib.import_module(f"vlmfast.kernels.{family}.{function}")  # imports Triton
+        return getattr(module, function)(*args)
 
     return kernel
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vlmfast.kernels import configs
+from vlmfast.kernels.launch import ARCHITECTURES
 
 
 class CompileCase(NamedTuple):
@@ -12,7 +12,7 @@ class CompileCase(NamedTuple):
     Attributes:
         name: what reports and the register snapshot call it.
         launch: calls the launchers on meta tensors, just as an operator would.
-        precision: of every product in its kernels, as `kernels/configs.py` names it: "half", "tf32"
+        precision: of every product in its kernels, as `kernels/launch.py` names it: "half", "tf32"
             or "ieee". The gate sets torch's TF32 switch accordingly.
         archs: what it is compiled for.
     """
@@ -20,4 +20,4 @@ class CompileCase(NamedTuple):
     name: str
     launch: Callable[[], None]
     precision: str = "half"
-    archs: tuple[int, ...] = configs.ARCHITECTURES
+    archs: tuple[int, ...] = ARCHITECTURES

@@ -3,7 +3,9 @@
 import torch
 
 from tools.compile_cases.common import CompileCase
-from vlmfast.kernels import configs, contrastive_loss
+from vlmfast.kernels.contrastive_loss.backward import backward
+from vlmfast.kernels.contrastive_loss.forward import forward
+from vlmfast.kernels.launch import ARCHITECTURES
 
 
 def _case(
@@ -15,7 +17,7 @@ def _case(
     queries: int = 1,
     sigmoid: bool = False,
     tf32: bool = False,
-    archs: tuple[int, ...] = configs.ARCHITECTURES,
+    archs: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     """A forward and a backward call with all gradients."""
 
@@ -27,10 +29,10 @@ def _case(
         columns = torch.empty((m, dim), dtype=dtype, device="meta")
         scale = torch.empty((), device="meta")
         block = (rows, columns, scale, scale if sigmoid else None)
-        contrastive_loss.forward(*block, 0, sigmoid, not sigmoid)
+        forward(*block, 0, sigmoid, not sigmoid)
         of_columns = None if sigmoid else vector(m)
         maxima = vector(n), vector(0 if sigmoid else m)
-        contrastive_loss.backward(
+        backward(
             vector(n), None, vector(n), of_columns, *block, *maxima, 0, sigmoid, *(True,) * 4, False
         )
 

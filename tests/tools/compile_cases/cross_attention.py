@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from tools.compile_cases.common import CompileCase
-from vlmfast.kernels import configs, cross_attention
+from vlmfast.kernels.cross_attention.backward import backward
+from vlmfast.kernels.cross_attention.forward import forward
+from vlmfast.kernels.launch import ARCHITECTURES
 
 
 def _case(
@@ -19,7 +21,7 @@ def _case(
     several: bool = False,
     lengths: bool = False,
     tf32: bool = False,
-    archs: tuple[int, ...] = configs.ARCHITECTURES,
+    archs: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     """A forward and backward call; with `several`, a token sees more than one image."""
 
@@ -37,9 +39,9 @@ def _case(
             empty(batch, images, 3),
             empty(batch, images) if lengths else None,
         )
-        out, lse = cross_attention.forward(query, key, value, *plan, dim**-0.5)
+        out, lse = forward(query, key, value, *plan, dim**-0.5)
         saved = (query, key, value, out, lse, *plan, dim**-0.5)
-        cross_attention.backward(out, lse, *saved, True, True)
+        backward(out, lse, *saved, True, True)
 
     precision = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     return CompileCase(name, launch, precision, archs)

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from tools.compile_cases.common import CompileCase
-from vlmfast.kernels import configs, flash_attention
+from vlmfast.kernels.flash_attention.backward import backward
+from vlmfast.kernels.flash_attention.forward import forward
+from vlmfast.kernels.launch import ARCHITECTURES
 
 
 def _case(
@@ -19,9 +21,9 @@ def _case(
     causal: int = 0,
     dropout_p: float = 0.0,
     packed: bool = False,
-    backward: bool = True,
+    gradients: bool = True,
     tf32: bool = False,
-    archs: tuple[int, ...] = configs.ARCHITECTURES,
+    archs: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     """A forward and, perhaps, a backward call with all gradients."""
 
@@ -44,12 +46,10 @@ def _case(
         longest = (256, 256) if packed else (0, 0)
         seed = integers(1, torch.int64) if dropout_p else None
         rest = (segments, segments, *longest, causal, dim**-0.5, dropout_p, seed)
-        out, lse = flash_attention.forward(query, key, value, attn_mask, *rest)
-        if backward:
+        out, lse = forward(query, key, value, attn_mask, *rest)
+        if gradients:
             wanted = (True, True, attn_mask is not None and attn_mask.is_floating_point())
-            flash_attention.backward(
-                out, lse, query, key, value, attn_mask, out, lse, *rest, *wanted
-            )
+            backward(out, lse, query, key, value, attn_mask, out, lse, *rest, *wanted)
 
     precision = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     return CompileCase(name, launch, precision, archs)
@@ -89,7 +89,7 @@ CASES = [
     ),
     _case("bias, 197 x 64", 197, 197, 64, mask=_bias(197, _FLOAT32)),
     _case("bias, 577 x 256", 577, 577, 256, mask=_bias(577, _BFLOAT16)),
-    _case("float32, 577 x 64", 577, 577, 64, dtype=_FLOAT32, backward=False),
+    _case("float32, 577 x 64", 577, 577, 64, dtype=_FLOAT32, gradients=False),
     _case("float32, 577 x 128", 577, 577, 128, dtype=_FLOAT32),
     _case("float32, bias, 197 x 64", 197, 197, 64, mask=_bias(197, _FLOAT32), dtype=_FLOAT32),
     _case("float32, bias, 197 x 256", 197, 197, 256, mask=_bias(197, _FLOAT32), dtype=_FLOAT32),

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from tools.compile_cases.common import CompileCase
-from vlmfast.kernels import configs, window_attention
+from vlmfast.kernels.launch import ARCHITECTURES
+from vlmfast.kernels.window_attention.backward import backward
+from vlmfast.kernels.window_attention.forward import forward
 
 
 def _case(
@@ -18,7 +20,7 @@ def _case(
     cosine: bool = False,
     dropout_p: float = 0.0,
     tf32: bool = False,
-    archs: tuple[int, ...] = configs.ARCHITECTURES,
+    archs: tuple[int, ...] = ARCHITECTURES,
 ) -> CompileCase:
     """A forward and a backward call with all gradients, on packed query, key and value."""
 
@@ -34,8 +36,8 @@ def _case(
         seed = tensor(1, kind=torch.int64) if dropout_p else None
         tensors = (qkv, None, None, bias, logit_scale, pad_value)
         numbers = (heads, window, window, shift, shift, True, dim**-0.5, -100.0, dropout_p, seed)
-        out, logsumexp = window_attention.forward(*tensors, *numbers)
-        window_attention.backward(out, *tensors, out, logsumexp, *numbers, *(True,) * 4)
+        out, logsumexp = forward(*tensors, *numbers)
+        backward(out, *tensors, out, logsumexp, *numbers, *(True,) * 4)
 
     precision = "half" if dtype != torch.float32 else "tf32" if tf32 else "ieee"
     return CompileCase(name, launch, precision, archs)

@@ -1,51 +1,54 @@
-"""The table of launch configurations, and autotuning beside it."""
+"""Launch configurations: their tables, what finds a row, and autotuning."""
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from vlmfast.kernels import configs  # noqa: E402
-from vlmfast.kernels.configs import Launch, Row, ShapeClass  # noqa: E402
+from tools.compile_gate import tables_of  # noqa: E402
+from vlmfast.families import FAMILIES  # noqa: E402
+from vlmfast.kernels import launch  # noqa: E402
+from vlmfast.kernels.launch import Launch, Row, ShapeClass  # noqa: E402
 
-CPU = torch.device("cpu")  # takes the rows of configs.INTERPRETED_ARCHITECTURE
+CPU = torch.device("cpu")  # takes the rows of launch.INTERPRETED_ARCHITECTURE
 SHIPPED = Launch(64, 64, 4, 2)
 MASKED = Launch(32, 32, 4, 1)
 SHAPE = ShapeClass("kernel", "half", 64, 197, plain=True)
 
 
+ROWS = (Row(64, 256, SHIPPED, plain_only=True), Row(128, launch.UNLIMITED, MASKED))
+TABLE = {(arch, "half"): ROWS for arch in launch.ARCHITECTURES}
+
+
 @pytest.fixture(autouse=True)
-def table(monkeypatch):
-    """One kernel with two rows, nothing searched yet, autotuning off."""
-    rows = (Row(64, 256, SHIPPED, plain_only=True), Row(128, configs.UNLIMITED, MASKED))
-    table = {"kernel": {(arch, "half"): rows for arch in configs.ARCHITECTURES}}
-    monkeypatch.setattr(configs, "TABLE", {**configs.TABLE, **table})
-    monkeypatch.setattr(configs, "searched", {})
+def nothing_searched(monkeypatch):
+    """Nothing searched yet, autotuning off."""
+    monkeypatch.setattr(launch, "searched", {})
     monkeypatch.delenv("VLMFAST_AUTOTUNE", raising=False)
 
 
 def launched(shape=SHAPE):
     """The launches that a call runs with."""
     runs = []
-    configs.launch(shape, CPU, runs.append)
+    launch.run_with_launch(TABLE, shape, CPU, runs.append)
     return runs
 
 
 def use_timer(monkeypatch, seconds):
     """Lets autotuning take its times from a function of the launch; returns what it timed."""
     timed = []
-    search = configs.search
+    search = launch.search
 
-    def searching(shape, device, run):
+    def searching(shape, shipped, run):
         def timer(call):
             call()
             timed.append(call.args[0])
             return seconds(call.args[0])
 
-        return search(shape, device, run, timer)
+        return search(shape, shipped, run, timer)
 
     monkeypatch.setenv("VLMFAST_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "search", searching)
+    monkeypatch.setattr(launch, "search", searching)
     return timed
 
 
@@ -66,22 +69,24 @@ def test_shape_beyond_every_row_is_refused():
     [(80, 80), (86, 86), (89, 86), (90, 90), (103, 100), (121, 120), (75, 80)],
 )
 def test_architectures_between_the_listed_ones(arch, served_by):
-    assert configs.table_architecture(arch) == served_by
+    assert launch.table_architecture(arch) == served_by
 
 
 def test_override_holds_for_its_block():
     other = Launch(16, 16, 4, 1)
-    with configs.override(kernel=other):
+    with launch.override(kernel=other):
         assert launched() == [other]
-        with configs.override(kernel=None), pytest.raises(NotImplementedError):
+        with launch.override(kernel=None), pytest.raises(NotImplementedError):
             launched()
         assert launched() == [other]
     assert launched() == [SHIPPED]
 
 
-@pytest.mark.parametrize("kernel", configs.TABLE)
-def test_no_row_hides_behind_an_earlier_one(kernel):
-    for (arch, precision), rows in configs.TABLE[kernel].items():
+@pytest.mark.parametrize(
+    ("kernel", "table"), [pair for family in FAMILIES for pair in tables_of(family).items()]
+)
+def test_no_row_hides_behind_an_earlier_one(kernel, table):
+    for (arch, precision), rows in table.items():
         for i, row in enumerate(rows):
             hidden_by = [
                 earlier
@@ -90,11 +95,11 @@ def test_no_row_hides_behind_an_earlier_one(kernel):
                 and earlier.rows >= row.rows
                 and (row.plain_only or not earlier.plain_only)
             ]
-            assert not hidden_by, f"sm_{arch}, {precision}: {row}"
+            assert not hidden_by, f"{kernel}, sm_{arch}, {precision}: {row}"
 
 
 def test_autotuning_is_off_by_default(monkeypatch):
-    monkeypatch.setattr(configs, "search", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(launch, "search", lambda *_: pytest.fail("searched"))
     assert launched() == [SHIPPED]
     monkeypatch.setenv("VLMFAST_AUTOTUNE", "0")
     assert launched() == [SHIPPED]
@@ -102,12 +107,12 @@ def test_autotuning_is_off_by_default(monkeypatch):
 
 def test_autotuning_takes_the_fastest_candidate_and_keeps_it(monkeypatch, capsys):
     fastest = Launch(128, 32, 8, 3)
-    timed = use_timer(monkeypatch, lambda launch: 1.0 if launch == fastest else 2.0)
+    timed = use_timer(monkeypatch, lambda found: 1.0 if found == fastest else 2.0)
     assert launched()[-1] == fastest
-    assert set(timed) == set(configs.candidates(SHIPPED))
+    assert set(timed) == set(launch.candidates(SHIPPED))
     assert len(timed) == len(set(timed))
     found = Row(64, 197, fastest, plain_only=True)
-    assert configs.searched == {(90, SHAPE): found}
+    assert launch.searched == {(90, SHAPE): found}
     assert repr(found) in capsys.readouterr().out
 
     timed.clear()
@@ -116,31 +121,31 @@ def test_autotuning_takes_the_fastest_candidate_and_keeps_it(monkeypatch, capsys
 
 
 def test_autotuning_keeps_the_shipped_launch_where_nothing_is_faster(monkeypatch):
-    use_timer(monkeypatch, lambda launch: 1.0)
+    use_timer(monkeypatch, lambda found: 1.0)
     assert launched()[-1] == SHIPPED
 
 
 def test_autotuning_leaves_out_what_does_not_fit_on_the_device(monkeypatch):
-    def seconds(launch):
-        if launch.block_m > 64:
+    def seconds(found):
+        if found.block_m > 64:
             raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
-        return 1.0 / launch.block_m / launch.num_stages
+        return 1.0 / found.block_m / found.num_stages
 
     use_timer(monkeypatch, seconds)
     assert launched()[-1][::3] == (64, 3)
 
 
 def test_autotuning_respects_overrides(monkeypatch):
-    timed = use_timer(monkeypatch, lambda launch: 1.0)
-    with configs.override(kernel=MASKED):
+    timed = use_timer(monkeypatch, lambda found: 1.0)
+    with launch.override(kernel=MASKED):
         assert launched() == [MASKED]
     assert timed == []
 
 
 def test_candidates_are_near_the_shipped_launch_and_differ():
-    found = list(configs.candidates(SHIPPED))
+    found = list(launch.candidates(SHIPPED))
     assert found[0] == SHIPPED
     assert len(found) == len(set(found)) == 3 * 3 * 2 * 3
     assert all(16 <= c.block_m <= 128 and 16 <= c.block_n <= 128 for c in found)
     # A kernel without one of the blocks has it at 0.
-    assert {c.block_n for c in configs.candidates(Launch(64, 0, 4, 1))} == {0}
+    assert {c.block_n for c in launch.candidates(Launch(64, 0, 4, 1))} == {0}
