@@ -30,6 +30,7 @@ def contrastive_loss_bwd_kernel(
     column_max,
     stored_factor,
     gradient,
+    gradient_columns,
     grad_scale,
     grad_bias,
     num_rows,
@@ -47,7 +48,8 @@ def contrastive_loss_bwd_kernel(
 ):
     """G of one tile of rows by a strip of column tiles, to gradient (rows, queries, columns).
 
-    Sums of G and of G * similarity go to [strip, row].
+    The gradient has gradient_columns, of which those beyond num_columns become 0. Sums of G and of
+    G * similarity go to [strip, row].
     """
     row_tile = tl.program_id(0) % row_tiles
     strip = tl.program_id(0) // row_tiles
@@ -82,9 +84,10 @@ def contrastive_loss_bwd_kernel(
         logits = similarity * factor
         if bias is not None:
             logits += tl.load(bias)
-        # The maxima are of rounded products, which an exact one exceeds by what grows with the
-        # logits. This keeps the compiler from fusing product and difference.
-        logits = tl.where(inside, logits, float("-inf"))
+        if not SIGMOID:
+            # The maxima are of rounded products, which an exact one exceeds by what grows with the
+            # logits. This keeps the compiler from fusing product and difference.
+            logits = tl.where(inside, logits, float("-inf"))
         grads = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32) + of_total[:, None]
         if of_row_sum is not None:
             if SIGMOID:
@@ -101,15 +104,16 @@ def contrastive_loss_bwd_kernel(
         bias_sums += tl.sum(grads, 1)
         if gradient is not None:
             stored = grads * tl.load(stored_factor)
-            at = row_index[:, None].to(tl.int64) * (QUERIES * num_columns) + column_index[None, :]
+            at = row_index[:, None].to(tl.int64) * (QUERIES * gradient_columns) + column_index
+            written = exists[:, None] & (column_index < gradient_columns)[None, :]
             for query in range(QUERIES):
                 counts = stored
                 if QUERIES > 1:
                     counts = tl.where(query_index == query, stored, 0.0)
                 tl.store(
-                    gradient + at + query * num_columns,
+                    gradient + at + query * gradient_columns,
                     counts.to(gradient.dtype.element_ty),
-                    mask=inside,
+                    mask=written,
                 )
     at = strip.to(tl.int64) * num_rows + row_index
     tl.store(grad_scale + at, scale_sums, mask=exists)
@@ -129,7 +133,8 @@ def logit_gradients(
 ) -> torch.Tensor:
     """Fills the gradient G of the problem's rows, times stored_factor.
 
-    Gives (2, strips, rows) sums of G * similarity and of G.
+    The gradient is contiguous, (rows, queries, columns or more): see `backward`. Gives (2, strips,
+    rows) sums of G * similarity and of G.
     """
     n = problem.rows.shape[0]
     results: list[torch.Tensor] = []
@@ -150,10 +155,12 @@ def logit_gradients(
             column_max=column_max,
             stored_factor=stored_factor,
             gradient=gradient,
+            gradient_columns=0 if gradient is None else gradient.shape[2],
             grad_scale=shares[0],
             grad_bias=shares[1],
         )
         results[:] = [shares]
 
-    problem.launch("contrastive_loss_bwd", n, run)
+    suffix = "_sigmoid" if problem.sigmoid else ""
+    problem.launch(f"contrastive_loss_bwd{suffix}", n, run)
     return results[0]

@@ -80,8 +80,7 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    e = exponential(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+    return 1.0 / (1.0 + exponential(-x))
 
 
 @triton.jit

@@ -21,13 +21,7 @@ from vlmfast.kernels.flash_attention.gradients import (
     weights_and_gradient,
 )
 from vlmfast.kernels.flash_attention.problem import Problem
-from vlmfast.kernels.flash_attention.scores import (
-    FLOAT_MASK,
-    NO_MASK,
-    VARYING,
-    locate,
-    mask_scores,
-)
+from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, NO_MASK, VARYING, locate, mask_scores
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 
@@ -88,50 +82,55 @@ def flash_attention_bwd_key_value_kernel(
     start_row = 0
     if CAUSAL:
         start_row = tl.maximum(first_column - segment.causal_offset, 0) // BLOCK_M * BLOCK_M
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        stream = segment.batch * num_heads + head
-        head_query = at_head(query, segment.batch, head, segment.first_query, UNIT)
-        head_grad_out = at_head(grad_out, segment.batch, head, segment.first_query, UNIT)
-        offset = tl.cast(stream, tl.int64) * num_queries + segment.first_query
-        head_mask = attn_mask
-        if MASK != NO_MASK:
-            head_mask = at_head(attn_mask, segment.batch, head, row=0, UNIT=1)
-        for first_row in range(start_row, segment.num_queries, BLOCK_M):
-            rows = first_row + tl.arange(0, BLOCK_M)
-            query_tiles = load_rows(head_query, rows, segment.num_queries, D, PIECES, UNIT)
-            scores = mask_scores(
-                inner_products(key_tiles, query_tiles, PRECISION),
-                rows[None, :],
-                columns[:, None],
-                segment=segment,
-                attn_mask=head_mask,
-                scale=scale,
-                MASK=MASK,
-                MASK_HAS_ROWS=MASK_HAS_ROWS,
-                CAUSAL=CAUSAL,
-                CHECK_COLUMNS=False,
-            )
-            grad_out_tiles = load_rows(
-                head_grad_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT
-            )
-            row_statistics = load_row_statistics(statistics, offset, rows, segment.num_queries)
-            weights, grad_scores = weights_and_gradient(
-                scores,
-                inner_products(value_tiles, grad_out_tiles, PRECISION),
-                row_statistics,
-                factor=factor,
-                dropout=dropout,
-                stream=stream,
-                first_row_index=segment.first_query + first_row,
-                first_column_index=segment.first_key + first_column,
-                SCALED=MASK == FLOAT_MASK,
-                DROPOUT=DROPOUT,
-                VARLEN=VARLEN,
-                TRANSPOSED=True,
-            )
-            grad_value_tiles = add_products(grad_value_tiles, weights, grad_out_tiles, PRECISION)
-            grad_key_tiles = add_products(grad_key_tiles, grad_scores, query_tiles, PRECISION)
+    if segment.num_queries > start_row:
+        # A loop that may run zero times would let products wait for one another.
+        tl.assume(segment.num_queries > start_row)
+        for member in range(GROUP):
+            head = key_head * GROUP + member
+            stream = segment.batch * num_heads + head
+            head_query = at_head(query, segment.batch, head, segment.first_query, UNIT)
+            head_grad_out = at_head(grad_out, segment.batch, head, segment.first_query, UNIT)
+            offset = tl.cast(stream, tl.int64) * num_queries + segment.first_query
+            head_mask = attn_mask
+            if MASK != NO_MASK:
+                head_mask = at_head(attn_mask, segment.batch, head, row=0, UNIT=1)
+            for first_row in range(start_row, segment.num_queries, BLOCK_M):
+                rows = first_row + tl.arange(0, BLOCK_M)
+                query_tiles = load_rows(head_query, rows, segment.num_queries, D, PIECES, UNIT)
+                scores = mask_scores(
+                    inner_products(key_tiles, query_tiles, PRECISION),
+                    rows[None, :],
+                    columns[:, None],
+                    segment=segment,
+                    attn_mask=head_mask,
+                    scale=scale,
+                    MASK=MASK,
+                    MASK_HAS_ROWS=MASK_HAS_ROWS,
+                    CAUSAL=CAUSAL,
+                    CHECK_COLUMNS=False,
+                )
+                grad_out_tiles = load_rows(
+                    head_grad_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT
+                )
+                row_statistics = load_row_statistics(statistics, offset, rows, segment.num_queries)
+                weights, grad_scores = weights_and_gradient(
+                    scores,
+                    inner_products(value_tiles, grad_out_tiles, PRECISION),
+                    row_statistics,
+                    factor=factor,
+                    dropout=dropout,
+                    stream=stream,
+                    first_row_index=segment.first_query + first_row,
+                    first_column_index=segment.first_key + first_column,
+                    SCALED=MASK == FLOAT_MASK,
+                    DROPOUT=DROPOUT,
+                    VARLEN=VARLEN,
+                    TRANSPOSED=True,
+                )
+                grad_value_tiles = add_products(
+                    grad_value_tiles, weights, grad_out_tiles, PRECISION
+                )
+                grad_key_tiles = add_products(grad_key_tiles, grad_scores, query_tiles, PRECISION)
 
     grad_key = at_head(grad_key, segment.batch, key_head, segment.first_key, UNIT)
     grad_value = at_head(grad_value, segment.batch, key_head, segment.first_key, UNIT)

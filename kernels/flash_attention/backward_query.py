@@ -32,6 +32,81 @@ from vlmfast.kernels.flash_attention.scores import (
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 
+@triton.jit
+def add_gradients(
+    grad_query_tiles,
+    query_tiles,
+    grad_out_tiles,
+    row_statistics,
+    rows,
+    first_column,
+    end,
+    segment,
+    stream,
+    key,
+    value,
+    attn_mask,
+    dropout,
+    scale,
+    factor,
+    first_row,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PIECES: tl.constexpr,
+    VALUE_PIECES: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_HAS_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CHECK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    STEP: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    """Adds what the keys from first_column to end give to the gradient of a block of queries.
+
+    A loop that may run zero times would let each product wait for the one before it, where tensor
+    cores compute them; elsewhere nothing is gained, and registers would spill.
+    """
+    if not TENSOR_CORES or end > first_column:
+        if TENSOR_CORES:
+            tl.assume(end > first_column)
+        for column in range(first_column, end, STEP):
+            columns = column + tl.arange(0, STEP)
+            key_tiles = load_rows(key, columns, segment.num_keys, D, PIECES, UNIT, CHECK)
+            value_tiles = load_rows(value, columns, segment.num_keys, DV, VALUE_PIECES, UNIT, CHECK)
+            scores = mask_scores(
+                inner_products(query_tiles, key_tiles, PRECISION),
+                rows[:, None],
+                columns[None, :],
+                segment=segment,
+                attn_mask=attn_mask,
+                scale=scale,
+                MASK=MASK,
+                MASK_HAS_ROWS=MASK_HAS_ROWS,
+                CAUSAL=CAUSAL,
+                CHECK_COLUMNS=CHECK,
+            )
+            _, grad_scores = weights_and_gradient(
+                scores,
+                inner_products(grad_out_tiles, value_tiles, PRECISION),
+                row_statistics,
+                factor=factor,
+                dropout=dropout,
+                stream=stream,
+                first_row_index=segment.first_query + first_row,
+                first_column_index=segment.first_key + column,
+                SCALED=MASK == FLOAT_MASK,
+                DROPOUT=DROPOUT,
+                VARLEN=VARLEN,
+                TRANSPOSED=False,
+            )
+            grad_query_tiles = add_products(grad_query_tiles, grad_scores, key_tiles, PRECISION)
+    return grad_query_tiles
+
+
 @triton.jit(do_not_specialize=VARYING)
 def flash_attention_bwd_query_kernel(
     query,
@@ -63,6 +138,7 @@ def flash_attention_bwd_query_kernel(
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """Gradient of one block of BLOCK_M queries of one head, in a loop over the keys it sees."""
     block, head, entry = program_indices(num_blocks, num_heads)
@@ -91,43 +167,38 @@ def flash_attention_bwd_query_kernel(
 
     end, checked_from = visible_columns(segment, first_row, CAUSAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(2):  # 0: whole blocks, nothing to check; 1: the rest
-        phase_start = checked_from if phase == 1 else 0
-        phase_end = end if phase == 1 else checked_from
-        for first_column in range(phase_start, phase_end, BLOCK_N):
-            columns = first_column + tl.arange(0, BLOCK_N)
-            key_tiles = load_rows(
-                key, columns, segment.num_keys, D, PIECES, UNIT, CHECK_ROWS=phase == 1
-            )
-            value_tiles = load_rows(
-                value, columns, segment.num_keys, DV, VALUE_PIECES, UNIT, CHECK_ROWS=phase == 1
-            )
-            scores = mask_scores(
-                inner_products(query_tiles, key_tiles, PRECISION),
-                rows[:, None],
-                columns[None, :],
-                segment=segment,
-                attn_mask=attn_mask,
-                scale=scale,
-                MASK=MASK,
-                MASK_HAS_ROWS=MASK_HAS_ROWS,
-                CAUSAL=CAUSAL and phase == 1,
-                CHECK_COLUMNS=phase == 1,
-            )
-            _, grad_scores = weights_and_gradient(
-                scores,
-                inner_products(grad_out_tiles, value_tiles, PRECISION),
-                row_statistics,
-                factor=factor,
-                dropout=dropout,
-                stream=stream,
-                first_row_index=segment.first_query + first_row,
-                first_column_index=segment.first_key + first_column,
-                SCALED=MASK == FLOAT_MASK,
-                DROPOUT=DROPOUT,
-                VARLEN=VARLEN,
-                TRANSPOSED=False,
-            )
-            grad_query_tiles = add_products(grad_query_tiles, grad_scores, key_tiles, PRECISION)
+        grad_query_tiles = add_gradients(
+            grad_query_tiles,
+            query_tiles,
+            grad_out_tiles,
+            row_statistics,
+            rows,
+            first_column=checked_from if phase == 1 else 0,
+            end=end if phase == 1 else checked_from,
+            segment=segment,
+            stream=stream,
+            key=key,
+            value=value,
+            attn_mask=attn_mask,
+            dropout=dropout,
+            scale=scale,
+            factor=factor,
+            first_row=first_row,
+            D=D,
+            DV=DV,
+            PIECES=PIECES,
+            VALUE_PIECES=VALUE_PIECES,
+            MASK=MASK,
+            MASK_HAS_ROWS=MASK_HAS_ROWS,
+            CAUSAL=CAUSAL and phase == 1,
+            VARLEN=VARLEN,
+            DROPOUT=DROPOUT,
+            CHECK=phase == 1,
+            PRECISION=PRECISION,
+            UNIT=UNIT,
+            STEP=BLOCK_N if phase == 0 or CAUSAL else (REST or BLOCK_N),
+            TENSOR_CORES=REST > 0,
+        )
 
     grad_query = at_head(grad_query, segment.batch, head, segment.first_query, UNIT)
     grad_query_tiles = scale_tiles(grad_query_tiles, scale)
@@ -154,6 +225,7 @@ def query_gradient(
             num_blocks=blocks,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
+            REST=problem.rest,
         )
 
     problem.launch("flash_attention_bwd_query", problem.longest_query, run)

@@ -24,13 +24,7 @@ from vlmfast.kernels.flash_attention.gradients import (
     weights_and_gradient,
 )
 from vlmfast.kernels.flash_attention.problem import Problem
-from vlmfast.kernels.flash_attention.scores import (
-    FLOAT_MASK,
-    NO_MASK,
-    VARYING,
-    locate,
-    mask_scores,
-)
+from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, NO_MASK, VARYING, locate, mask_scores
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 
@@ -117,80 +111,85 @@ def flash_attention_bwd_whole_kernel(
         grad_value_tiles = grad_value_tiles + (zero_tiles(BLOCK_N, VALUE_PIECES),)
 
     num_blocks = tl.cdiv(segment.num_queries, BLOCK_M)
-    for step in range(GROUP * num_blocks):
-        head = key_head * GROUP + step // num_blocks
-        first_row = step % num_blocks * BLOCK_M
-        rows = first_row + tl.arange(0, BLOCK_M)
-        stream = segment.batch * num_heads + head
-        offset = tl.cast(stream, tl.int64) * num_queries + segment.first_query
-        head_query = at_head(query, segment.batch, head, segment.first_query, UNIT)
-        query_tiles = load_rows(head_query, rows, segment.num_queries, D, PIECES, UNIT)
-        head_grad_out = at_head(grad_out, segment.batch, head, segment.first_query, UNIT)
-        grad_out_tiles = load_rows(head_grad_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT)
-        head_out = at_head(out, segment.batch, head, segment.first_query, UNIT)
-        out_tiles = load_rows(head_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT)
-        head_grad_logsumexp = grad_logsumexp
-        if grad_logsumexp is not None:
-            head_grad_logsumexp = grad_logsumexp + offset
-        head_mask = attn_mask
-        if MASK != NO_MASK:
-            head_mask = at_head(attn_mask, segment.batch, head, row=0, UNIT=1)
-        head_logsumexp = logsumexp + offset
-        row_deltas = row_delta(
-            grad_out_tiles,
-            out_tiles,
-            head_logsumexp,
-            head_grad_logsumexp,
-            rows,
-            segment.num_queries,
-        )
-        shift = load_shift(head_logsumexp, rows, segment.num_queries)
-        grad_query_tiles = zero_transposed_tiles(BLOCK_M, PIECES)
-        summed_grad_key_tiles = ()
-        summed_grad_value_tiles = ()
-        for n in tl.static_range(KEY_BLOCKS):
-            columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            scores = mask_scores(
-                inner_products(key_tiles[n], query_tiles, PRECISION),
-                rows[None, :],
-                columns[:, None],
-                segment=segment,
-                attn_mask=head_mask,
-                scale=scale,
-                MASK=MASK,
-                MASK_HAS_ROWS=MASK_HAS_ROWS,
-                CAUSAL=CAUSAL,
-                CHECK_COLUMNS=VARLEN or n == KEY_BLOCKS - 1,
+    num_steps = GROUP * num_blocks
+    if num_steps > 0:  # a loop that may run zero times would let products wait for one another
+        tl.assume(num_steps > 0)
+        for step in tl.range(0, num_steps, disable_licm=True):
+            head = key_head * GROUP + step // num_blocks
+            first_row = step % num_blocks * BLOCK_M
+            rows = first_row + tl.arange(0, BLOCK_M)
+            stream = segment.batch * num_heads + head
+            offset = tl.cast(stream, tl.int64) * num_queries + segment.first_query
+            head_query = at_head(query, segment.batch, head, segment.first_query, UNIT)
+            query_tiles = load_rows(head_query, rows, segment.num_queries, D, PIECES, UNIT)
+            head_grad_out = at_head(grad_out, segment.batch, head, segment.first_query, UNIT)
+            grad_out_tiles = load_rows(
+                head_grad_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT
             )
-            weights, grad_scores = weights_and_gradient(
-                scores,
-                inner_products(value_tiles[n], grad_out_tiles, PRECISION),
-                RowStatistics(shift, tl.zeros_like(shift), row_deltas),
-                factor=factor,
-                dropout=dropout,
-                stream=stream,
-                first_row_index=segment.first_query + first_row,
-                first_column_index=segment.first_key + n * BLOCK_N,
-                SCALED=False,
-                DROPOUT=DROPOUT,
-                VARLEN=VARLEN,
-                TRANSPOSED=True,
+            head_out = at_head(out, segment.batch, head, segment.first_query, UNIT)
+            out_tiles = load_rows(head_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT)
+            head_grad_logsumexp = grad_logsumexp
+            if grad_logsumexp is not None:
+                head_grad_logsumexp = grad_logsumexp + offset
+            head_mask = attn_mask
+            if MASK != NO_MASK:
+                head_mask = at_head(attn_mask, segment.batch, head, row=0, UNIT=1)
+            head_logsumexp = logsumexp + offset
+            row_deltas = row_delta(
+                grad_out_tiles,
+                out_tiles,
+                head_logsumexp,
+                head_grad_logsumexp,
+                rows,
+                segment.num_queries,
             )
-            grad_scores = grad_scores.to(query.pointer.dtype.element_ty)
-            grad_query_tiles = add_transposed_products(
-                grad_query_tiles, key_tiles[n], grad_scores, PRECISION
-            )
-            summed_grad_value_tiles = summed_grad_value_tiles + (
-                add_products(grad_value_tiles[n], weights, grad_out_tiles, PRECISION),
-            )
-            summed_grad_key_tiles = summed_grad_key_tiles + (
-                add_products(grad_key_tiles[n], grad_scores, query_tiles, PRECISION),
-            )
-        grad_key_tiles = summed_grad_key_tiles
-        grad_value_tiles = summed_grad_value_tiles
-        row_tiles = transpose_tiles(scale_tiles(grad_query_tiles, scale))
-        head_grad_query = at_head(grad_query, segment.batch, head, segment.first_query, UNIT)
-        store_rows(head_grad_query, rows, segment.num_queries, row_tiles, D, PIECES, UNIT)
+            shift = load_shift(head_logsumexp, rows, segment.num_queries)
+            grad_query_tiles = zero_transposed_tiles(BLOCK_M, PIECES)
+            summed_grad_key_tiles = ()
+            summed_grad_value_tiles = ()
+            for n in tl.static_range(KEY_BLOCKS):
+                columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+                scores = mask_scores(
+                    inner_products(key_tiles[n], query_tiles, PRECISION),
+                    rows[None, :],
+                    columns[:, None],
+                    segment=segment,
+                    attn_mask=head_mask,
+                    scale=scale,
+                    MASK=MASK,
+                    MASK_HAS_ROWS=MASK_HAS_ROWS,
+                    CAUSAL=CAUSAL,
+                    CHECK_COLUMNS=VARLEN or n == KEY_BLOCKS - 1,
+                )
+                weights, grad_scores = weights_and_gradient(
+                    scores,
+                    inner_products(value_tiles[n], grad_out_tiles, PRECISION),
+                    RowStatistics(shift, tl.zeros_like(shift), row_deltas),
+                    factor=factor,
+                    dropout=dropout,
+                    stream=stream,
+                    first_row_index=segment.first_query + first_row,
+                    first_column_index=segment.first_key + n * BLOCK_N,
+                    SCALED=False,
+                    DROPOUT=DROPOUT,
+                    VARLEN=VARLEN,
+                    TRANSPOSED=True,
+                )
+                grad_scores = grad_scores.to(query.pointer.dtype.element_ty)
+                grad_query_tiles = add_transposed_products(
+                    grad_query_tiles, key_tiles[n], grad_scores, PRECISION
+                )
+                summed_grad_value_tiles = summed_grad_value_tiles + (
+                    add_products(grad_value_tiles[n], weights, grad_out_tiles, PRECISION),
+                )
+                summed_grad_key_tiles = summed_grad_key_tiles + (
+                    add_products(grad_key_tiles[n], grad_scores, query_tiles, PRECISION),
+                )
+            grad_key_tiles = summed_grad_key_tiles
+            grad_value_tiles = summed_grad_value_tiles
+            row_tiles = transpose_tiles(scale_tiles(grad_query_tiles, scale))
+            head_grad_query = at_head(grad_query, segment.batch, head, segment.first_query, UNIT)
+            store_rows(head_grad_query, rows, segment.num_queries, row_tiles, D, PIECES, UNIT)
 
     grad_key = at_head(grad_key, segment.batch, key_head, segment.first_key, UNIT)
     grad_value = at_head(grad_value, segment.batch, key_head, segment.first_key, UNIT)

@@ -43,6 +43,74 @@ from vlmfast.kernels.launch import (
 )
 
 
+@triton.jit
+def attend(
+    query_tiles,
+    acc,
+    row_max,
+    row_sum,
+    rows,
+    first_column,
+    end,
+    segment,
+    stream,
+    key,
+    value,
+    attn_mask,
+    dropout,
+    scale,
+    factor,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PIECES: tl.constexpr,
+    VALUE_PIECES: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_HAS_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CHECK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The share of the keys from first_column to end in the online softmax of a block of queries.
+
+    A loop that may run zero times would let each product wait for the one before it.
+    """
+    if end > first_column:
+        tl.assume(end > first_column)
+        for column in range(first_column, end, STEP):
+            columns = column + tl.arange(0, STEP)
+            key_tiles = load_rows(key, columns, segment.num_keys, D, PIECES, UNIT, CHECK)
+            scores = mask_scores(
+                inner_products(query_tiles, key_tiles, PRECISION),
+                rows[:, None],
+                columns[None, :],
+                segment=segment,
+                attn_mask=attn_mask,
+                scale=scale,
+                MASK=MASK,
+                MASK_HAS_ROWS=MASK_HAS_ROWS,
+                CAUSAL=CAUSAL,
+                CHECK_COLUMNS=CHECK,
+            )
+            weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, factor)
+            if DROPOUT:
+                keep = dropout_keep(
+                    dropout,
+                    stream,
+                    segment.first_query + rows,
+                    segment.first_key + column,
+                    COLUMNS=STEP,
+                    ALIGNED=not VARLEN,
+                )
+                weights = tl.where(keep, weights, 0.0)
+            value_tiles = load_rows(value, columns, segment.num_keys, DV, VALUE_PIECES, UNIT, CHECK)
+            acc = add_products(scale_tiles(acc, decay[:, None]), weights, value_tiles, PRECISION)
+    return acc, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=VARYING)
 def flash_attention_fwd_kernel(
     query,
@@ -73,6 +141,7 @@ def flash_attention_fwd_kernel(
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """One block of BLOCK_M queries of one head: its output (BLOCK_M, DV) and log-sum-exp.
 
@@ -104,40 +173,36 @@ def flash_attention_fwd_kernel(
 
     end, checked_from = visible_columns(segment, first_row, CAUSAL, BLOCK_M, BLOCK_N)
     for phase in tl.static_range(2):  # 0: whole blocks, nothing to check; 1: the rest
-        phase_start = checked_from if phase == 1 else 0
-        phase_end = end if phase == 1 else checked_from
-        for first_column in range(phase_start, phase_end, BLOCK_N):
-            columns = first_column + tl.arange(0, BLOCK_N)
-            key_tiles = load_rows(
-                key, columns, segment.num_keys, D, PIECES, UNIT, CHECK_ROWS=phase == 1
-            )
-            scores = mask_scores(
-                inner_products(query_tiles, key_tiles, PRECISION),
-                rows[:, None],
-                columns[None, :],
-                segment=segment,
-                attn_mask=attn_mask,
-                scale=scale,
-                MASK=MASK,
-                MASK_HAS_ROWS=MASK_HAS_ROWS,
-                CAUSAL=CAUSAL and phase == 1,
-                CHECK_COLUMNS=phase == 1,
-            )
-            weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, factor)
-            if DROPOUT:
-                keep = dropout_keep(
-                    dropout,
-                    stream,
-                    segment.first_query + rows,
-                    segment.first_key + first_column,
-                    COLUMNS=BLOCK_N,
-                    ALIGNED=not VARLEN,
-                )
-                weights = tl.where(keep, weights, 0.0)
-            value_tiles = load_rows(
-                value, columns, segment.num_keys, DV, VALUE_PIECES, UNIT, CHECK_ROWS=phase == 1
-            )
-            acc = add_products(scale_tiles(acc, decay[:, None]), weights, value_tiles, PRECISION)
+        acc, row_max, row_sum = attend(
+            query_tiles,
+            acc,
+            row_max,
+            row_sum,
+            rows,
+            first_column=checked_from if phase == 1 else 0,
+            end=end if phase == 1 else checked_from,
+            segment=segment,
+            stream=stream,
+            key=key,
+            value=value,
+            attn_mask=attn_mask,
+            dropout=dropout,
+            scale=scale,
+            factor=factor,
+            D=D,
+            DV=DV,
+            PIECES=PIECES,
+            VALUE_PIECES=VALUE_PIECES,
+            MASK=MASK,
+            MASK_HAS_ROWS=MASK_HAS_ROWS,
+            CAUSAL=CAUSAL and phase == 1,
+            VARLEN=VARLEN,
+            DROPOUT=DROPOUT,
+            CHECK=phase == 1,
+            PRECISION=PRECISION,
+            UNIT=UNIT,
+            STEP=BLOCK_N if phase == 0 or CAUSAL else (REST or BLOCK_N),
+        )
 
     visible_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a fully masked row gives 0, not 0 / 0
     acc = scale_tiles(acc, ((dropout.scale if DROPOUT else 1.0) / visible_sum)[:, None])
@@ -217,6 +282,7 @@ def forward(
             num_blocks=blocks,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
+            REST=problem.rest,
         )
 
     problem.launch("flash_attention_fwd", problem.longest_query, run)

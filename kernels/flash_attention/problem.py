@@ -69,6 +69,14 @@ class Problem(launch.Problem):
         return self.key.shape[1]
 
     @property
+    def rest(self) -> int:
+        """Keys at a time where those left are fewer than a block, which would be mostly nothing.
+
+        0 stands for a block: without tensor cores nothing is gained.
+        """
+        return 16 if precision_of(self.query) == "half" else 0
+
+    @property
     def mask_kind(self) -> int:
         if self.attn_mask is None:
             return NO_MASK.value

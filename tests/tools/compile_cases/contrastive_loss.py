@@ -48,6 +48,8 @@ CASES = [
     _case("BLIP-2, 128 x 32 queries x 256", 128, 128, 256, queries=32),
     _case("float32, 1024 x 512", 1024, 1024, 512, dtype=torch.float32),
     _case("float32, 128 x 32 queries x 256", 128, 128, 256, dtype=torch.float32, queries=32),
+    _case("float32, SigLIP, 1024 x 768", 1024, 1024, 768, dtype=torch.float32, sigmoid=True),
     _case("tf32, 1024 x 512", 1024, 1024, 512, dtype=torch.float32, tf32=True),
+    _case("tf32, SigLIP, 1024 x 768", 1024, 1024, 768, torch.float32, sigmoid=True, tf32=True),
     _case("tf32, 128 x 32 queries", 128, 128, 256, dtype=torch.float32, queries=32, tf32=True),
 ]
