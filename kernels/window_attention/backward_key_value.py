@@ -46,6 +46,7 @@ from vlmfast.kernels.window_attention.sums import (
 )
 from vlmfast.kernels.window_attention.tokens import (
     NO_PADDING,
+    Place,
     load_tokens,
     locate_tokens,
     piece_tokens,
@@ -157,7 +158,8 @@ def window_attention_bwd_kernel(
             key_tiles = key_tiles + (keys,)
             value_tiles = value_tiles + (values,)
             key_inverses = key_inverses + (key_inverse,)
-            key_places = key_places + (place,)
+            # Triton 3.6 forgets the names of a tuple within a tuple.
+            key_places = key_places + ((place.y, place.x, place.inside, place.is_padding),)
         grad_key_tiles = ()
         grad_value_tiles = ()
         for n in tl.static_range(len(KEY_PIECES)):
@@ -301,7 +303,7 @@ def window_attention_bwd_kernel(
                     key_gradient, key_tiles[n], key_inverses[n]
                 )
             key_gradient = scale_tiles(key_gradient, gradient_factor)
-            place = key_places[n]
+            place = Place(key_places[n][0], key_places[n][1], key_places[n][2], key_places[n][3])
             if grad_key is not None:
                 store_tokens(
                     grad_key,
