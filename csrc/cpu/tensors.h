@@ -19,6 +19,9 @@ namespace vlmfast::cpu {
 using torch::headeronly::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
 
+// What partial sums of gradients may take beyond the gradients themselves.
+constexpr int64_t kMostPartialBytes = 128 << 20;
+
 inline ElementType element_type(const char* name, const Tensor& tensor, bool allow_bool) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -53,26 +56,6 @@ inline bool exceeds_cache(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors)
     bytes += tensor->numel() * static_cast<int64_t>(tensor->element_size());
   return bytes > kCachedBytes;
-}
-
-// The output of attention, or its gradient: rows of `columns` numbers for the rows of query.
-inline void check_output(const char* name, const Tensor& tensor, const Tensor& query,
-                         int64_t columns) {
-  check_dim(name, tensor, 4);
-  check_cpu(name, tensor);
-  VLMFAST_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
-  for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
-  check_size(name, tensor, 3, columns);
-}
-
-// A number for each row of query.
-inline const float* row_statistics(const char* name, const Tensor& tensor, const Tensor& query) {
-  check_cpu(name, tensor);
-  check_dim(name, tensor, 3);
-  for (int i = 0; i < 3; i++) check_size(name, tensor, i, query.size(i));
-  VLMFAST_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
-                ": expected a contiguous float32 tensor");
-  return static_cast<const float*>(tensor.const_data_ptr());
 }
 
 // The seed of dropout that is used.
