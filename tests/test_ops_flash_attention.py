@@ -584,6 +584,19 @@ def test_extreme_logits_keep_the_budget(case, dtype, cpu_isa):
     assert_keeps_budget(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [40, 150])
+def test_scale_0_forgets_scores_of_any_size(length, dtype, cpu_isa):
+    query, key = (1e17 * normal(1, 2, length, 16, dtype=dtype) for _ in range(2))
+    value = normal(1, 2, length, 16, dtype=dtype)
+    out, logsumexp, *_ = FORWARD(*arguments(query, key, value, scale=0.0, causal=1))
+    counts = torch.arange(1.0, length + 1)
+    expected = value.float().cumsum(-2) / counts[:, None]
+    tolerance = 2 ** (-7 if dtype == torch.bfloat16 else -20)
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(logsumexp, counts.log().expand(1, 2, -1))
+
+
 def test_bits_repeat_from_run_to_run(cpu_isa):
     args = arguments(
         *(normal(2, 4, n, 32) for n in (150, 170, 170)),

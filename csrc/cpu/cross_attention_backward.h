@@ -144,56 +144,20 @@ struct Backward {
     return ((int64_t)task.batch * problem.heads + head) * problem.tokens;
   }
 
-  // Where the scores of all n latents are at hand: turns them into their exponentials, and finds
-  // `share`, the reciprocal of their sum, and delta = sum(P * dP) - grad_logsumexp.
-  template <int kGroups>
-  VLMFAST_INLINE void whole_rows(Tokens tile, int64_t row, int n, const Vec* row_max, float* delta,
-                                 float* share) const {
-    constexpr int kWidth = kGroups * kLanes;
-    Vec top[kGroups], sum[kGroups], products[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      top[g] = shift_of(row_max[g]);
-      sum[g] = products[g] = zero();
-    }
-    const Vec f = broadcast(remaining_factor<kGroups>(scores, n, factor, top));
-    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = j * kWidth + g * kLanes;
-        const Vec weight = exp2<Words::kExpDegree>(fms(f, load(scores + at), top[g]));
-        store(scores + at, weight);
-        sum[g] = sum[g] + weight;
-        products[g] = fma(weight, load(grad_scores + at), products[g]);
-      }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      const Vec inverse = select_eq(sum[g], zero(), zero(), broadcast(1.f) / sum[g]);
-      store(share + g * kLanes, inverse);
-      store(delta + g * kLanes, products[g] * inverse);
-    }
-    if (problem.grad_logsumexp != nullptr)
-      for (int i = 0; i < tile.count; i++)
-        if (share[i] != 0.f) delta[i] -= problem.grad_logsumexp[row + tile.index[i]];
-  }
-
   // P and dS of a block of n latents from `grad_scores` and weight_at(at, g), which is P. With fp32
   // words they replace scores and grad_scores; with bf16 words `left` and `grad_left` get them as
   // pairs of queries, and grad_scores gets dS as pairs of latents. Up to a multiple of kRowStep
   // there are zeros.
   template <int kGroups, class Weight>
   VLMFAST_INLINE void gradients(int count, int n, const float* delta, Weight weight_at) const {
-    constexpr int kWidth = kGroups * kLanes;
-    for (int j = 0; j < round_up(n, kRowStep); j += kStep) {
-      Vec weight[kStep][kGroups], grad[kStep][kGroups];
-      VLMFAST_UNROLL for (int i = 0; i < kStep; i++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        weight[i][g] = grad[i][g] = zero();
-        if (j + i >= n) continue;
-        const int at = (j + i) * kWidth + g * kLanes, lanes = count - g * kLanes;
-        const Vec p = weight_at(at, g);
-        const Vec ds = p * (load(grad_scores + at) - load(delta + g * kLanes));
-        weight[i][g] = first_or(p, lanes, 0.f);
-        grad[i][g] = first_or(ds, lanes, 0.f);
-      }
-      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
-    }
+    write_gradients<Words, kGroups>(
+        n, round_up(n, kRowStep), left, grad_left, grad_scores,
+        [&](int, int at, int g, Vec* weight, Vec* grad) VLMFAST_INLINE_LAMBDA {
+          const int lanes = count - g * kLanes;
+          const Vec p = weight_at(at, g);
+          *weight = first_or(p, lanes, 0.f);
+          *grad = first_or(p * (load(grad_scores + at) - load(delta + g * kLanes)), lanes, 0.f);
+        });
   }
 
   template <int kGroups>
@@ -211,7 +175,12 @@ struct Backward {
   VLMFAST_NOINLINE void gradients_of_whole_rows(Tokens tile, int64_t row, int n,
                                                 const Vec* row_max) const {
     float delta[kTile], share[kTile];
-    whole_rows<kGroups>(tile, row, n, row_max, delta, share);
+    whole_rows<Words, kGroups>(scores, grad_scores, nullptr, 1.f, n,
+                               remaining_factor<kGroups>(scores, n, factor, row_max), row_max,
+                               delta, share);
+    if (problem.grad_logsumexp != nullptr)
+      for (int i = 0; i < tile.count; i++)
+        if (share[i] != 0.f) delta[i] -= problem.grad_logsumexp[row + tile.index[i]];
     gradients<kGroups>(tile.count, n, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
       return load(scores + at) * load(share + g * kLanes);
     });

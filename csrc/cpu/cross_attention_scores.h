@@ -196,12 +196,11 @@ struct Softmax {
   VLMFAST_INLINE void raise(const Vec* block_top, Vec* subtracted, float* rescale) {
     VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
       const int c = g * kLanes;
-      const Vec old = load(top + c), next = max(old, block_top[g]);
-      subtracted[g] = shift_of(next);
-      const Vec factor = exp2<5>(old - subtracted[g]);
+      Vec row_max = load(top + c);
+      const Vec factor = raise_maximum(block_top[g], &row_max, &subtracted[g]);
       store(rescale + c, factor);
       store(sum + c, load(sum + c) * factor);
-      store(top + c, next);
+      store(top + c, row_max);
     }
   }
 

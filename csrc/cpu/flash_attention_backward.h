@@ -139,9 +139,8 @@ struct Backward {
                                     grad_scores, nullptr, tile.ahead);
       if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const Vec next = max(row_max[g], block_max[g]);
-        const Vec subtracted = shift_of(next);
-        const Vec rescale = exp2<5>(row_max[g] - subtracted);
+        Vec subtracted;
+        const Vec rescale = raise_maximum(block_max[g], &row_max[g], &subtracted);
         Vec block_sum = zero(), block_products = zero();
         for (int j = 0; j < n; j++) {
           const int at = j * kWidth + g * kLanes;
@@ -152,7 +151,6 @@ struct Backward {
         }
         sum[g] = fma(sum[g], rescale, block_sum);
         products[g] = fma(products[g], rescale, block_products);
-        row_max[g] = next;
       }
     }
     float tops[kWidth], shares[kWidth];
@@ -172,38 +170,17 @@ struct Backward {
                           (uint32_t)(tile.task.batch * problem.heads + tile.head), keep);
   }
 
-  // Where one block holds every key of the rows, neither logsumexp nor out is needed: turns scores
-  // into their exponentials, and finds the reciprocal of their sum and
-  // delta = sum(P * dP) - grad_logsumexp. Rows that see no key get reciprocal 0.
+  // As whole_rows, with 0 in lanes without a query, and the gradient of the logsumexp.
   template <int kGroups>
-  void whole_rows(const Scores<Words, T>& tile, int n, float factor, const Vec* row_max,
-                  float* delta, float* inverse) const {
-    constexpr int kWidth = kGroups * kLanes;
-    const Vec f = broadcast(factor), scale = broadcast(kept_scale(problem.dropout_p));
-    Vec shift[kGroups], sum[kGroups], products[kGroups];
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      shift[g] = shift_of(row_max[g]);
-      sum[g] = products[g] = zero();
-    }
-    for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = j * kWidth + g * kLanes;
-        const Vec weight = exp2<Words::kExpDegree>(fms(f, load(scores + at), shift[g]));
-        const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
-        store(scores + at, weight);
-        sum[g] = sum[g] + weight;
-        products[g] = fma(kept, load(grad_scores + at), products[g]);
-      }
-    VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-      store(inverse + g * kLanes, sum[g]);
-      store(delta + g * kLanes, products[g]);
-    }
+  void statistics_of_whole_rows(const Scores<Words, T>& tile, int n, float factor,
+                                const Vec* row_max, float* delta, float* share) const {
+    whole_rows<Words, kGroups>(scores, grad_scores, keep, kept_scale(problem.dropout_p), n, factor,
+                               row_max, delta, share);
+    for (int i = tile.count; i < kGroups * kLanes; i++) share[i] = delta[i] = 0.f;
     const int64_t row = first_row(tile);
-    for (int i = 0; i < kWidth; i++) {
-      inverse[i] = i >= tile.count || inverse[i] == 0.f ? 0.f : 1.f / inverse[i];
-      delta[i] = i >= tile.count ? 0.f : delta[i] * inverse[i];
-      if (problem.grad_logsumexp != nullptr && inverse[i] != 0.f)
-        delta[i] -= problem.grad_logsumexp[row + i];
-    }
+    if (problem.grad_logsumexp != nullptr)
+      for (int i = 0; i < tile.count; i++)
+        if (share[i] != 0.f) delta[i] -= problem.grad_logsumexp[row + i];
   }
 
   // P (after dropout) and dS of a block, from the products in `scores` and `grad_scores`. With fp32
@@ -221,24 +198,16 @@ struct Backward {
   // kPlain: neither dropout nor a gradient of the mask.
   template <int kGroups, bool kPlain, class Weight>
   VLMFAST_INLINE void gradients(int n, int padded, const float* delta, Weight weight_at) const {
-    constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
     const Vec scale = broadcast(kept_scale(problem.dropout_p));
-    for (int j = 0; j < padded; j += kRows) {
-      Vec weight[kRows][kGroups], grad[kRows][kGroups];
-      VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = (j + i) * kWidth + g * kLanes;
-        weight[i][g] = grad[i][g] = zero();
-        if (j + i < n) {
+    write_gradients<Words, kGroups>(
+        n, padded, left, grad_left, grad_scores,
+        [&](int, int at, int g, Vec* weight, Vec* grad) VLMFAST_INLINE_LAMBDA {
           const Vec p = weight_at(at, g);
           const Vec kept = kPlain || keep == nullptr ? broadcast(1.f) : load(keep + at) * scale;
-          weight[i][g] = p * kept;
-          grad[i][g] = p * fms(load(grad_scores + at), kept, load(delta + g * kLanes));
-        }
-        if (!kPlain && exact_grad_scores != nullptr) store(exact_grad_scores + at, grad[i][g]);
-      }
-      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
-    }
+          *weight = p * kept;
+          *grad = p * fms(load(grad_scores + at), kept, load(delta + g * kLanes));
+          if (!kPlain && exact_grad_scores != nullptr) store(exact_grad_scores + at, *grad);
+        });
   }
 
   // kDegree: of exp2; 5 where delta was computed with it.
@@ -258,9 +227,9 @@ struct Backward {
 
   template <int kGroups>
   VLMFAST_NOINLINE void gradients_of_whole_rows(int n, int padded, const float* delta,
-                                                const float* inverse) const {
+                                                const float* share) const {
     gradients<kGroups>(n, padded, delta, [&](int at, int g) VLMFAST_INLINE_LAMBDA {
-      return load(scores + at) * load(inverse + g * kLanes);
+      return load(scores + at) * load(share + g * kLanes);
     });
   }
 
@@ -335,9 +304,8 @@ struct Backward {
                                       value_words, n, grad_scores, nullptr, panel.ahead);
         if (keep != nullptr) keep_of_block<kGroups>(tile, key, n);
         if (whole) {
-          float inverse[kWidth];
-          whole_rows<kGroups>(tile, n, factor, row_max, delta, inverse);
-          gradients_of_whole_rows<kGroups>(n, padded, delta, inverse);
+          statistics_of_whole_rows<kGroups>(tile, n, factor, row_max, delta, share);
+          gradients_of_whole_rows<kGroups>(n, padded, delta, share);
         } else if (problem.exact_delta) {
           gradients_of_part<kGroups, 5>(n, padded, factor, delta, top, share);
         } else {

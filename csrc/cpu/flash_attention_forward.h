@@ -64,24 +64,20 @@ struct Forward {
     for (int key = panel.begin; key < end; key += kBlock) {
       const int n = minimum(kBlock, end - key);
       float factor;
-      Vec block_max[kGroups], rescale[kGroups];
+      Vec block_max[kGroups], subtracted[kGroups], rescale[kGroups];
       if (!tile.template block<kGroups>(panel.keys.from(key - panel.begin), words, key, n, scores,
                                         &factor, block_max))
         continue;
       VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const Vec next = max(row_max[g], block_max[g]);
-        const Vec subtracted = shift_of(next);
-        rescale[g] = exp2<5>(row_max[g] - subtracted);
+        rescale[g] = raise_maximum(block_max[g], &row_max[g], &subtracted[g]);
         sum[g] = sum[g] * rescale[g];
-        row_max[g] = next;
-        block_max[g] = subtracted;
       }
       if (keep != nullptr) {
         dropout(problem).keep(key, n, first_query, kWidth,
                               (uint32_t)(task.batch * problem.heads + task.head), keep);
-        weights<kGroups>(n, factor, block_max, sum, keep);
+        weights<kGroups>(n, factor, subtracted, sum, keep);
       } else {
-        weights<kGroups>(n, factor, block_max, sum, nullptr);
+        weights<kGroups>(n, factor, subtracted, sum, nullptr);
       }
       const int n_rows = (n + Words::kElements - 1) / Words::kElements;
       weighted_sum<Words, kGroups>(

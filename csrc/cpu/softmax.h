@@ -20,6 +20,15 @@ VLMFAST_INLINE Vec shift_of(Vec row_max) {
   return select_eq(row_max, broadcast(-kInfinity), zero(), row_max);
 }
 
+// Takes the maxima of further scores into the running ones: `subtracted` is what their exponents
+// lose. Returns the factor of what was summed up before.
+VLMFAST_INLINE Vec raise_maximum(Vec block_max, Vec* row_max, Vec* subtracted) {
+  const Vec old = *row_max;
+  *row_max = max(old, block_max);
+  *subtracted = shift_of(*row_max);
+  return exp2<5>(old - *subtracted);
+}
+
 // The logsumexp of scores in units of log2 from their maximum and the log2 of their sum.
 VLMFAST_INLINE float natural_logsumexp(float top, float log2_sum) {
   return (float)(((double)top + log2_sum) * kLn2);
@@ -81,6 +90,36 @@ VLMFAST_INLINE void exponentiate(float* scores, int n, float factor, const Vec* 
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) sum[g] = sum[g] + total[g];
 }
 
+// Where the scores of all keys of some rows are at hand, neither logsumexp nor output is needed:
+// the scores become exp2(factor * score - row_max), `share` the reciprocals of their sums (0 of
+// rows that see no key) and `delta` sum(P * dP), P after a dropout whose mask is `keep` (or
+// nullptr) and whose scale is `kept_scale`.
+template <class Words, int kGroups>
+VLMFAST_INLINE void whole_rows(float* scores, const float* grad_scores, const float* keep,
+                               float kept_scale, int n, float factor, const Vec* row_max,
+                               float* delta, float* share) {
+  constexpr int kWidth = kGroups * kLanes;
+  const Vec f = broadcast(factor), scale = broadcast(kept_scale);
+  Vec shift[kGroups], sum[kGroups], products[kGroups];
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    shift[g] = shift_of(row_max[g]);
+    sum[g] = products[g] = zero();
+  }
+  for (int j = 0; j < n; j++) VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      const int at = j * kWidth + g * kLanes;
+      const Vec weight = exp2<Words::kExpDegree>(fms(f, load(scores + at), shift[g]));
+      const Vec kept = keep == nullptr ? weight : weight * (load(keep + at) * scale);
+      store(scores + at, weight);
+      sum[g] = sum[g] + weight;
+      products[g] = fma(kept, load(grad_scores + at), products[g]);
+    }
+  VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+    const Vec inverse = select_eq(sum[g], zero(), zero(), broadcast(1.f) / sum[g]);
+    store(share + g * kLanes, inverse);
+    store(delta + g * kLanes, products[g] * inverse);
+  }
+}
+
 // Beyond this |logsumexp| its rounding to fp32 would show in exp(score - logsumexp), beside the
 // rounding of inputs of type T.
 template <class T>
@@ -138,6 +177,23 @@ VLMFAST_INLINE void store_gradients(int j, const Vec (&weight)[Words::kElements]
   VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
     store(left + j * kWidth + g * kLanes, weight[0][g]);
     store(right + j * kWidth + g * kLanes, grad[0][g]);
+  }
+}
+
+// P and dS of a block of n keys, which terms(key, at, g, &weight, &grad) gives of vector g at
+// scores[at]: written as store_gradients does, and zeros beyond n up to `padded`.
+template <class Words, int kGroups, class Terms>
+VLMFAST_INLINE void write_gradients(int n, int padded, float* left, float* grad_left, float* right,
+                                    Terms terms) {
+  constexpr int kRows = Words::kElements;
+  for (int j = 0; j < padded; j += kRows) {
+    Vec weight[kRows][kGroups], grad[kRows][kGroups];
+    VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
+        VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
+      weight[i][g] = grad[i][g] = zero();
+      if (j + i < n) terms(j + i, ((j + i) * kGroups + g) * kLanes, g, &weight[i][g], &grad[i][g]);
+    }
+    store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, right);
   }
 }
 

@@ -101,7 +101,7 @@ struct Backward {
   template <int kGroups, bool kPlain>
   VLMFAST_NOINLINE void gradients(const Vec* row_max, const Vec* query_factor, float* grad_bias,
                                   bool is_first) const {
-    constexpr int kWidth = kGroups * kLanes, kRows = Words::kElements;
+    constexpr int kWidth = kGroups * kLanes;
     const int n = tiling.tokens;
     const Vec kept_factor = broadcast(kept_scale(problem.dropout_p));
     Vec sum[kGroups], delta[kGroups];
@@ -131,24 +131,16 @@ struct Backward {
       delta[g] = delta[g] / sum[g];  // rounded once: the error of delta is that of every key
       sum[g] = broadcast(1.f) / sum[g];
     }
-    for (int j = 0; j < n; j += kRows) {
-      Vec weight[kRows][kGroups], grad[kRows][kGroups];
-      VLMFAST_UNROLL for (int i = 0; i < kRows; i++)
-          VLMFAST_UNROLL for (int g = 0; g < kGroups; g++) {
-        const int at = (j + i) * kWidth + g * kLanes;
-        weight[i][g] = grad[i][g] = zero();
-        if (kRows == 1 || j + i < n) {
-          weight[i][g] = load(scores + at) * sum[g];
-          grad[i][g] = weight[i][g] * (load(grad_scores + at) - delta[g]);
-          if (grad_bias != nullptr) add_to(grad_bias + at, is_first, grad[i][g]);
-          if (!kPlain && keep != nullptr)
-            weight[i][g] = weight[i][g] * (load(keep + at) * kept_factor);
+    write_gradients<Words, kGroups>(
+        n, n, left, grad_left, grad_scores,
+        [&](int key, int at, int g, Vec* weight, Vec* grad) VLMFAST_INLINE_LAMBDA {
+          *weight = load(scores + at) * sum[g];
+          *grad = *weight * (load(grad_scores + at) - delta[g]);
+          if (grad_bias != nullptr) add_to(grad_bias + at, is_first, *grad);
+          if (!kPlain && keep != nullptr) *weight = *weight * (load(keep + at) * kept_factor);
           if (!kPlain && key_factors != nullptr)
-            grad[i][g] = grad[i][g] * (query_factor[g] * broadcast(key_factors[j + i]));
-        }
-      }
-      store_gradients<Words, kGroups>(j, weight, grad, left, grad_left, grad_scores);
-    }
+            *grad = *grad * (query_factor[g] * broadcast(key_factors[key]));
+        });
   }
 
   template <int kGroups>
