@@ -9,7 +9,7 @@ import torch
 
 from bench.contestant import OURS, Contestant, is_installed
 from bench.families import FAMILIES
-from bench.family import Case
+from bench.family import TimedCase
 from bench.measure import (
     Call,
     Rotation,
@@ -31,7 +31,7 @@ class Contest(NamedTuple):
     """What contestants are raced on: a case in one dtype and one of the modes fwd, bwd, fwd+bwd."""
 
     family: str
-    case: Case
+    case: TimedCase
     dtype: str
     mode: str
     device: str = "cpu"

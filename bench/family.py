@@ -10,7 +10,7 @@ from bench.contestant import Contestant
 INFERENCE_DTYPES = ("float32", "bfloat16")
 
 
-class Case(Protocol):
+class TimedCase(Protocol):
     """What every family's case has: a name, the model it is from, and its shape in words."""
 
     @property
@@ -27,7 +27,7 @@ class Sweep(NamedTuple):
     """Cases that differ in one size, to see how time and memory grow with it."""
 
     size: str
-    cases: tuple[tuple[int, Case], ...]
+    cases: tuple[tuple[int, TimedCase], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
         remark: what a reader of its table should know.
     """
 
-    cases: Sequence[Case]
+    cases: Sequence[TimedCase]
     selection: Sequence[str]
     contestants: Sequence[Contestant]
     calls: ModuleType
@@ -51,6 +51,6 @@ class Family:
     remark: str | None = None
 
     @property
-    def selected(self) -> list[Case]:
+    def selected(self) -> list[TimedCase]:
         """The cases of the selection."""
         return [case for case in self.cases if case.name in self.selection]

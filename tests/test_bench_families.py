@@ -16,7 +16,7 @@ from bench.contrastive_loss.cases import BIAS, LossCase
 from bench.contrastive_loss.peers import dense_loss
 from bench.cross_attention.cases import ImageAttentionCase
 from bench.families import FAMILIES
-from bench.family import Case
+from bench.family import TimedCase
 from bench.flash_attention import calls as family
 from bench.flash_attention.cases import AttentionCase
 from bench.flash_attention.peers import eager_attention
@@ -165,7 +165,7 @@ TINY = {
 }
 
 
-def why_not(family: str, name: str, case: Case, dtype: torch.dtype) -> str | None:
+def why_not(family: str, name: str, case: TimedCase, dtype: torch.dtype) -> str | None:
     (peer,) = (x for x in FAMILIES[family].contestants if x.name == name)
     return peer.refusal(case, dtype)
 

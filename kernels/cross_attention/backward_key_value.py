@@ -137,9 +137,8 @@ def cross_attention_bwd_key_value_kernel(
                 )
 
     uniform_gradient += tl.cast(batch * key_heads + key_head, tl.int64) * DV
-    share = load_rows(
-        Strided(uniform_gradient, (0, 0, 0, 1)), tl.zeros([1], tl.int32), 1, DV, VALUE_PIECES, 1
-    )
+    uniform = Strided(uniform_gradient, (0, 0, 0, 1))
+    share = load_rows(uniform, tl.zeros([1], tl.int32), 1, DV, VALUE_PIECES, UNIT=1)
     grad_key = at_image(grad_key, batch, key_head, image, UNIT)
     grad_key_tiles = scale_tiles(grad_key_tiles, scale)
     store_rows(grad_key, columns, num_latents, grad_key_tiles, D, PIECES, UNIT)

@@ -43,7 +43,7 @@ def cross_attention_bwd_uniform_kernel(
             total = add_tiles(total, sum_of_rows(tiles))
     result = Strided(uniform_gradient + tl.cast(tl.program_id(0), tl.int64) * DV, (0, 0, 0, 1))
     total = scale_tiles(total, 1.0 / tl.maximum(num_values, 1))
-    store_rows(result, tl.zeros([1], tl.int32), 1, total, DV, VALUE_PIECES, 1)
+    store_rows(result, tl.zeros([1], tl.int32), 1, total, DV, VALUE_PIECES, UNIT=1)
 
 
 def uniform_gradient(problem: Problem, saved: Saved) -> torch.Tensor:

@@ -79,14 +79,14 @@ def cross_attention_fill_kernel(
     count = tl.where(tl.max(uniform.to(tl.int32), 0) == 0, 0, num_images)
     mean = mean_value(
         value,
-        batch,
-        head // GROUP,
-        count,
-        num_latents,
-        DV,
-        VALUE_PIECES,
-        UNIT,
-        BLOCK_N,
+        batch=batch,
+        key_head=head // GROUP,
+        num_images=count,
+        num_latents=num_latents,
+        DV=DV,
+        VALUE_PIECES=VALUE_PIECES,
+        UNIT=UNIT,
+        BLOCK_N=BLOCK_N,
     )
     tiles = ()
     zeros = zero_tiles(BLOCK_M, VALUE_PIECES)

@@ -331,7 +331,6 @@ def _check_plan(plan: Any, query: Tensor, images: int) -> CrossAttentionPlan:
 def _check_members(plan: CrossAttentionPlan, query: Tensor) -> list[torch.Size | None]:
     """The shapes of what a plan holds; it is of the kinds that `cross_attention_plan` makes."""
     shapes: list[torch.Size | None] = []
-    device = query.device
     members: tuple[Any, ...] = plan  # made by hand, it may hold anything
     for (field, dtype, dims), tensor in zip(_KINDS, members, strict=True):
         if tensor is None and field in _OPTIONAL:
@@ -346,8 +345,7 @@ def _check_members(plan: CrossAttentionPlan, query: Tensor) -> list[torch.Size |
             reject(member, f"{dims} dimensions", tuple(shape))
         if not tensor.is_contiguous():
             reject(member, "a contiguous tensor", f"strides {tensor.stride()}")
-        if tensor.device != device:
-            checks.check_device(member, tensor, "query", query)
+        checks.check_device(member, tensor, "query", query)
         shapes.append(shape)
     return shapes
 
