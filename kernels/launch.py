@@ -39,6 +39,7 @@ SHARED_MEMORY = {
 
 UNLIMITED = 1 << 40
 PLAIN = "plain"
+REPEATS = "repeats"
 
 LONGEST = 1 << 29  # rows or windows: their numbers, and those of a block beyond, fit 32 bits
 
@@ -56,12 +57,17 @@ class Launch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A launch for head dimensions up to `columns` and up to `rows` queries or keys."""
+    """A launch for head dimensions up to `columns` and up to `rows` queries or keys.
+
+    With `repeats` its warps compute some products more than once, as they are more than a tile has
+    parts: on sm_90 the table says beside it why it must.
+    """
 
     columns: int
     rows: int
     launch: Launch
     plain_only: bool = False
+    repeats: bool = False
 
 
 class ShapeClass(NamedTuple):
@@ -78,8 +84,10 @@ Table = Mapping[tuple[int, str], tuple[Row, ...]]  # one kernel's, by architectu
 
 
 def rows(*rows: tuple) -> tuple[Row, ...]:
-    """Rows from tuples of columns, rows, the launch's four numbers and perhaps PLAIN."""
-    return tuple(Row(row[0], row[1], Launch(*row[2:6]), row[6:] == (PLAIN,)) for row in rows)
+    """Rows from tuples of columns, rows, the launch's four numbers and perhaps PLAIN, REPEATS."""
+    return tuple(
+        Row(row[0], row[1], Launch(*row[2:6]), PLAIN in row[6:], REPEATS in row[6:]) for row in rows
+    )
 
 
 def table(

@@ -32,6 +32,12 @@ def test_every_configuration_row_is_compiled(compilations, family):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("family", CASES)
+def test_no_row_is_marked_that_repeats_nothing(compilations, family):
+    wrong = gate.idle_marks(compilations.all_reports(family))
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.skipif(
     not gate.SNAPSHOT.exists(), reason=f"no register snapshot of Triton {triton.__version__}"
 )

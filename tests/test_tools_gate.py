@@ -153,6 +153,34 @@ def test_product_that_several_warps_compute_is_seen():
     assert wasted_time(attention(warps=8)) == ["computed 2 times"]
 
 
+def attention_of_a_row(repeats, warps):
+    row = launch.Row(64, 64, launch.Launch(64, 64, warps, 1), repeats=repeats)
+    shape = launch.ShapeClass("family_fwd", "half", 64, 64, plain=True)
+
+    def start():
+        launch.run_with_launch(
+            {(90, "half"): (row,)},
+            shape,
+            torch.device("meta"),
+            lambda found: attention(found.num_warps).launch(),
+        )
+
+    return gate.compile_case(CompileCase("attention", start), 90)
+
+
+def test_row_that_repeats_a_product_must_be_marked_and_no_other():
+    (line,) = gate.complaints(attention_of_a_row(repeats=False, warps=8))
+    assert line.endswith("computes a product 2 times; its row is not marked REPEATS")
+    wanted = attention_of_a_row(repeats=True, warps=8)
+    assert gate.complaints(wanted) == gate.idle_marks([wanted]) == []
+    idle = attention_of_a_row(repeats=True, warps=4)
+    (line,) = gate.idle_marks([idle])
+    assert line.startswith("attend_kernel: marked REPEATS, and does not")
+    assert gate.idle_marks([idle, wanted]) != []
+    (line,) = complaints(attention(warps=8), 90)
+    assert "2 times" in line
+
+
 def test_what_the_assembler_says_of_products_that_wait_is_read(monkeypatch):
     run_on = compiled._run_on
 
@@ -162,6 +190,8 @@ def test_what_the_assembler_says_of_products_that_wait_is_read(monkeypatch):
 
     monkeypatch.setattr(compiled, "_run_on", warned)
     assert wasted_time(attention(warps=4)) == ["serialised"]
+    (line,) = complaints(attention(warps=4), 90)
+    assert line.endswith("products wait for one another")
 
 
 @pytest.mark.parametrize(("columns", "remarks"), [(64, ["2 narrow tiles"]), (63, [])])

@@ -1,9 +1,9 @@
 """Launch configurations of cross-attention (see launch.py)."""
 
-from vlmfast.kernels.launch import UNLIMITED, Table, rows, table
+from vlmfast.kernels.launch import REPEATS, UNLIMITED, Table, rows, table
 
 _CROSS_FORWARD_90 = rows(
-    (64, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 64, 8, 2), (256, UNLIMITED, 64, 32, 8, 1)
+    (96, UNLIMITED, 64, 64, 4, 2), (128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 4, 1)
 )
 
 _CROSS_FORWARD = table(
@@ -27,9 +27,9 @@ _CROSS_FORWARD = table(
 )
 
 _CROSS_KEY_VALUE_90 = rows(
-    (80, UNLIMITED, 64, 64, 8, 1),
-    (128, UNLIMITED, 32, 64, 8, 1),
-    (256, UNLIMITED, 32, 32, 8, 1),
+    (80, UNLIMITED, 64, 64, 4, 1),
+    (128, UNLIMITED, 32, 64, 4, 1),
+    (256, UNLIMITED, 32, 32, 8, 1, REPEATS),  # all others spill
 )
 
 _CROSS_KEY_VALUE = table(
@@ -46,7 +46,8 @@ _CROSS_KEY_VALUE = table(
 
 # The whole image is one block of latents.
 _CROSS_WHOLE = table(
-    sm_90=rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
+    # Beyond 64 columns a tile of 32 of them is left, which 4 warps multiply twice.
+    sm_90=rows((64, 64, 32, 64, 4, 1), (128, 64, 32, 64, 4, 1, REPEATS)),
     sm_100=rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
     mma_sync=rows((64, 64, 32, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
     tf32=(),
@@ -54,8 +55,7 @@ _CROSS_WHOLE = table(
 )
 
 _CROSS_QUERY_90 = rows(
-    (64, UNLIMITED, 64, 64, 4, 1),
-    (128, UNLIMITED, 64, 32, 8, 1),
+    (128, UNLIMITED, 64, 64, 4, 1),
     (256, UNLIMITED, 32, 32, 4, 1),
 )
 

@@ -21,7 +21,13 @@ from vlmfast.kernels.flash_attention.gradients import (
     weights_and_gradient,
 )
 from vlmfast.kernels.flash_attention.problem import Problem
-from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, NO_MASK, VARYING, locate, mask_scores
+from vlmfast.kernels.flash_attention.scores import (
+    FLOAT_MASK,
+    NO_MASK,
+    VARYING,
+    locate,
+    masked_scores,
+)
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 
@@ -97,8 +103,9 @@ def flash_attention_bwd_key_value_kernel(
             for first_row in range(start_row, segment.num_queries, BLOCK_M):
                 rows = first_row + tl.arange(0, BLOCK_M)
                 query_tiles = load_rows(head_query, rows, segment.num_queries, D, PIECES, UNIT)
-                scores = mask_scores(
-                    inner_products(key_tiles, query_tiles, PRECISION),
+                scores = masked_scores(
+                    key_tiles,
+                    query_tiles,
                     rows[None, :],
                     columns[:, None],
                     segment=segment,
@@ -108,6 +115,7 @@ def flash_attention_bwd_key_value_kernel(
                     MASK_HAS_ROWS=MASK_HAS_ROWS,
                     CAUSAL=CAUSAL,
                     CHECK_COLUMNS=False,
+                    PRECISION=PRECISION,
                 )
                 grad_out_tiles = load_rows(
                     head_grad_out, rows, segment.num_queries, DV, VALUE_PIECES, UNIT

@@ -11,7 +11,7 @@ from vlmfast.kernels.flash_attention.gradients import (
     weights_and_gradient,
 )
 from vlmfast.kernels.flash_attention.problem import Problem
-from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, VARYING, locate, mask_scores
+from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, VARYING, locate, masked_scores
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 # Programs that the mask gradient is spread over where the mask has fewer tiles than this. With
@@ -95,10 +95,10 @@ def flash_attention_bwd_mask_kernel(
         head_grad_out = at_head(grad_out, batch, head, row=0, UNIT=UNIT)
         grad_out_tiles = load_rows(head_grad_out, rows, num_queries, DV, VALUE_PIECES, UNIT)
         row_statistics = load_row_statistics(statistics, offset, rows, num_queries)
-        products = inner_products(query_tiles, key_tiles, PRECISION)
         head_mask = at_head(attn_mask, batch, head, row=0, UNIT=1)
-        scores = mask_scores(
-            products,
+        scores = masked_scores(
+            query_tiles,
+            key_tiles,
             rows[:, None],
             columns[None, :],
             segment=segment,
@@ -108,6 +108,7 @@ def flash_attention_bwd_mask_kernel(
             MASK_HAS_ROWS=True,
             CAUSAL=CAUSAL,
             CHECK_COLUMNS=True,
+            PRECISION=PRECISION,
         )
         _, grad_scores = weights_and_gradient(
             scores,

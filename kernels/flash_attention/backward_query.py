@@ -26,7 +26,7 @@ from vlmfast.kernels.flash_attention.scores import (
     NO_MASK,
     VARYING,
     locate,
-    mask_scores,
+    masked_scores,
     visible_columns,
 )
 from vlmfast.kernels.launch import Launch, Saved, start, strided
@@ -77,8 +77,9 @@ def add_gradients(
             columns = column + tl.arange(0, STEP)
             key_tiles = load_rows(key, columns, segment.num_keys, D, PIECES, UNIT, CHECK)
             value_tiles = load_rows(value, columns, segment.num_keys, DV, VALUE_PIECES, UNIT, CHECK)
-            scores = mask_scores(
-                inner_products(query_tiles, key_tiles, PRECISION),
+            scores = masked_scores(
+                query_tiles,
+                key_tiles,
                 rows[:, None],
                 columns[None, :],
                 segment=segment,
@@ -88,6 +89,7 @@ def add_gradients(
                 MASK_HAS_ROWS=MASK_HAS_ROWS,
                 CAUSAL=CAUSAL,
                 CHECK_COLUMNS=CHECK,
+                PRECISION=PRECISION,
             )
             _, grad_scores = weights_and_gradient(
                 scores,

@@ -19,7 +19,7 @@ from vlmfast.kernels.flash_attention.scores import (
     FLOAT_MASK,
     VARYING,
     locate,
-    mask_scores,
+    masked_scores,
     visible_columns,
 )
 from vlmfast.kernels.launch import Launch, Saved, start, stride_unit, strided
@@ -84,8 +84,9 @@ def flash_attention_bwd_statistics_kernel(
     for first_column in range(0, end, BLOCK_N):
         columns = first_column + tl.arange(0, BLOCK_N)
         key_tiles = load_rows(key, columns, num_keys, D, PIECES, UNIT)
-        scores = mask_scores(
-            inner_products(query_tiles, key_tiles, PRECISION),
+        scores = masked_scores(
+            query_tiles,
+            key_tiles,
             rows[:, None],
             columns[None, :],
             segment=segment,
@@ -95,6 +96,7 @@ def flash_attention_bwd_statistics_kernel(
             MASK_HAS_ROWS=MASK_HAS_ROWS,
             CAUSAL=CAUSAL,
             CHECK_COLUMNS=True,
+            PRECISION=PRECISION,
         )
         weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, LOG2E)
         if DELTA:

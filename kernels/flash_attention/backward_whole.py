@@ -24,7 +24,13 @@ from vlmfast.kernels.flash_attention.gradients import (
     weights_and_gradient,
 )
 from vlmfast.kernels.flash_attention.problem import Problem
-from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, NO_MASK, VARYING, locate, mask_scores
+from vlmfast.kernels.flash_attention.scores import (
+    FLOAT_MASK,
+    NO_MASK,
+    VARYING,
+    locate,
+    masked_scores,
+)
 from vlmfast.kernels.launch import Launch, Saved, start, strided
 
 
@@ -149,8 +155,9 @@ def flash_attention_bwd_whole_kernel(
             summed_grad_value_tiles = ()
             for n in tl.static_range(KEY_BLOCKS):
                 columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-                scores = mask_scores(
-                    inner_products(key_tiles[n], query_tiles, PRECISION),
+                scores = masked_scores(
+                    key_tiles[n],
+                    query_tiles,
                     rows[None, :],
                     columns[:, None],
                     segment=segment,
@@ -160,6 +167,7 @@ def flash_attention_bwd_whole_kernel(
                     MASK_HAS_ROWS=MASK_HAS_ROWS,
                     CAUSAL=CAUSAL,
                     CHECK_COLUMNS=VARLEN or n == KEY_BLOCKS - 1,
+                    PRECISION=PRECISION,
                 )
                 weights, grad_scores = weights_and_gradient(
                     scores,

@@ -1,18 +1,19 @@
 """Launch configurations of attention (see launch.py)."""
 
-from vlmfast.kernels.launch import PLAIN, UNLIMITED, Table, rows, table
+from vlmfast.kernels.launch import PLAIN, REPEATS, UNLIMITED, Table, rows, table
 
 _FORWARD_90 = rows(
     (64, 64, 64, 64, 4, 3),
     (64, UNLIMITED, 128, 64, 4, 3, PLAIN),
     (64, UNLIMITED, 128, 64, 8, 3),
     (112, 64, 64, 64, 4, 2),
-    (112, UNLIMITED, 128, 64, 8, 2),
+    (96, UNLIMITED, 128, 64, 8, 2),
+    (112, UNLIMITED, 128, 64, 8, 2, PLAIN),
     (128, 64, 64, 64, 4, 2, PLAIN),
     (128, UNLIMITED, 128, 64, 8, 2, PLAIN),
     (128, UNLIMITED, 128, 32, 8, 2),
-    (256, UNLIMITED, 64, 64, 8, 2, PLAIN),
-    (256, UNLIMITED, 64, 32, 8, 2),
+    (256, UNLIMITED, 128, 64, 8, 2, PLAIN),
+    (256, UNLIMITED, 64, 32, 8, 2, REPEATS),  # all others spill under a bias
 )
 
 _FORWARD = table(
@@ -42,9 +43,10 @@ _FORWARD = table(
 
 _BACKWARD_KEY_VALUE_90 = rows(
     (64, UNLIMITED, 64, 128, 8, 2),
-    (80, UNLIMITED, 64, 64, 8, 2),
-    (128, UNLIMITED, 64, 64, 8, 2, PLAIN),
-    (128, UNLIMITED, 32, 64, 8, 2),
+    (96, UNLIMITED, 64, 64, 4, 2, PLAIN),
+    (80, UNLIMITED, 32, 64, 4, 2),
+    (128, UNLIMITED, 32, 64, 4, 2, PLAIN),
+    (128, UNLIMITED, 16, 128, 8, 2),
     (256, UNLIMITED, 64, 32, 8, 1),
 )
 
@@ -64,13 +66,14 @@ _BACKWARD_KEY_VALUE = table(
         (128, UNLIMITED, 16, 32, 8, 1),
         (256, UNLIMITED, 16, 16, 8, 1),
     ),
-    ieee=rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 8, 1)),
+    ieee=rows((128, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 16, 4, 1)),
 )
 
 _BACKWARD_QUERY_90 = rows(
     (64, UNLIMITED, 128, 64, 8, 2),
     (128, UNLIMITED, 128, 32, 8, 2),
-    (256, UNLIMITED, 32, 64, 8, 1),
+    (256, UNLIMITED, 128, 32, 8, 1, PLAIN),
+    (256, UNLIMITED, 32, 64, 8, 1, REPEATS),  # all others spill
 )
 
 _BACKWARD_QUERY = table(
@@ -92,12 +95,11 @@ _BACKWARD_QUERY = table(
 
 _BACKWARD_WHOLE = table(
     sm_90=rows(
-        (64, 64, 64, 64, 8, 1, PLAIN),
-        (64, 64, 32, 64, 8, 2),
+        (64, 64, 64, 64, 4, 1, PLAIN),
+        (64, 64, 32, 64, 4, 1),
         (64, 128, 32, 128, 8, 2),
-        (64, 256, 32, 128, 8, 2, PLAIN),
-        (80, 128, 32, 128, 8, 1, PLAIN),
-        (128, 64, 32, 64, 8, 1, PLAIN),
+        (64, 256, 32, 128, 8, 2, PLAIN, REPEATS),  # its grad_query; 4 warps spill
+        (128, 64, 32, 64, 4, 1, PLAIN),
     ),
     sm_100=rows(
         (64, 64, 64, 64, 8, 1),
@@ -130,14 +132,12 @@ _BACKWARD_STATISTICS = table(
 
 _BACKWARD_MASK_HALF = rows((128, UNLIMITED, 64, 64, 4, 1), (256, UNLIMITED, 64, 32, 8, 1))
 
-_BACKWARD_MASK_FLOAT = rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1))
-
 _BACKWARD_MASK = table(
     sm_90=_BACKWARD_MASK_HALF,
     sm_100=_BACKWARD_MASK_HALF,
     mma_sync=_BACKWARD_MASK_HALF,
-    tf32=_BACKWARD_MASK_FLOAT,
-    ieee=_BACKWARD_MASK_FLOAT,
+    tf32=rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 16, 32, 8, 1)),
+    ieee=rows((64, UNLIMITED, 32, 32, 8, 1), (256, UNLIMITED, 32, 16, 8, 1)),
 )
 
 _BACKWARD_DELTA_ROWS = rows((256, UNLIMITED, 64, 0, 4, 1))

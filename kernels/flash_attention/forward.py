@@ -16,7 +16,6 @@ from vlmfast.kernels.common import (
     add_products,
     at_head,
     dropout_keep,
-    inner_products,
     load_rows,
     online_softmax_step,
     program_indices,
@@ -30,7 +29,7 @@ from vlmfast.kernels.flash_attention.scores import (
     NO_MASK,
     VARYING,
     locate,
-    mask_scores,
+    masked_scores,
     visible_columns,
 )
 from vlmfast.kernels.launch import (
@@ -83,8 +82,9 @@ def attend(
         for column in range(first_column, end, STEP):
             columns = column + tl.arange(0, STEP)
             key_tiles = load_rows(key, columns, segment.num_keys, D, PIECES, UNIT, CHECK)
-            scores = mask_scores(
-                inner_products(query_tiles, key_tiles, PRECISION),
+            scores = masked_scores(
+                query_tiles,
+                key_tiles,
                 rows[:, None],
                 columns[None, :],
                 segment=segment,
@@ -94,6 +94,7 @@ def attend(
                 MASK_HAS_ROWS=MASK_HAS_ROWS,
                 CAUSAL=CAUSAL,
                 CHECK_COLUMNS=CHECK,
+                PRECISION=PRECISION,
             )
             weights, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, factor)
             if DROPOUT:

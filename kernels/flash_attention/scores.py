@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common import segment_bounds
+from vlmfast.kernels.common import inner_products, segment_bounds
 
 # Kinds of attention mask, as the kernels' MASK parameter.
 NO_MASK = tl.constexpr(0)
@@ -83,8 +83,9 @@ def visible_columns(
 
 
 @triton.jit
-def mask_scores(
-    scores,
+def masked_scores(
+    tiles,
+    other_tiles,
     rows,
     columns,
     segment,
@@ -94,12 +95,16 @@ def mask_scores(
     MASK_HAS_ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
     CHECK_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Apply every mask to the unscaled products `scores`; what is hidden becomes -inf.
+    """The products of two split tiles under every mask: unscaled, and -inf where hidden.
 
     `rows` and `columns` are indices of queries and keys, shaped to broadcast to the tile: (M, 1)
     and (1, N), or (1, M) and (N, 1) where the tile is transposed. A float mask is added to the
     scaled scores, so the result is scaled with one and unscaled without.
+
+    The mask is loaded before the products: between them and their use it would make each product
+    of a loop wait for the one before it.
     """
     if MASK != NO_MASK:
         pointers = attn_mask.pointer + columns.to(tl.int64) * attn_mask.strides[3]
@@ -107,11 +112,12 @@ def mask_scores(
         if MASK_HAS_ROWS:
             pointers += rows.to(tl.int64) * attn_mask.strides[2]
             inside = inside & (rows < segment.num_queries)
-        if MASK == FLOAT_MASK:
-            scores = scores * scale + tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        else:
-            keep = tl.load(pointers, mask=inside, other=0) != 0
-            scores = tl.where(keep, scores, float("-inf"))
+        mask = tl.load(pointers, mask=inside, other=0)
+    scores = inner_products(tiles, other_tiles, PRECISION)
+    if MASK == FLOAT_MASK:
+        scores = scores * scale + mask.to(tl.float32)
+    elif MASK == BOOL_MASK:
+        scores = tl.where(mask != 0, scores, float("-inf"))
     if CAUSAL:
         scores = tl.where(columns <= rows + segment.causal_offset, scores, float("-inf"))
     if CHECK_COLUMNS:

@@ -1,13 +1,14 @@
 """Launch configurations of window attention (see launch.py)."""
 
-from vlmfast.kernels.launch import PLAIN, UNLIMITED, Table, rows, table
+from vlmfast.kernels.launch import PLAIN, REPEATS, UNLIMITED, Table, rows, table
 
+# Rows marked REPEATS would spill with 4 warps, some by 8 bytes; the others of 64 queries have 4.
 _WINDOW_FORWARD_90 = rows(
     (64, 64, 64, 64, 4, 2),
     (32, 144, 64, 64, 4, 2),
     (32, 256, 128, 64, 8, 2, PLAIN),
-    (32, 256, 64, 64, 8, 2),
-    (128, UNLIMITED, 64, 32, 8, 1),
+    (32, 256, 64, 32, 4, 1),
+    (128, UNLIMITED, 64, 32, 8, 1, REPEATS),
 )
 
 _WINDOW_FORWARD_FLOAT = rows((128, UNLIMITED, 32, 32, 8, 1))
@@ -24,10 +25,12 @@ _WINDOW_FORWARD = table(
     ieee=_WINDOW_FORWARD_FLOAT,
 )
 
+_WINDOW_BACKWARD_WHOLE_90 = rows((32, 64, 64, 64, 8, 2, PLAIN, REPEATS))
+
 _WINDOW_BACKWARD_WHOLE_HALF = rows((32, 64, 64, 64, 8, 2, PLAIN))
 
 _WINDOW_BACKWARD_WHOLE = table(
-    sm_90=_WINDOW_BACKWARD_WHOLE_HALF,
+    sm_90=_WINDOW_BACKWARD_WHOLE_90,
     sm_100=_WINDOW_BACKWARD_WHOLE_HALF,
     mma_sync=_WINDOW_BACKWARD_WHOLE_HALF,
     tf32=(),
@@ -36,10 +39,11 @@ _WINDOW_BACKWARD_WHOLE = table(
 
 _WINDOW_BACKWARD_QUERY_90 = rows(
     (32, 144, 64, 32, 4, 2, PLAIN),
-    (32, 144, 64, 32, 8, 1),
-    (32, 256, 64, 64, 8, 2, PLAIN),
-    (32, 256, 64, 32, 8, 2),
-    (128, UNLIMITED, 64, 32, 8, 1),
+    (32, 144, 64, 64, 4, 1),
+    (32, 256, 64, 64, 8, 2, PLAIN, REPEATS),
+    (32, 256, 64, 32, 8, 2, REPEATS),
+    (64, 64, 64, 64, 4, 1),
+    (128, UNLIMITED, 64, 32, 8, 1, REPEATS),
 )
 
 _WINDOW_BACKWARD_KEY_VALUE_FLOAT = rows((128, UNLIMITED, 16, 16, 8, 1))
@@ -55,10 +59,12 @@ _WINDOW_BACKWARD_QUERY = table(
 )
 
 _WINDOW_BACKWARD_KEY_VALUE_90 = rows(
-    (32, 256, 64, 64, 8, 2, PLAIN),
-    (32, 144, 32, 64, 8, 1),
-    (32, 256, 64, 32, 8, 1),
-    (128, UNLIMITED, 64, 32, 8, 1),
+    (32, 144, 32, 64, 4, 1, PLAIN),
+    (32, 64, 32, 64, 4, 1),
+    (32, 144, 32, 64, 8, 1, REPEATS),
+    (32, 256, 64, 64, 8, 2, PLAIN, REPEATS),
+    (32, 256, 64, 32, 8, 1, REPEATS),
+    (128, UNLIMITED, 64, 32, 8, 1, REPEATS),
 )
 
 _WINDOW_BACKWARD_KEY_VALUE = table(

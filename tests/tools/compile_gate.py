@@ -12,12 +12,14 @@ compiled is what ships: the same configurations, strides, alignments and constan
 - where it spills registers on sm_90,
 - where its matrix products are not rounded as the case says, or do not run on the tensor cores in
   the way of that GPU,
+- where its matrix products in half precision wait for one another on sm_90,
+- where it computes one of them more than once there, by a row not marked REPEATS, or by none that
+  is marked,
 - where its registers differ from the snapshot of this Triton version, tests/snapshots/,
 - where a row of `kernels/<family>/configs.py` was compiled by no case.
 
-Its table also says what costs time on sm_90 without being wrong: products that wait for one another
-or are computed more than once, rows that begin at multiples of 16 bytes and are moved by less, and
-copies of four bytes.
+Its table also says what else costs time on sm_90: rows that begin at multiples of 16 bytes and are
+moved by less, and copies of four bytes.
 
 A family takes part by a page in tests/tools/compile_cases/. tests/test_kernels_gate.py runs the
 part of this that `TESTED_ARCHITECTURES` names, and tests/test_tools_gate.py plants a bug for each
@@ -95,6 +97,7 @@ class Report:
     arch: int
     precision: str
     kernels: list[Compiled] = dataclasses.field(default_factory=list)
+    launches: list[launch.Row | None] = dataclasses.field(default_factory=list)  # of kernels
     rows: set[tuple[str, str, launch.Row]] = dataclasses.field(default_factory=set)
     error: str = ""
 
@@ -108,6 +111,7 @@ def compile_only(arch: int, precision: str) -> Iterator[Report]:
     report = Report("", arch, precision)
     run = JITFunction.run
     find_row = launch.find_row
+    found: launch.Row | None = None
     tf32 = torch.backends.cuda.matmul.fp32_precision
 
     def compile_and_examine(self, *args, warmup, **kwargs):
@@ -115,9 +119,11 @@ def compile_only(arch: int, precision: str) -> Iterator[Report]:
         if not all(map(has_aligned_rows, tensors_in((args, kwargs.values())))):
             compiled = dataclasses.replace(compiled, narrow=0)  # nothing wider is possible
         report.kernels.append(compiled)
+        report.launches.append(found)
 
     def find_and_note_row(table, shape, arch):
-        row = find_row(table, shape, arch)
+        nonlocal found
+        found = row = find_row(table, shape, arch)
         if row is not None:
             report.rows.add((shape.kernel, shape.precision, row))
         return row
@@ -167,8 +173,12 @@ def complaints(report: Report) -> list[str]:
         return [f"{report}: {report.error}"]
     return [
         f"{report}, {compiled.kernel}: {wrong}"
-        for compiled in report.kernels
-        for wrong in (*_resources(compiled), *_products(compiled, report.precision))
+        for compiled, row in zip(report.kernels, report.launches, strict=True)
+        for wrong in (
+            *_resources(compiled),
+            *_products(compiled, report.precision),
+            *_waste(compiled, row, report.precision),
+        )
     ]
 
 
@@ -205,6 +215,29 @@ def _products(compiled: Compiled, precision: str) -> Iterator[str]:
             f"matrix instructions: expected {_list(expected)}, "
             f"found {_list(compiled.instructions) or 'none'}"
         )
+
+
+def _waste(compiled: Compiled, row: launch.Row | None, precision: str) -> Iterator[str]:
+    if compiled.arch not in MACHINE_CODE_OF or precision != "half":
+        return
+    if compiled.serialised:
+        yield "products wait for one another"
+    if compiled.repeats > 1 and not (row and row.repeats):
+        yield f"computes a product {compiled.repeats} times; its row is not marked REPEATS"
+
+
+def idle_marks(reports: Iterable[Report]) -> list[str]:
+    """Rows marked REPEATS by which no case computes a product twice, of cases of sm_90."""
+    launched = [
+        (compiled, row)
+        for report in reports
+        if report.precision == "half"
+        for compiled, row in zip(report.kernels, report.launches, strict=True)
+        if row and row.repeats and compiled.arch in MACHINE_CODE_OF
+    ]
+    needed = {(compiled.kernel, row) for compiled, row in launched if compiled.repeats > 1}
+    marked = {(compiled.kernel, row) for compiled, row in launched}
+    return [f"{kernel}: marked REPEATS, and does not: {row}" for kernel, row in marked - needed]
 
 
 def wasted_time(compiled: Compiled) -> Iterator[str]:
@@ -384,7 +417,7 @@ def main() -> int:
                     reports.append(report)
                     wrong += complaints(report)
                     print("\n".join(_line(report, k) for k in report.kernels), flush=True)
-            wrong += uncovered_rows(family, reports)
+            wrong += uncovered_rows(family, reports) + idle_marks(reports)
             if options.update:
                 write_snapshot(family, reports)
             elif not read_snapshot():
