@@ -17,7 +17,7 @@ ORDER = (
     *(f"{row}.{x}" for row in FAMILIES for x in ("cases", "peers", "calls", "__init__")),
     *(f"modules.{x}" for x in ("cases", "peers", "build", "calls", "__init__")),
     *("families", "results", "tables", "html", "report"),
-    *("contest", "memory", "compare", "profile", "search", "ncu", "__main__"),
+    *("contest", "memory", "compare", "profile", "search", "host", "ncu", "__main__"),
     *("conftest", "test_families"),
 )
 

@@ -149,3 +149,45 @@ def test_candidates_are_near_the_shipped_launch_and_differ():
     assert all(16 <= c.block_m <= 128 and 16 <= c.block_n <= 128 for c in found)
     # A kernel without one of the blocks has it at 0.
     assert {c.block_n for c in launch.candidates(Launch(64, 0, 4, 1))} == {0}
+
+
+def test_numbers_of_blocks_are_triton_s_own():
+    for length in range(70):
+        assert launch.next_power_of_2(length) == max(triton.next_power_of_2(length), 1)
+        for block in (1, 16, 48, 64):
+            assert launch.ceil_div(length, block) == triton.cdiv(length, block)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 1, 5, 8), (2, 3, 0, 8), (0, 3, 5, 0)])
+def test_dense_tensors_keep_the_order_of_dimensions_without_gaps(shape):
+    batch, heads, rows, columns = shape
+    inside = torch.empty(batch, rows, heads, columns).transpose(1, 2)
+    apart = torch.empty(2, 5, 4, 9)[:, :, :3].transpose(1, 2)  # heads inside rows, with gaps
+    assert launch.dense_like(apart, shape).stride() == inside.stride()
+    assert launch.dense_like(torch.empty(2, 3, 5, 8), shape).stride() == torch.empty(shape).stride()
+
+
+def test_strides_of_one_layout_are_not_taken_for_those_of_another():
+    x = torch.empty(2, 4, 16, 8)
+    assert launch.strided(x, 8).strides == (64, 16, 1, 1)
+    assert launch.strided(x).strides == (512, 128, 8, 1)
+    assert launch.strided(x.transpose(1, 2), 8).strides == (64, 1, 16, 1)
+    assert launch.strided(x[:1], 8).strides == (0, 16, 1, 1)
+    assert launch.strided(x[:, :, :, :7]).strides == (512, 128, 8, 1)
+    assert launch.stride_unit(x, x.transpose(1, 2), None) == 8
+    assert launch.stride_unit(x, torch.empty(2, 4, 16, 7)) == 1
+    assert launch.stride_unit(torch.empty(1, 1, 1, 7), None) == 8  # no row follows another
+
+
+def test_what_is_asked_once_is_told_apart_by_its_arguments_and_problem():
+    class Counting(launch.Problem):
+        asked = 0
+
+        @launch.once
+        def double(self, number):
+            self.asked += 1
+            return 2 * number
+
+    first, second = Counting(), Counting()
+    assert [first.double(1), first.double(2), first.double(1), second.double(3)] == [2, 4, 2, 6]
+    assert (first.asked, second.asked) == (2, 1)

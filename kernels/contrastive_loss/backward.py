@@ -7,10 +7,10 @@ the features are left to the library's matrix multiplication, which nothing here
 import dataclasses
 
 import torch
-import triton
 
 from vlmfast.kernels.contrastive_loss.backward_logits import logit_gradients
 from vlmfast.kernels.contrastive_loss.problem import make_problem
+from vlmfast.kernels.launch import ceil_div
 
 # Bytes of G that backward holds at once: half of the 256 MiB that a batch of 32,768 of 512 features
 # is to take, where the sums for the columns take 64 more.
@@ -52,9 +52,9 @@ def backward(
     of_column_sum = None if grad_column_sum is None else grad_column_sum.contiguous()
     factor = storage_factor(of_row_sum, of_row_total, of_positive, of_column_sum)
     unstored = scale / factor
-    stored_columns = triton.cdiv(m, COLUMN_STEP) * COLUMN_STEP
+    stored_columns = ceil_div(m, COLUMN_STEP) * COLUMN_STEP
     chunk = max(1, CHUNK_BYTES // max(1, stored_columns * queries * rows.element_size()))
-    chunk = min(n, triton.cdiv(chunk, 128) * 128)
+    chunk = min(n, ceil_div(chunk, 128) * 128)
     buffer = rows.new_empty(chunk, queries, stored_columns) if rows_grad or columns_grad else None
     grad_rows = rows.new_empty(rows.shape if rows_grad else 0, dtype=dtype)
     column_sums = torch.zeros(

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from vlmfast.kernels import launch
 from vlmfast.kernels.contrastive_loss.configs import TABLES
 from vlmfast.kernels.launch import (
     Launch,
     ShapeClass,
+    ceil_div,
     check_lengths,
     input_precision,
     precision_of,
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
         return self.row_tiles * self.strips
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem(launch.Problem):
     """Features and factors, as `vlmfast.reference.contrastive_loss` describes them."""
 
@@ -58,10 +58,10 @@ class Problem(launch.Problem):
         return ShapeClass(kernel, precision_of(self.rows), self.rows.shape[2], rows, one_query)
 
     def grid(self, launch: Launch) -> Grid:
-        row_tiles = triton.cdiv(self.rows.shape[0], launch.block_m)
-        column_tiles = triton.cdiv(self.columns.shape[0], launch.block_n)
+        row_tiles = ceil_div(self.rows.shape[0], launch.block_m)
+        column_tiles = ceil_div(self.columns.shape[0], launch.block_n)
         per_program = max(1, row_tiles * column_tiles // PROGRAMS)
-        return Grid(row_tiles, triton.cdiv(column_tiles, per_program), per_program)
+        return Grid(row_tiles, ceil_div(column_tiles, per_program), per_program)
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
         """What both kernels take."""

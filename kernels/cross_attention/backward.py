@@ -39,11 +39,11 @@ def backward(
     plan = Plan(image_index, visible, order, segments, image_lengths)
     problem, query_factor = with_positive_scale(Problem(query, key, value, plan, scale))
     saved = saved_for_backward(out, logsumexp, grad_out, grad_logsumexp)
-    grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
-    if query_grad:  # no program comes by the tokens that see no image
-        grad_query = dense_like(query, tuple(query.shape)).zero_()
-    if key_value_grad:
-        grad_key, grad_value = images_like(key), images_like(value)
+    # No program comes by the tokens that see no image.
+    grad_query = dense_like(query, query.shape).zero_() if query_grad else query.new_empty(0)
+    grad_key, grad_value = (
+        images_like(tensor) if key_value_grad else tensor.new_empty(0) for tensor in (key, value)
+    )
     if problem.heads == 0:  # of the queries: no key head has a group of them
         return grad_query, grad_key.zero_(), grad_value.zero_()
     whole = query_grad and key_value_grad and takes_whole_images(problem)

@@ -30,7 +30,7 @@ from vlmfast.kernels.cross_attention.images import (
 )
 from vlmfast.kernels.cross_attention.problem import Problem, strided_images
 from vlmfast.kernels.cross_attention.tiles import add_tiles, row_statistics
-from vlmfast.kernels.launch import Launch, Saved, start, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, next_power_of_2, start, strided
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -163,8 +163,8 @@ def key_value_gradients(
     def run(launch: Launch) -> None:
         block_n = launch.block_n
         if whole:  # of several blocks each would write its own share of the queries' gradients
-            block_n = max(block_n, triton.next_power_of_2(problem.latents))
-        blocks = triton.cdiv(problem.latents, block_n)
+            block_n = max(block_n, next_power_of_2(problem.latents))
+        blocks = ceil_div(problem.latents, block_n)
         start(
             cross_attention_bwd_key_value_kernel,
             problem.batch * problem.images * problem.key_heads * blocks,

@@ -16,7 +16,7 @@ from vlmfast.kernels.common import (
 from vlmfast.kernels.cross_attention.images import UNIFORM_ROW, VARYING, at_image
 from vlmfast.kernels.cross_attention.problem import Problem, strided_images
 from vlmfast.kernels.cross_attention.tiles import add_tiles, sum_of_rows
-from vlmfast.kernels.launch import Launch, start, stride_unit, strided
+from vlmfast.kernels.launch import Launch, ceil_div, start, stride_unit, strided
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def fill_rows(problem: Problem, out: torch.Tensor, logsumexp: torch.Tensor) -> N
     unit = stride_unit(problem.value, out)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.tokens, launch.block_m)
+        blocks = ceil_div(problem.tokens, launch.block_m)
         start(
             cross_attention_fill_kernel,
             problem.batch * problem.heads * blocks,

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from vlmfast.kernels import launch
 from vlmfast.kernels.common import Strided
@@ -12,16 +11,19 @@ from vlmfast.kernels.cross_attention.configs import TABLES
 from vlmfast.kernels.cross_attention.images import Plan
 from vlmfast.kernels.launch import (
     ShapeClass,
-    covered_columns,
+    ceil_div,
+    head_columns,
     head_pieces,
     input_precision,
+    next_power_of_2,
+    once,
     precision_of,
     stride_unit,
     strided,
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem(launch.Problem):
     """What the kernels of one call have in common, as the operators receive it."""
 
@@ -73,15 +75,20 @@ class Problem(launch.Problem):
 
     def blocks(self, block_m: int) -> int:
         """Blocks of tokens of a batch entry, or, of each image's tokens, as many as may be."""
-        blocks = triton.cdiv(self.tokens, block_m)
+        blocks = ceil_div(self.tokens, block_m)
         if self.several:
             return blocks
         return blocks + min(self.images, self.tokens) if self.images else 0
 
     def stride_unit(self, *others: torch.Tensor) -> int:
         """That of the inputs and of further tensors."""
-        return stride_unit(self.query, self.key, self.value, *others)
+        return min(self._stride_unit(), stride_unit(*others))
 
+    @once
+    def _stride_unit(self) -> int:
+        return stride_unit(self.query, self.key, self.value)
+
+    @once
     def inputs(self, unit: int) -> dict[str, Any]:
         """What every kernel takes that recomputes scores."""
         return {
@@ -106,6 +113,7 @@ class Problem(launch.Problem):
             "order_size": self.plan.order.shape[1],
         }
 
+    @once
     def constants(self, unit: int) -> dict[str, Any]:
         """Compile-time constants of every kernel that recomputes scores."""
         return {
@@ -121,7 +129,7 @@ class Problem(launch.Problem):
 
     def token_constants(self) -> dict[str, Any]:
         """Those of kernels that walk blocks of tokens."""
-        return {"SEVERAL": self.several, "IMAGES": triton.next_power_of_2(max(self.images, 1))}
+        return {"SEVERAL": self.several, "IMAGES": next_power_of_2(max(self.images, 1))}
 
     def shape_class(self, kernel: str, rows: int) -> ShapeClass:
         plain = not self.several
@@ -130,8 +138,9 @@ class Problem(launch.Problem):
     @property
     def columns(self) -> int:
         """Columns that the wider of the two head dimensions covers on chip."""
-        sizes = (self.query.shape[3], self.value.shape[4])
-        return max(covered_columns(self.pieces(size)) for size in sizes)
+        precision = precision_of(self.query)
+        sizes = self.query.shape[3], self.value.shape[4]
+        return max(head_columns(sizes[0], precision), head_columns(sizes[1], precision))
 
     def pieces(self, size: int) -> tuple[tuple[int, int], ...]:
         return head_pieces(size, precision_of(self.query))

@@ -66,12 +66,12 @@ def backward(
     )
     check_lengths(query=query.shape[2], key=key.shape[2])
     saved = saved_for_backward(out, logsumexp, grad_out, grad_logsumexp)
-    grad_query, grad_key, grad_value = (tensor.new_empty(0) for tensor in (query, key, value))
+    grad_query = gradient_like(query, problem) if query_grad else query.new_empty(0)
+    grad_key, grad_value = (
+        gradient_like(tensor, problem) if key_value_grad else tensor.new_empty(0)
+        for tensor in (key, value)
+    )
     grad_mask = (query if attn_mask is None else attn_mask).new_empty(0)
-    if query_grad:
-        grad_query = gradient_like(query, problem)
-    if key_value_grad:
-        grad_key, grad_value = gradient_like(key, problem), gradient_like(value, problem)
 
     whole = query_grad and key_value_grad and takes_whole_heads(problem)
     if whole:

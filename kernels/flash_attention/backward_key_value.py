@@ -28,7 +28,7 @@ from vlmfast.kernels.flash_attention.scores import (
     locate,
     masked_scores,
 )
-from vlmfast.kernels.launch import Launch, Saved, start, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, start, strided
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -157,7 +157,7 @@ def key_value_gradients(
     unit = problem.stride_unit(saved.grad_out, grad_key, grad_value)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.longest_key, launch.block_n)
+        blocks = ceil_div(problem.longest_key, launch.block_n)
         start(
             flash_attention_bwd_key_value_kernel,
             problem.batch_entries * problem.key_heads * blocks,

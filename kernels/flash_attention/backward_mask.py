@@ -12,7 +12,7 @@ from vlmfast.kernels.flash_attention.gradients import (
 )
 from vlmfast.kernels.flash_attention.problem import Problem
 from vlmfast.kernels.flash_attention.scores import FLOAT_MASK, VARYING, locate, masked_scores
-from vlmfast.kernels.launch import Launch, Saved, start, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, start, strided
 
 # Programs that the mask gradient is spread over where the mask has fewer tiles than this. With
 # 64 x 64 tiles the float32 partial sums then stay within 4 MiB, whatever the sizes.
@@ -163,11 +163,11 @@ def mask_gradient(problem: Problem, saved: Saved, statistics: Statistics) -> tor
     result = torch.empty_like(mask, memory_format=torch.contiguous_format)
 
     def run(launch: Launch) -> None:
-        row_blocks = triton.cdiv(mask_rows, launch.block_m)
-        column_blocks = triton.cdiv(mask_columns, launch.block_n)
+        row_blocks = ceil_div(mask_rows, launch.block_m)
+        column_blocks = ceil_div(mask_columns, launch.block_n)
         tiles = mask_batches * mask_heads * row_blocks * column_blocks
         head_steps = heads if mask_heads == 1 else 1
-        row_steps = triton.cdiv(num_queries, launch.block_m) if mask_rows == 1 else 1
+        row_steps = ceil_div(num_queries, launch.block_m) if mask_rows == 1 else 1
         steps = (batch if mask_batches == 1 else 1) * head_steps * row_steps
         splits = max(1, min(steps, MASK_GRADIENT_PROGRAMS // max(tiles, 1)))
         partials = result

@@ -29,7 +29,7 @@ from vlmfast.kernels.flash_attention.scores import (
     masked_scores,
     visible_columns,
 )
-from vlmfast.kernels.launch import Launch, Saved, start, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, start, strided
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def query_gradient(
     unit = problem.stride_unit(saved.grad_out, grad_query)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.longest_query, launch.block_m)
+        blocks = ceil_div(problem.longest_query, launch.block_m)
         start(
             flash_attention_bwd_query_kernel,
             problem.batch_entries * problem.heads * blocks,

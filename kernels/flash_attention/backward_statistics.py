@@ -22,7 +22,7 @@ from vlmfast.kernels.flash_attention.scores import (
     masked_scores,
     visible_columns,
 )
-from vlmfast.kernels.launch import Launch, Saved, start, stride_unit, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, start, stride_unit, strided
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -167,7 +167,7 @@ def row_statistics(problem: Problem, saved: Saved, exact_delta: bool) -> Statist
     unit = problem.stride_unit(saved.grad_out)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.longest_query, launch.block_m)
+        blocks = ceil_div(problem.longest_query, launch.block_m)
         start(
             flash_attention_bwd_statistics_kernel,
             problem.batch_entries * problem.heads * blocks,
@@ -195,7 +195,7 @@ def row_deltas(problem: Problem, saved: Saved) -> torch.Tensor:
     unit = stride_unit(saved.out, saved.grad_out)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(num_queries, launch.block_m)
+        blocks = ceil_div(num_queries, launch.block_m)
         start(
             flash_attention_bwd_delta_kernel,
             batch * heads * blocks,

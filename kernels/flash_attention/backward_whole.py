@@ -31,7 +31,7 @@ from vlmfast.kernels.flash_attention.scores import (
     locate,
     masked_scores,
 )
-from vlmfast.kernels.launch import Launch, Saved, start, strided
+from vlmfast.kernels.launch import Launch, Saved, ceil_div, start, strided
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -243,7 +243,7 @@ def whole_gradients(
             grad_logsumexp=saved.grad_logsumexp,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
-            KEY_BLOCKS=max(1, triton.cdiv(problem.longest_key, launch.block_n)),
+            KEY_BLOCKS=max(1, ceil_div(problem.longest_key, launch.block_n)),
         )
 
     problem.launch("flash_attention_bwd_whole", problem.longest_key, run)

@@ -34,6 +34,7 @@ from vlmfast.kernels.flash_attention.scores import (
 )
 from vlmfast.kernels.launch import (
     Launch,
+    ceil_div,
     check_lengths,
     dense_like,
     start,
@@ -270,7 +271,7 @@ def forward(
     unit = problem.stride_unit(out)
 
     def run(launch: Launch) -> None:
-        blocks = triton.cdiv(problem.longest_query, launch.block_m)
+        blocks = ceil_div(problem.longest_query, launch.block_m)
         start(
             flash_attention_fwd_kernel,
             problem.batch_entries * heads * blocks,

@@ -9,16 +9,17 @@ from vlmfast.kernels import launch
 from vlmfast.kernels.flash_attention import configs
 from vlmfast.kernels.flash_attention.scores import BOOL_MASK, FLOAT_MASK, NO_MASK
 from vlmfast.kernels.launch import (
-    covered_columns,
     dropout,
+    head_columns,
     head_pieces,
     input_precision,
+    once,
     precision_of,
     strided,
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem(launch.Problem):
     """The arguments of one call."""
 
@@ -88,8 +89,13 @@ class Problem(launch.Problem):
 
     def stride_unit(self, *others: torch.Tensor) -> int:
         """UNIT of the strides of the inputs and of other tensors."""
-        return launch.stride_unit(self.query, self.key, self.value, *others)
+        return min(self._stride_unit(), launch.stride_unit(*others))
 
+    @once
+    def _stride_unit(self) -> int:
+        return launch.stride_unit(self.query, self.key, self.value)
+
+    @once
     def inputs(self, unit: int) -> dict[str, Any]:
         """Arguments of every kernel that computes scores."""
         mask = self.attn_mask
@@ -107,6 +113,7 @@ class Problem(launch.Problem):
             "scale": self.scale,
         }
 
+    @once
     def constants(self, unit: int) -> dict[str, Any]:
         """Compile-time constants of every kernel that computes scores."""
         return {
@@ -138,7 +145,9 @@ class Problem(launch.Problem):
     @property
     def columns(self) -> int:
         """Columns that the wider of the two head dimensions covers on chip."""
-        return max(covered_columns(self.pieces(t.shape[3])) for t in (self.query, self.value))
+        precision = precision_of(self.query)
+        sizes = self.query.shape[3], self.value.shape[3]
+        return max(head_columns(sizes[0], precision), head_columns(sizes[1], precision))
 
     def pieces(self, size: int) -> tuple[tuple[int, int], ...]:
         return head_pieces(size, precision_of(self.query))

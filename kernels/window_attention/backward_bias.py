@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common import LOG2E, dropout_keep, inner_products, program_indices
-from vlmfast.kernels.launch import Launch, start, strided
+from vlmfast.kernels.launch import Launch, ceil_div, start, strided
 from vlmfast.kernels.window_attention.cosines import normalize_rows
 from vlmfast.kernels.window_attention.problem import Problem, RowStatistics
 from vlmfast.kernels.window_attention.scores import (
@@ -141,7 +141,7 @@ def bias_gradient(
     unit = problem.stride_unit(grad_out)
 
     def run(launch: Launch) -> None:
-        groups = triton.cdiv(tokens, launch.block_m) * triton.cdiv(tokens, launch.block_n)
+        groups = ceil_div(tokens, launch.block_m) * ceil_div(tokens, launch.block_n)
         splits = problem.splits(launch, groups)
         bias_sums = partial_sums(grad_bias, splits, heads, tokens, tokens)
         start(

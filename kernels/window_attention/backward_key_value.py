@@ -13,7 +13,7 @@ from vlmfast.kernels.common import (
     scale_tiles,
     zero_tiles,
 )
-from vlmfast.kernels.launch import Launch, covered_columns, start, strided
+from vlmfast.kernels.launch import Launch, ceil_div, covered_columns, start, strided
 from vlmfast.kernels.window_attention.cosines import normalization_gradient, normalize_rows
 from vlmfast.kernels.window_attention.problem import (
     MOST_BIAS_REGISTERS_FOR_KEYS,
@@ -361,7 +361,7 @@ def key_value_gradients(
         row_pieces = token_pieces(tokens, launch.block_m)
         key_pieces = token_pieces(tokens, launch.block_n) if whole else ((0, launch.block_n),)
         rows, keys = covered_columns(row_pieces), covered_columns(key_pieces)
-        groups = triton.cdiv(tokens, keys)
+        groups = ceil_div(tokens, keys)
         splits = problem.splits(launch, groups)
         bias_sums = scale_sums = padding_sums = None
         if whole:

@@ -15,7 +15,7 @@ from vlmfast.kernels.common import (
     scale_tiles,
     zero_tiles,
 )
-from vlmfast.kernels.launch import Launch, covered_columns, start, strided
+from vlmfast.kernels.launch import Launch, ceil_div, covered_columns, start, strided
 from vlmfast.kernels.window_attention.cosines import normalization_gradient, normalize_rows
 from vlmfast.kernels.window_attention.problem import (
     MOST_BIAS_REGISTERS,
@@ -218,7 +218,7 @@ def query_gradient(
 
     def run(launch: Launch) -> None:
         key_pieces = token_pieces(problem.tokens, launch.block_n)
-        groups = triton.cdiv(problem.tokens, launch.block_m)
+        groups = ceil_div(problem.tokens, launch.block_m)
         splits = problem.splits(launch, groups)
         keys = covered_columns(key_pieces)
         scale_sums = partial_sums(gradients.logit_scale, splits * groups, problem.num_heads)

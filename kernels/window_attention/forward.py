@@ -32,7 +32,15 @@ from vlmfast.kernels.common import (
     scale_tiles,
     zero_tiles,
 )
-from vlmfast.kernels.launch import Launch, check_lengths, covered_columns, start, strided
+from vlmfast.kernels.launch import (
+    Launch,
+    ceil_div,
+    check_lengths,
+    covered_columns,
+    next_power_of_2,
+    start,
+    strided,
+)
 from vlmfast.kernels.window_attention.cosines import normalize_rows
 from vlmfast.kernels.window_attention.problem import MOST_BIAS_REGISTERS, make_problem, token_pieces
 from vlmfast.kernels.window_attention.scores import (
@@ -235,9 +243,9 @@ def forward(
     unit = problem.stride_unit(out)
 
     def run(launch: Launch) -> None:
-        rows = min(launch.block_m, max(16, triton.next_power_of_2(problem.tokens)))
+        rows = min(launch.block_m, max(16, next_power_of_2(problem.tokens)))
         key_pieces = token_pieces(problem.tokens, launch.block_n)
-        groups = triton.cdiv(problem.tokens, rows)
+        groups = ceil_div(problem.tokens, rows)
         splits = problem.splits(launch, groups)
         keys = covered_columns(key_pieces)
         start(

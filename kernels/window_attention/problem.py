@@ -1,20 +1,22 @@
 """What the kernels of one call of window attention have in common."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from vlmfast.kernels import launch
 from vlmfast.kernels.launch import (
     Launch,
     ShapeClass,
+    ceil_div,
     covered_columns,
     dropout,
     head_pieces,
     input_precision,
     multiprocessors,
+    once,
     precision_of,
     split_into_pieces,
     stride_unit,
@@ -37,6 +39,7 @@ MOST_BIAS_REGISTERS_FOR_KEYS = 64
 WARPS_PER_MULTIPROCESSOR = 32
 
 
+@functools.cache
 def token_pieces(tokens: int, largest: int) -> tuple[tuple[int, int], ...]:
     """Cut tokens into pieces of power-of-two widths: whole ones of the largest, then at most two.
 
@@ -49,7 +52,7 @@ def token_pieces(tokens: int, largest: int) -> tuple[tuple[int, int], ...]:
     return whole + tuple((largest * len(whole) + start, width) for start, width in last)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem(launch.Problem):
     """What the kernels of one call have in common, as the operators receive it."""
 
@@ -78,35 +81,39 @@ class Problem(launch.Problem):
     def tokens(self) -> int:
         return self.window[0] * self.window[1]
 
-    @property
+    @functools.cached_property
     def dim(self) -> int:
         return self.query.shape[3] // self.num_heads
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int]:
         """Windows along the height and the width of the map."""
         height, width = self.query.shape[1:3]
-        return triton.cdiv(height, self.window[0]), triton.cdiv(width, self.window[1])
+        return ceil_div(height, self.window[0]), ceil_div(width, self.window[1])
 
-    @property
+    @functools.cached_property
     def num_windows(self) -> int:
         return self.query.shape[0] * self.grid[0] * self.grid[1]
 
-    @property
+    @functools.cached_property
     def padding(self) -> int:
         sizes = zip(self.query.shape[1:3], self.window, strict=True)
         if all(size % window == 0 for size, window in sizes):
             return NO_PADDING.value
         return (WRAP_PADDED if self.wrap_padded else WRAP_UNPADDED).value
 
-    @property
+    @functools.cached_property
     def pieces(self) -> tuple[tuple[int, int], ...]:
         """The tiles that a head's channels are split into."""
         return head_pieces(self.dim, precision_of(self.query), largest=128)
 
     def stride_unit(self, *others: torch.Tensor | None) -> int:
         """That of the inputs and of further maps."""
-        return stride_unit(self.query, self.key, self.value, *others)
+        return min(self._stride_unit(), stride_unit(*others))
+
+    @once
+    def _stride_unit(self) -> int:
+        return stride_unit(self.query, self.key, self.value)
 
     def arguments(self, unit: int, groups: int, splits: int) -> dict[str, Any]:
         """What every kernel takes, of whose programs `groups` share a head and its windows."""
@@ -128,6 +135,7 @@ class Problem(launch.Problem):
             **self.constants(unit),
         }
 
+    @once
     def constants(self, unit: int) -> dict[str, Any]:
         return {
             "D": self.dim,
@@ -162,7 +170,7 @@ class Problem(launch.Problem):
         """Programs that share the windows of a head."""
         warps = multiprocessors(self.device) * WARPS_PER_MULTIPROCESSOR
         programs = warps // launch.num_warps
-        return max(1, min(self.num_windows, triton.cdiv(programs, self.num_heads * groups)))
+        return max(1, min(self.num_windows, ceil_div(programs, self.num_heads * groups)))
 
     def shape_class(self, kernel: str, rows: int) -> ShapeClass:
         padded = self.padding != NO_PADDING.value
