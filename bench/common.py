@@ -12,6 +12,12 @@ from vlmfast.verify.common import relative_error
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key, value
 
 
+def normal_numbers(seed: int, device: str) -> Callable[..., Tensor]:
+    """Draws float32 tensors of a shape, on the device: a large batch takes a CPU its time."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)
+
+
 def make_call(
     forward: Callable[[], Tensor],
     sources: Sequence[Tensor],
@@ -66,6 +72,10 @@ class AttentionInputs:
         """One head of one batch element as leaves of their own."""
         return self.map(lambda x: x.detach()[batch : batch + 1, head : head + 1])
 
+    def element(self, batch: int) -> "AttentionInputs":
+        """One batch element as leaves of their own."""
+        return self.map(lambda x: x.detach()[batch : batch + 1])
+
     def double(self) -> "AttentionInputs":
         return self.map(lambda x: x.detach().double())
 
@@ -78,13 +88,26 @@ def attention_call(attention: Attention, inputs: AttentionInputs, mode: str) -> 
 def by_heads(
     inputs: AttentionInputs, truth: Callable[[AttentionInputs], tuple[Tensor, ...]]
 ) -> tuple[Truth, ...]:
-    """The truths of a whole call, computed head after head: they hold their scores in memory."""
+    """The truths of a whole call, computed head after head: they hold their scores in memory.
+
+    On a GPU, where launching takes longer, all heads of a batch element at once.
+    """
+    if inputs.query.is_cuda:
+        return by_elements(inputs, truth)
     grid = inputs.query.shape[:2]
     heads = [truth(inputs.head(b, h)) for b in range(grid[0]) for h in range(grid[1])]
     return tuple(
         Truth(torch.cat(results).unflatten(0, grid).squeeze(2))
         for results in zip(*heads, strict=True)
     )
+
+
+def by_elements(
+    inputs: AttentionInputs, truth: Callable[[AttentionInputs], tuple[Tensor, ...]]
+) -> tuple[Truth, ...]:
+    """The truths of a whole call, computed batch element after batch element."""
+    elements = [truth(inputs.element(batch)) for batch in range(inputs.query.shape[0])]
+    return tuple(Truth(torch.cat(results)) for results in zip(*elements, strict=True))
 
 
 def head_errors(

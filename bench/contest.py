@@ -70,14 +70,6 @@ def contests(
                     yield Contest(family, case, dtype, mode, device)
 
 
-def our_call(contest: Contest) -> Call:
-    """Our own call of a contest, not checked."""
-    module, dtype = contest.family_calls, getattr(torch, contest.dtype)
-    inputs = module.make_inputs(contest.case, dtype, contest.mode, device=contest.device)
-    ours = FAMILIES[contest.family].contestants[0].prepare(contest.case)
-    return module.make_call(ours, inputs, contest.mode)
-
-
 class _Prepared(NamedTuple):
     """What every contestant of a contest is given, and what its results are held against."""
 

@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
+GPU = (
+    *("__init__", "records", "plan", "children", "bias", "cases", "no_card", "launches"),
+    *("ahead", "numbers", "memcheck", "trials", "goals", "search", "host", "peers", "ncu"),
+    *("pytest_plugin", "tests", "__main__"),
+)
 # Each module imports only what stands before it.
 ORDER = (
     "__init__",
@@ -17,7 +22,8 @@ ORDER = (
     *(f"{row}.{x}" for row in FAMILIES for x in ("cases", "peers", "calls", "__init__")),
     *(f"modules.{x}" for x in ("cases", "peers", "build", "calls", "__init__")),
     *("families", "results", "tables", "html", "report"),
-    *("contest", "memory", "compare", "profile", "search", "host", "ncu", "__main__"),
+    *("contest", "memory", "compare", "profile", "host", "__main__"),
+    *(f"gpu.{x}" for x in GPU),
     *("conftest", "test_families"),
 )
 

@@ -1,12 +1,14 @@
 """Inputs, calls and formulas of the `cross_attention` family."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
+from bench import common
 from bench.common import AttentionInputs, attention_work, by_heads, head_errors
 from bench.common import attention_call as make_call
 from bench.cross_attention.cases import ImageAttentionCase
@@ -25,10 +27,10 @@ def make_inputs(
 
     query is (B, H, T, D), key and value are (B, H, I, L, D).
     """
-    generator = torch.Generator().manual_seed(seed)
+    numbers = common.normal_numbers(seed, device)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return numbers(*shape).to(dtype)
 
     text = (case.batch, case.tokens, case.heads, case.head_dim)
     images = (case.batch, case.images, case.latents, 2, case.heads, case.head_dim)
@@ -50,13 +52,16 @@ def reference(case: ImageAttentionCase, inputs: AttentionInputs, mode: str) -> t
     return by_heads(inputs, lambda head: _truth(case, head, mode))
 
 
-def yardsticks(case: ImageAttentionCase, dtype: torch.dtype, mode: str) -> list[float]:
+def yardsticks(
+    case: ImageAttentionCase, dtype: torch.dtype, mode: str, device: str = "cpu"
+) -> list[float]:
     """The errors of the eager formula, one for each result of a call: the worst over eight seeds.
 
-    One head for each seed: heads differ no more than seeds do.
+    One head for each seed: heads differ no more than seeds do, nor batch elements.
     """
+    case = replace(case, batch=1)
     eager = eager_attention(case)
-    heads = (make_inputs(case, dtype, mode, seed).head(0, 0) for seed in SEEDS)
+    heads = (make_inputs(case, dtype, mode, seed, device).head(0, 0) for seed in SEEDS)
     return head_errors(heads, eager, lambda head: _truth(case, head, mode), mode)
 
 

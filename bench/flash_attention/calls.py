@@ -1,12 +1,14 @@
 """Inputs, calls and formulas of the `flash_attention` family."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import vlmfast
 import vlmfast.functional as VF
+from bench import common
 from bench.common import Attention, AttentionInputs, attention_work, by_heads, head_errors
 from bench.common import attention_call as make_call
 from bench.flash_attention.cases import AttentionCase
@@ -26,11 +28,10 @@ def make_inputs(
     The slices are leaves of their own: a gradient of the packed projection would add the same copy
     to every contestant and blur what is compared.
     """
-    generator = torch.Generator().manual_seed(seed)
+    normal = common.normal_numbers(seed, device)
 
     def projection(length: int, parts: int) -> tuple[Tensor, ...]:
-        shape = (case.batch, length, parts, case.heads, case.head_dim)
-        packed = torch.randn(shape, generator=generator).to(device, dtype)
+        packed = normal(case.batch, length, parts, case.heads, case.head_dim).to(dtype)
         return packed.permute(2, 0, 3, 1, 4).unbind(0)  # parts of (B, H, length, D)
 
     if case.query_length == case.key_length:
@@ -55,13 +56,16 @@ def reference(case: AttentionCase, inputs: AttentionInputs, mode: str) -> tuple[
     return by_heads(inputs, lambda head: _truth(case, head, mode))
 
 
-def yardsticks(case: AttentionCase, dtype: torch.dtype, mode: str) -> list[float]:
+def yardsticks(
+    case: AttentionCase, dtype: torch.dtype, mode: str, device: str = "cpu"
+) -> list[float]:
     """The errors of the eager formula, one for each result of a call: the worst over eight seeds.
 
-    One head for each seed: heads differ no more than seeds do.
+    One head for each seed: heads differ no more than seeds do, nor batch elements.
     """
+    case = replace(case, batch=1)
     eager = eager_attention(case)
-    heads = (make_inputs(case, dtype, mode, seed).head(0, 0) for seed in SEEDS)
+    heads = (make_inputs(case, dtype, mode, seed, device).head(0, 0) for seed in SEEDS)
     return head_errors(heads, eager, lambda head: _truth(case, head, mode), mode)
 
 

@@ -42,10 +42,10 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.gpu.no_card import CompileOnlyDriver
 from tools.compile_cases import CASES
 from tools.compile_cases.common import CompileCase
 from tools.compiled import MACHINE_CODE_OF, REGISTER_UNIT, Compiled, examine
@@ -68,25 +68,6 @@ SPILLS_FORBIDDEN_ON = (90,)
 # all. The first case of each family goes through the compiler of every other GPU, too.
 TESTED_ARCHITECTURES = (86, 90)
 TENSOR_MEMORY_COLUMNS = 512  # of an SM of sm_100, where tcgen05 accumulates
-
-
-class CompileOnlyDriver:
-    """What Triton asks of a driver before a launch, answered for a GPU that is not there."""
-
-    def __init__(self, arch: int):
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
 
 
 @dataclasses.dataclass

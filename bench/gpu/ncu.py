@@ -1,7 +1,7 @@
-"""What Nsight Compute says of the main kernels: python -m bench.ncu FOLDER.
+"""What Nsight Compute says of the main kernels: python -m bench.gpu.ncu FOLDER.
 
-Runs one forward and backward of the first selected case of each family under ncu, and writes
-FOLDER/ncu-<family>.csv and the tables FOLDER/ncu.md. Clocks are left as they are.
+Runs one forward and backward of a goal of each family under ncu, and writes FOLDER/ncu-<goal>.csv
+and the tables FOLDER/ncu.md. Clocks are left as they are.
 """
 
 import shutil
@@ -12,33 +12,23 @@ from pathlib import Path
 
 import torch
 
-from bench.contest import Contest, our_call
-from bench.families import FAMILIES
+from bench.gpu import records
+from bench.gpu.cases import BY_NAME, MODES
 from vlmfast.profile import ncu_command, read_ncu
 from vlmfast.tables import markdown_table
 
 RUN = "--run"
+MEASURED = ("vit-l14-336", "swin-t-s1", "phi", "clip-32768")
 
 
-def command(family: str, report: Path) -> list[str]:
-    """The command line that has ncu measure the kernels of a family."""
-    return [*ncu_command(str(report)), sys.executable, "-m", "bench.ncu", RUN, family]
+def command(goal: str, report: Path) -> list[str]:
+    """The command line that has ncu measure the kernels of a goal."""
+    return [*ncu_command(str(report)), sys.executable, "-m", "bench.gpu.ncu", RUN, goal]
 
 
-def measured(family: str) -> Contest | None:
-    """The first selected case of a family, where what it needs is installed."""
-    found = (
-        Contest(family, case, "bfloat16", "fwd+bwd", "cuda") for case in FAMILIES[family].selected
-    )
-    return next((contest for contest in found if not contest.missing), None)
-
-
-def _run(family: str) -> None:
+def _run(goal: str) -> None:
     """One call, of which ncu sees the second time: by then everything is compiled."""
-    contest = measured(family)
-    if contest is None:
-        raise ValueError(f"family: what the cases of {family} need is not installed")
-    call = our_call(contest)
+    call = BY_NAME[goal].our_call(MODES[-1], "cuda")
     call()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
@@ -63,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(arguments[1])
         return 0
     if len(arguments) != 1:
-        print("usage: python -m bench.ncu FOLDER", file=sys.stderr)
+        print("usage: python -m bench.gpu.ncu FOLDER", file=sys.stderr)
         return 2
     if shutil.which("ncu") is None:
         print("ncu is not installed", file=sys.stderr)
@@ -71,21 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(arguments[0])
     folder.mkdir(parents=True, exist_ok=True)
     reports, failures = [], 0
-    for family in FAMILIES:
-        if measured(family) is None:
-            print(f"{family}: what its cases need is not installed", file=sys.stderr)
-            continue
-        report = folder / f"ncu-{family}.csv"
+    for goal in MEASURED:
+        report = folder / f"ncu-{goal}.csv"
         try:
-            subprocess.run(command(family, report), check=True)
+            subprocess.run(command(goal, report), check=True)
             tables([report])
         except (subprocess.CalledProcessError, OSError, ValueError) as error:
             # Where counters are forbidden ncu may end well and have measured nothing.
-            print(f"{family}: {error}", file=sys.stderr)
+            print(f"{goal}: {error}", file=sys.stderr)
             failures += 1
             continue
         reports.append(report)
-        (folder / "ncu.md").write_text(tables(reports))
+        records.rewrite(folder / "ncu.md", tables(reports))
     return int(failures > 0)
 
 
