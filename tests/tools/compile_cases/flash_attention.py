@@ -97,7 +97,7 @@ CASES = [
     _case("tf32, bias, 197 x 64", 197, 197, 64, mask=_bias(197, _FLOAT32), **_TF32),
     _case("tf32, bias, 197 x 256", 197, 197, 256, mask=_bias(197, _FLOAT32), **_TF32),
     # What takes registers, where spills are forbidden: other head dimensions, and each feature.
-    _case("SigLIP-so400m, 729 x 72", 729, 729, 72, heads=(16, 16), archs=_NO_SPILLS),
+    _case("SigLIP-so400m, 729 x 72", 729, 729, 72, heads=(16, 16), archs=_WIDE),
     _case("ViT-H/14, 257 x 80", 257, 257, 80, heads=(16, 16), archs=_NO_SPILLS),
     _case("ViT-g/14, 257 x 88", 257, 257, 88, heads=(16, 16), archs=_NO_SPILLS),
     _case("text of bigG, 77 x 80, causal", 77, 77, 80, causal=1, archs=_NO_SPILLS),

@@ -58,7 +58,7 @@ CASES = [
     _case("w7, padded", 7, 3, padded=True, archs=(90,)),
     _case("Swin V2, w8", 8, 3, cosine=True, padded=True),
     _case("w7, dropout", 7, 3, dropout_p=0.1, archs=(90,)),
-    _case("w8, float16, head dim 64", 8, 3, dim=64, dtype=torch.float16, archs=(90,)),
+    _case("w8, float16, head dim 64", 8, 3, dim=64, dtype=torch.float16, archs=(90, 100)),
     _case("Swin V2 at 384, w24", 24, 4, cosine=True, archs=(90,)),
     _case("w12, padded", 12, 4, padded=True, archs=(90, 100)),
     _case("w16", 16, 3, archs=(90, 100)),
