@@ -1,6 +1,7 @@
-"""Command line: python -m bench [FAMILY ...], compare, profile or report; see --help."""
+"""Command line: python -m bench [FAMILY ...], compare, predict, profile or report; see --help."""
 
 import argparse
+import importlib
 import itertools
 import math
 import sys
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return profile.main(arguments[1:])
     if arguments and arguments[0] == "report":
         return report.main(arguments[1:])
+    if arguments and arguments[0] == "predict":
+        return importlib.import_module("bench.gpu.predict").main(arguments[1:])  # imports Triton
     parser = _parser()
     options = parser.parse_args(arguments)
     for family in options.families:
@@ -179,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Times families of kernels against their peers, each call checked first.",
         epilog="python -m bench compare BEFORE AFTER: what changed between two results.json. "
         "python -m bench report RESULTS: the report of one that is kept. "
-        "python -m bench profile TARGET: where the time of a case or a model goes.",
+        "python -m bench profile TARGET: where the time of a case or a model goes. "
+        "python -m bench predict: how long kernels should take on a GPU, from their machine code.",
     )
     parser.add_argument(
         "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all"

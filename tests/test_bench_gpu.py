@@ -49,7 +49,7 @@ from vlmfast.kernels import launch
 from vlmfast.kernels.launch import PLAIN, Launch, ShapeClass, rows
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["build", "ahead", "peers", "numbers", "tests", "goals"]
+NAMES = ["build", "ahead", "peers", "predict", "numbers", "tests", "goals"]
 NAMES += ["host", "search", "ncu", "memcheck"]
 TINY = SMALL[0]  # of attention
 
@@ -272,7 +272,12 @@ def test_numbers_come_first_and_end_the_run_if_they_are_wrong() -> None:
     every = command_line.steps("python", Path("out"), 14)
     in_turn = [step for step in every if not step.background]
     assert in_turn[0].name == "numbers" and in_turn[0].essential
-    assert {step.name for step in every if step.background} == {"build", "ahead", "peers"}
+    assert {step.name for step in every if step.background} == {
+        "build",
+        "ahead",
+        "peers",
+        "predict",
+    }
     until = {step.name: step.until for step in every if step.background}
     assert "goals" in until["peers"] and "search" in until["peers"]  # it takes the GPU
     assert all("host" in names for names in until.values())
@@ -491,8 +496,8 @@ def test_the_limit_of_a_goal_is_that_of_the_ceiling_it_meets_first() -> None:
     ceilings = Ceilings({"bfloat16": 1e12}, {"bfloat16": ""}, 1e9, 1.0)
     record = {"goal": "g", "mode": "fwd", "shape": "s", "flops": 10**6, "bytes": 10**6}
     times = [{**record, "contestant": who, "median_us": 2000.0} for who in (OURS, "peer")]
-    assert goals.goal_row(times, ceilings)[3] == "1000.0"
-    assert goals.goal_row(times, None)[3] == ""
+    assert goals.goal_row(times, ceilings, {("g", "fwd"): 1500.0})[3:5] == ["1000.0", "1500.0"]
+    assert goals.goal_row(times, None, {})[3:5] == ["", ""]
 
 
 def test_what_was_never_measured_is_in_no_goal_row() -> None:

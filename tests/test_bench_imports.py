@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("flash_attention", "window_attention", "cross_attention", "contrastive_loss")
 GPU = (
     *("__init__", "records", "plan", "children", "bias", "cases", "no_card", "launches"),
+    *("trips", "assembly", "predict"),
     *("ahead", "numbers", "memcheck", "trials", "goals", "search", "host", "peers", "ncu"),
     *("pytest_plugin", "tests", "__main__"),
 )

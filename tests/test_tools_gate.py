@@ -182,13 +182,13 @@ def test_row_that_repeats_a_product_must_be_marked_and_no_other():
 
 
 def test_what_the_assembler_says_of_products_that_wait_is_read(monkeypatch):
-    run_on = compiled._run_on
+    run_on = compiled.run_on
 
     def warned(code, tool, *options):
         warning = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async ..."
         return run_on(code, tool, *options) + (warning if tool == "ptxas" else "")
 
-    monkeypatch.setattr(compiled, "_run_on", warned)
+    monkeypatch.setattr(compiled, "run_on", warned)
     assert wasted_time(attention(warps=4)) == ["serialised"]
     (line,) = complaints(attention(warps=4), 90)
     assert line.endswith("products wait for one another")

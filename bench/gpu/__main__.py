@@ -51,6 +51,7 @@ def steps(python: str, out: Path, workers: int) -> list[Step]:
         behind("build", build, FREE_CORES, environment=FEW_JOBS),
         behind("ahead", module("ahead", out / "ahead.jsonl", "--workers", workers), FREE_CORES),
         behind("peers", peers, FREE_GPU),
+        behind("predict", module("predict", "--out", out), FREE_CORES),
         Step("numbers", module("numbers", out / "numbers.jsonl"), 12, essential=True),
         Step("tests", tests, 25, environment=TEST_PATHS),
         Step("goals", module("goals", out), 31),

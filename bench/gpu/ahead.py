@@ -56,7 +56,7 @@ def compiled(job: Job, target: Target) -> Record:
             launch.override(**overrides),
         ):
             BY_NAME[job.goal].our_call(job.mode, "meta")()
-        record["kernels"] = kernels
+        record["kernels"] = [kernel.name for kernel in kernels]
         record["shipped"] = {shape.kernel: taken for shape, taken in found.items()}
     except Exception as error:  # whatever a compiler raises is an answer
         record["error"] = f"{type(error).__name__}: {error}"[:400]

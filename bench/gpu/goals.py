@@ -3,21 +3,22 @@
 Every goal in bfloat16, forward, and forward with backward, each call checked against float64 and
 timed as a CUDA graph: ours, torch's attention by each of its backends, and other peers. Then ours
 with other launches than those that ship, and last what must compile first. FOLDER/goals.jsonl gets
-a record of each, FOLDER/goals.md is the table of them so far, and FOLDER/ceilings.json has the
-rates of matrix products and of memory that the table's limits are taken from.
+a record of each, FOLDER/goals.md is the table of them so far, beside what predict.py expected if it
+has run, and FOLDER/ceilings.json has the rates of matrix products and of memory that the table's
+limits are taken from.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from bench.contestant import OURS, Contestant
-from bench.gpu import launches, records, trials
+from bench.gpu import launches, predict, records, trials
 from bench.gpu.cases import GOALS, MODES, Goal
 from bench.gpu.launches import Noted
 from bench.gpu.records import Record
@@ -101,7 +102,8 @@ class Table:
         print(record, flush=True)
         self.records.append(record)
         records.append(self.file, record)
-        records.rewrite(self.folder / "goals.md", summary(self.records, self.ceilings))
+        predicted = predict.read(self.folder)
+        records.rewrite(self.folder / "goals.md", summary(self.records, self.ceilings, predicted))
 
 
 def launched(goal: Goal, mode: str, device: str) -> Noted:
@@ -116,14 +118,19 @@ def launched(goal: Goal, mode: str, device: str) -> Noted:
     return found
 
 
-def summary(found: Sequence[Record], ceilings: Ceilings | None = None) -> str:
+def summary(
+    found: Sequence[Record],
+    ceilings: Ceilings | None = None,
+    predicted: Mapping[tuple[str, str], float] | None = None,
+) -> str:
     """Tables in Markdown: goals against their best peer, then every trial."""
     timed: dict[tuple[str, str], list[Record]] = {}
     for record in found:
         if "median_us" in record:
             timed.setdefault((record["goal"], record["mode"]), []).append(record)
-    rows = (goal_row(place, ceilings) for place in timed.values())
-    header = ["goal", "shape", "mode", "limit, us", "ours, us", "best peer", "its us", "ratio"]
+    rows = (goal_row(place, ceilings, predicted or {}) for place in timed.values())
+    header = ["goal", "shape", "mode", "limit, us", "predicted, us", "ours, us"]
+    header += ["best peer", "its us", "ratio"]
     tables = [
         markdown_table([*header, "other launches"], [row for row in rows if row]),
         markdown_table(["goal", "mode", "who", "us, or why not", ""], list(map(trial_row, found))),
@@ -137,7 +144,11 @@ def trial_row(record: Record) -> list[str]:
     return [*key_of(record), result, graph]
 
 
-def goal_row(found: Sequence[Record], ceilings: Ceilings | None) -> list[str] | None:
+def goal_row(
+    found: Sequence[Record],
+    ceilings: Ceilings | None,
+    predicted: Mapping[tuple[str, str], float],
+) -> list[str] | None:
     """What the table says of the times of one goal and mode; None without ours or a peer's."""
     times = {record["contestant"]: record["median_us"] for record in found}
     peers = {name: x for name, x in times.items() if not name.startswith(OURS)}
@@ -150,7 +161,9 @@ def goal_row(found: Sequence[Record], ceilings: Ceilings | None) -> list[str] | 
         limit = f"{1e6 * ceilings.least_seconds(work, CEILING_DTYPE):.1f}"
     best = min(peers, key=lambda name: peers[name])
     ours, ratio = f"{times[OURS]:.1f}", f"{peers[best] / times[OURS]:.2f}"
+    expected = predicted.get((record["goal"], record["mode"]))
     place = [record["goal"], record["shape"], record["mode"], limit]
+    place.append("" if expected is None else f"{expected:.1f}")
     return [*place, ours, best, f"{peers[best]:.1f}", ratio, _best_of_ours(times)]
 
 

@@ -6,8 +6,10 @@ is what a call on that GPU takes, with the same configurations, strides and alig
 
 import contextlib
 import importlib
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -57,8 +59,53 @@ class _KernelsOnMeta(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Started:
+    """A launch that was compiled and did not run."""
+
+    name: str
+    compiled: Any
+    programs: int
+    arguments: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those among its arguments, in tuples, too."""
+        return [x for value in self.arguments.values() for x in leaves(value) if _is_tensor(x)]
+
+    def scalars(self, parameters: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """The numbers among its arguments by their names in the compiled text.
+
+        Args:
+            parameters: these names, and the parameter that each is a part of: parts that are None,
+                and numbers 1 that Triton has compiled in, have none.
+        """
+        found: dict[str, Any] = {}
+        for parameter in dict.fromkeys(base for _, base in parameters):
+            names = [name for name, base in parameters if base == parameter]
+            parts = [x for x in leaves(self.arguments[parameter]) if x is not None]
+            if len(parts) != len(names):
+                parts = [x for x in parts if _is_tensor(x) or x != 1]
+            if len(parts) == len(names):
+                found |= {n: x for n, x in zip(names, parts, strict=True) if not _is_tensor(x)}
+        return found
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a kernel's argument consists of."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 @contextlib.contextmanager
-def compile_only(arch: int, multiprocessors: int) -> Iterator[list[str]]:
+def compile_only(arch: int, multiprocessors: int) -> Iterator[list[Started]]:
     """Within the block our calls on meta tensors compile what they would launch; nothing runs.
 
     Args:
@@ -66,14 +113,14 @@ def compile_only(arch: int, multiprocessors: int) -> Iterator[list[str]]:
         multiprocessors: of that GPU: some launchers count them.
 
     Yields:
-        The names of the kernels that were compiled or found in the cache.
+        The kernels that were compiled or found in the cache.
     """
-    names: list[str] = []
+    started: list[Started] = []
     run = JITFunction.run
 
-    def compile_kernel(self, *args, warmup, **kwargs):
-        run(self, *args, warmup=True, **kwargs)
-        names.append(self.__name__)
+    def compile_kernel(self, *, grid, warmup, **kwargs):
+        compiled = run(self, grid=grid, warmup=True, **kwargs)
+        started.append(Started(self.__name__, compiled, math.prod(grid), kwargs))
 
     with contextlib.ExitStack() as stack:
         # reset_active() would look for a real driver, and there may be none.
@@ -91,7 +138,7 @@ def compile_only(arch: int, multiprocessors: int) -> Iterator[list[str]]:
             stack.enter_context(mock.patch.dict(predicates, triton=lambda *inputs: []))
         stack.enter_context(vlmfast.use_backend("triton"))
         stack.enter_context(_KernelsOnMeta())
-        yield names
+        yield started
 
 
 def _that_count() -> list[Any]:

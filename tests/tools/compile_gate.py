@@ -45,10 +45,11 @@ import triton
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from bench.gpu.assembly import REGISTER_UNIT
 from bench.gpu.no_card import CompileOnlyDriver
 from tools.compile_cases import CASES
 from tools.compile_cases.common import CompileCase
-from tools.compiled import MACHINE_CODE_OF, REGISTER_UNIT, Compiled, examine
+from tools.compiled import MACHINE_CODE_OF, Compiled, examine
 from vlmfast.kernels import launch
 
 SNAPSHOT = Path(__file__).parents[1] / "snapshots" / f"registers-triton-{triton.__version__}.json"

@@ -5,14 +5,12 @@ for sm_90 also what its machine code spends time on that it need not: see `Compi
 """
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import triton
 from triton.compiler import CompiledKernel
+
+from bench.gpu.assembly import blocks_of_sm, run_on, usage
 
 # How matrix products are computed, as it shows in PTX. "fma", without tensor cores, shows in the
 # layout of the result in Triton's own representation.
@@ -26,14 +24,6 @@ ROWS_OF_WIDE_PRODUCTS = 64  # the least that wgmma and tcgen05 take; narrower on
 
 MACHINE_CODE_OF = (90,)
 SERIALISED = "C7515"  # ptxas's number for wgmma that wait for one another
-
-# An SM of sm_90 (CUDA C++ Programming Guide, compute capabilities).
-REGISTERS_OF_SM = 64 * 1024
-REGISTER_UNIT = 8  # a GPU hands registers to a thread by eights; smaller changes mean nothing
-SHARED_OF_SM = 228 * 1024
-SHARED_RESERVED = 1024  # of each block, by the driver
-WARPS_OF_SM = 64
-BLOCKS_OF_SM = 32
 
 WIDEST_ACCESS = 16  # bytes that a thread loads or stores at once
 
@@ -73,18 +63,11 @@ class Compiled:
     @property
     def blocks(self) -> int:
         """How many fit an SM of sm_90 at a time."""
-        registers = -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT * 32 * self.warps
-        return min(
-            REGISTERS_OF_SM // registers,
-            SHARED_OF_SM // (self.shared + SHARED_RESERVED),
-            WARPS_OF_SM // self.warps,
-            BLOCKS_OF_SM,
-        )
+        return blocks_of_sm(self.registers, self.shared, self.warps)
 
 
 def examine(kernel: CompiledKernel, arch: int) -> Compiled:
-    usage = _run_on(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
-    numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    taken = usage(kernel.asm["cubin"])
     ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
     found = {name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)}
     if re.search(FMA_PRODUCT, ttgir):
@@ -93,8 +76,8 @@ def examine(kernel: CompiledKernel, arch: int) -> Compiled:
         kernel=kernel.metadata.name,
         arch=arch,
         warps=kernel.metadata.num_warps,
-        registers=numbers["REG"],
-        stack=numbers["STACK"],
+        registers=taken.registers,
+        stack=taken.stack,
         shared=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         products=frozenset(kinds_of_products(kernel.asm["ttir"])),
@@ -105,21 +88,10 @@ def examine(kernel: CompiledKernel, arch: int) -> Compiled:
     )
 
 
-def _run_on(code: bytes, tool: str, *options: str) -> str:
-    """What a tool of Triton's own CUDA prints of a file with this content."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(code)
-        file.flush()
-        command = [str(path), *options, file.name]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr
-
-
 def _machine_code(kernel: CompiledKernel, arch: int) -> dict[str, int | bool]:
-    sass = _run_on(kernel.asm["cubin"], "cuobjdump", "--dump-sass")
+    sass = run_on(kernel.asm["cubin"], "cuobjdump", "--dump-sass")
     options = ("--verbose", f"--gpu-name=sm_{arch}a", "--output-file=/dev/null")
-    assembler = _run_on(kernel.asm["ptx"].encode(), "ptxas", *options)
+    assembler = run_on(kernel.asm["ptx"].encode(), "ptxas", *options)
     return {
         "matrix": len(re.findall(r"\b(?:HGMMA|QGMMA|HMMA)\.", sass)),
         "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass)),
