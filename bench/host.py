@@ -113,7 +113,7 @@ def without_triton() -> Any:
 
 
 def flash_attention(device: str) -> Pair:
-    """One head's worth of a vision transformer, in the layout of a projection."""
+    """Two heads of a vision transformer, in the layout of a projection."""
     from vlmfast.kernels.flash_attention.backward import backward
     from vlmfast.kernels.flash_attention.forward import forward
 
@@ -217,9 +217,15 @@ def _microseconds(call: Callable[[], Any], repeats: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0."""
     parser = argparse.ArgumentParser("python -m bench.host", description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", choices=[[], *FAMILIES], help="all, if none")
-    parser.add_argument("--repeats", type=int, default=200, help="calls in a row, at most 200")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=200, help="calls in a row (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
+    if unknown := set(options.families) - set(FAMILIES):
+        parser.error(f"argument FAMILY: unknown: {', '.join(sorted(unknown))}")
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: interpreted kernels are not launched")
     on_card = torch.cuda.is_available()

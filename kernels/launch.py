@@ -5,7 +5,8 @@ kernel, architecture, precision ("half": float16 and bfloat16; "tf32" and "ieee"
 products are rounded), the columns that a head dimension covers on chip, and the number of queries
 or keys that the kernel walks. The first row that is large enough wins; a kernel without one cannot
 take the shape. Whatever hides or drops scores takes registers: a row marked PLAIN would spill with
-it and serves only calls without mask, causality, dropout and packing.
+it and serves only calls without mask, causality, dropout and packing. One marked REPEATS has more
+warps than its tile has parts, and computes some products more than once.
 
 With VLMFAST_AUTOTUNE=1 the first call of each shape class times the candidates of `search`
 instead; what it found stands in `searched` and prints as rows of the same form.
@@ -59,8 +60,8 @@ class Launch(NamedTuple):
 class Row(NamedTuple):
     """A launch for head dimensions up to `columns` and up to `rows` queries or keys.
 
-    With `repeats` its warps compute some products more than once, as they are more than a tile has
-    parts: on sm_90 the table says beside it why it must.
+    With `repeats` its warps compute some products more than once: on sm_90 in half precision the
+    table says beside it why it must, and no other row does.
     """
 
     columns: int
@@ -238,7 +239,7 @@ M = TypeVar("M", bound=Callable[..., Any])
 def once(method: M) -> M:
     """A problem's method that is asked once for the same arguments: its kernels share the answer.
 
-    functools.cached_property takes no arguments, and a lock.
+    functools.cached_property has no arguments.
     """
     name = method.__name__
 
@@ -257,7 +258,8 @@ class Problem:
     """What the kernels of one call have in common, as the operators receive it.
 
     A family's own is a dataclass that says what its shape class is, and makes the arguments that
-    its kernels share. Nothing writes to it; it is not frozen, because that would cost 3 us a call.
+    its kernels share. Nothing changes its fields; it is not frozen, because that makes it slow to
+    make.
     """
 
     TABLES: ClassVar[Mapping[str, Table]]  # by kernel
@@ -301,12 +303,12 @@ def start(kernel: triton.JITFunction, programs: int, launch: Launch, **arguments
 
 
 def ceil_div(length: int, block: int) -> int:
-    """How many blocks cover the length; triton.cdiv, in a tenth of its time."""
+    """How many blocks cover the length; triton.cdiv, in a small part of its time."""
     return -(-length // block)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest that is not below n, and 1 for 0; triton's own, in a tenth of its time."""
+    """The smallest that is not below n, and 1 for 0; triton's own, in a small part of its time."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -391,7 +393,6 @@ def input_precision(tensor: torch.Tensor) -> str:
     return "tf32" if precision_of(tensor) == "tf32" else "ieee"
 
 
-@functools.cache  # of the hundreds of choices there are; every launch asks
 def split_into_pieces(
     size: int, largest: int = 256, most: int = MOST_PIECES
 ) -> tuple[tuple[int, int], ...]:

@@ -191,3 +191,24 @@ def test_what_is_asked_once_is_told_apart_by_its_arguments_and_problem():
     first, second = Counting(), Counting()
     assert [first.double(1), first.double(2), first.double(1), second.double(3)] == [2, 4, 2, 6]
     assert (first.asked, second.asked) == (2, 1)
+
+
+def test_device_is_switched_where_another_is_current(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or "guard")
+    assert launch.device_guard(torch.device("cuda", 1)) == "guard"
+    assert entered == [torch.device("cuda", 1)]
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        with launch.device_guard(device):
+            assert len(entered) == 1
+
+
+def test_what_is_remembered_of_a_device_is_not_taken_for_another(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (8 + device.index, device.index)
+    )
+    launch.architecture.cache_clear()
+    found = [launch.architecture(torch.device("cuda", i)) for i in (0, 1, 0)]
+    launch.architecture.cache_clear()
+    assert found == [80, 91, 80]

@@ -81,7 +81,7 @@ def check_alike(argument: str, tensor: Tensor, other_argument: str, other: Tenso
 
 def check_device(argument: str, tensor: Tensor, other_argument: str, other: Tensor) -> None:
     """Raises ValueError unless `tensor` is on the device of `other`."""
-    if tensor.is_cpu and other.is_cpu:  # a third of what comparing devices costs
+    if tensor.is_cpu and other.is_cpu:  # cheaper than comparing devices
         return
     if tensor.device != other.device:
         reject(argument, f"the device of {other_argument}, {other.device}", tensor.device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import time
 from collections.abc import Sequence
 
 PATIENCE = 4.0  # seconds for all that were interrupted to end
@@ -17,7 +18,8 @@ def wait_for_all(processes: Sequence[subprocess.Popen]) -> list[int]:
     try:
         return [process.wait() for process in processes]
     except KeyboardInterrupt:
+        end = time.monotonic() + PATIENCE
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+                process.wait(max(0.0, end - time.monotonic()))
         raise

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 from bench.gpu import records
 from vlmfast.kernels import launch
 from vlmfast.kernels.launch import Launch, ShapeClass
@@ -91,8 +89,3 @@ def formatted(found: Iterable[tuple[int, ShapeClass, Launch]]) -> str:
             lines.append(f"    ({', '.join(map(str, numbers))}{mark}),")
         lines.append(")")
     return "\n".join(lines) + "\n"
-
-
-def architecture(device: str) -> int:
-    """That of the device, as `kernels/launch.py` numbers it."""
-    return launch.architecture(torch.device(device))

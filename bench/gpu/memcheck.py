@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for goal in SMALL[:CASES]
     ]
     codes = run_each([sanitized(*line) for line in lines])
-    if not file.exists():  # not one began: another version, whose filter is another one
+    if not file.exists():  # not one ended: perhaps another version, whose filter is another one
         print("compute-sanitizer as it is, of every kernel", file=sys.stderr)
         codes = run_each([sanitized(*lines[0], parts=())])
     return int(any(codes))

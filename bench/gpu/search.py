@@ -83,7 +83,7 @@ class Search:
     def _conclude(self, name: str, shape: ShapeClass, shipped: Launch) -> None:
         fastest = best(self.records, name, shape.kernel, shipped)
         if fastest is not None:
-            architecture = launches.architecture(self.device)
+            architecture = launch.architecture(torch.device(self.device))
             self.faster[name, shape.kernel] = (architecture, shape, fastest)
         text = launches.formatted(self.faster.values())
         records.rewrite(self.folder / "searched.py", text)

@@ -205,8 +205,8 @@ int key_splits(const std::vector<Segment>& all, int64_t key_heads, int64_t split
   }
   const int64_t threads = torch::stable::get_num_threads();
   if (units == 0 || units >= threads) return 1;
-  // Every split packs the queries afresh. On two threads 384 keys of one head take 1.6 ms
-  // whole, 1.05 in parts of 192 or 96, 1.4 of 48; more keys are split by the threads alone.
+  // Every split packs the queries afresh: on two threads 384 keys of one head are computed fastest
+  // in parts of 192 or 96, slower in parts of 48 or whole (backward, Zen 3).
   constexpr int64_t kKeysPerSplit = 192;
   const int64_t wanted = divide_up(2 * threads, units);
   const int64_t most =

@@ -17,9 +17,8 @@ constexpr int kMaxTile = kMaxGroups * kLanes;
 
 // How much of the second-level cache a packed panel may take, in floats: 384 KiB of keys and
 // values, 576 KiB where their gradients lie beside them, of the 1 MiB or more where AVX-512 is.
-// Nothing hangs on it: with panels of a quarter to four times that size 1,024 to 4,096 keys of head
-// dim 64 or 128 took as long, within the 3 % (backward: 6 %) by which repeats differed on a Zen 3
-// of 512 KiB.
+// A quarter to four times that made no difference beyond noise at 1,024 to 4,096 keys of head dim
+// 64 or 128, forward and backward, on a Zen 3 with 512 KiB.
 constexpr int64_t kForwardPanel = 96 * 1024;
 constexpr int64_t kBackwardPanel = 144 * 1024;
 

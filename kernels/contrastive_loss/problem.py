@@ -17,7 +17,7 @@ from vlmfast.kernels.launch import (
     strided,
 )
 
-# Programs that a launch is cut into, where there are tiles enough: 8 for each of the 132
+# Programs that a launch is cut into, where there are tiles enough: nearly 8 for each of the 132
 # multiprocessors of an H100 or H200, which hold 1 or 2 at a time, so that the last round, part of
 # which idles, is one of four or more. By this arithmetic alone: no card has measured it.
 PROGRAMS = 1024

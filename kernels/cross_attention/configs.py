@@ -29,7 +29,7 @@ _CROSS_FORWARD = table(
 _CROSS_KEY_VALUE_90 = rows(
     (80, UNLIMITED, 64, 64, 4, 1),
     (128, UNLIMITED, 32, 64, 4, 1),
-    (256, UNLIMITED, 32, 32, 8, 1, REPEATS),  # all others spill
+    (256, UNLIMITED, 32, 32, 8, 1, REPEATS),  # with 4 warps it spills
 )
 
 _CROSS_KEY_VALUE = table(
@@ -46,8 +46,8 @@ _CROSS_KEY_VALUE = table(
 
 # The whole image is one block of latents.
 _CROSS_WHOLE = table(
-    # Beyond 64 columns a tile of 32 of them is left, which 4 warps multiply twice.
-    sm_90=rows((64, 64, 32, 64, 4, 1), (128, 64, 32, 64, 4, 1, REPEATS)),
+    # 81 to 112 columns have a tile of 32, which 4 warps multiply twice.
+    sm_90=rows((80, 64, 32, 64, 4, 1), (112, 64, 32, 64, 4, 1, REPEATS), (128, 64, 32, 64, 4, 1)),
     sm_100=rows((80, 64, 64, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
     mma_sync=rows((64, 64, 32, 64, 8, 1), (128, 64, 32, 64, 8, 1)),
     tf32=(),

@@ -13,7 +13,7 @@ _FORWARD_90 = rows(
     (128, UNLIMITED, 128, 64, 8, 2, PLAIN),
     (128, UNLIMITED, 128, 32, 8, 2),
     (256, UNLIMITED, 128, 64, 8, 2, PLAIN),
-    (256, UNLIMITED, 64, 32, 8, 2, REPEATS),  # all others spill under a bias
+    (256, UNLIMITED, 64, 32, 8, 2, REPEATS),  # with 4 warps, or 128 queries, a bias spills
 )
 
 _FORWARD = table(
@@ -73,7 +73,7 @@ _BACKWARD_QUERY_90 = rows(
     (64, UNLIMITED, 128, 64, 8, 2),
     (128, UNLIMITED, 128, 32, 8, 2),
     (256, UNLIMITED, 128, 32, 8, 1, PLAIN),
-    (256, UNLIMITED, 32, 64, 8, 1, REPEATS),  # all others spill
+    (256, UNLIMITED, 32, 64, 8, 1, REPEATS),  # with 4 warps, or 128 queries, it spills
 )
 
 _BACKWARD_QUERY = table(

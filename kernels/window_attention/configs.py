@@ -2,7 +2,7 @@
 
 from vlmfast.kernels.launch import PLAIN, REPEATS, UNLIMITED, Table, rows, table
 
-# Rows marked REPEATS would spill with 4 warps, some by 8 bytes; the others of 64 queries have 4.
+# Rows marked REPEATS would spill with 4 warps, some of them by 8 bytes only.
 _WINDOW_FORWARD_90 = rows(
     (64, 64, 64, 64, 4, 2),
     (32, 144, 64, 64, 4, 2),

@@ -13,8 +13,8 @@ compiled is what ships: the same configurations, strides, alignments and constan
 - where its matrix products are not rounded as the case says, or do not run on the tensor cores in
   the way of that GPU,
 - where its matrix products in half precision wait for one another on sm_90,
-- where it computes one of them more than once there, by a row not marked REPEATS, or by none that
-  is marked,
+- where one of them is computed more than once there by a row that is not marked REPEATS, or where a
+  row so marked computes none more than once in any case,
 - where its registers differ from the snapshot of this Triton version, tests/snapshots/,
 - where a row of `kernels/<family>/configs.py` was compiled by no case.
 
@@ -79,7 +79,7 @@ class Report:
     arch: int
     precision: str
     kernels: list[Compiled] = dataclasses.field(default_factory=list)
-    launches: list[launch.Row | None] = dataclasses.field(default_factory=list)  # of kernels
+    row_of_kernel: list[launch.Row | None] = dataclasses.field(default_factory=list)
     rows: set[tuple[str, str, launch.Row]] = dataclasses.field(default_factory=set)
     error: str = ""
 
@@ -97,11 +97,13 @@ def compile_only(arch: int, precision: str) -> Iterator[Report]:
     tf32 = torch.backends.cuda.matmul.fp32_precision
 
     def compile_and_examine(self, *args, warmup, **kwargs):
+        nonlocal found
         compiled = examine(run(self, *args, warmup=True, **kwargs), arch)
         if not all(map(has_aligned_rows, tensors_in((args, kwargs.values())))):
             compiled = dataclasses.replace(compiled, narrow=0)  # nothing wider is possible
         report.kernels.append(compiled)
-        report.launches.append(found)
+        report.row_of_kernel.append(found)
+        found = None
 
     def find_and_note_row(table, shape, arch):
         nonlocal found
@@ -155,7 +157,7 @@ def complaints(report: Report) -> list[str]:
         return [f"{report}: {report.error}"]
     return [
         f"{report}, {compiled.kernel}: {wrong}"
-        for compiled, row in zip(report.kernels, report.launches, strict=True)
+        for compiled, row in zip(report.kernels, report.row_of_kernel, strict=True)
         for wrong in (
             *_resources(compiled),
             *_products(compiled, report.precision),
@@ -214,7 +216,7 @@ def idle_marks(reports: Iterable[Report]) -> list[str]:
         (compiled, row)
         for report in reports
         if report.precision == "half"
-        for compiled, row in zip(report.kernels, report.launches, strict=True)
+        for compiled, row in zip(report.kernels, report.row_of_kernel, strict=True)
         if row and row.repeats and compiled.arch in MACHINE_CODE_OF
     ]
     needed = {(compiled.kernel, row) for compiled, row in launched if compiled.repeats > 1}
