@@ -130,6 +130,18 @@ def test_the_package_profiles_models_alone(tmp_path, capsys):
         command.main(["profile", "resampler", *arguments])
 
 
+def test_kernels_that_are_on_no_gpu_have_no_resources():
+    pytest.importorskip("triton")
+    from bench.gpu import no_card
+    from bench.gpu.cases import BY_NAME
+
+    before = list(profile._triton_resources())
+    with no_card.compile_only(90, 132) as started:
+        BY_NAME["small-clip-text"].our_call("fwd", "meta")()
+    assert [one.compiled.module for one in started] == [None]
+    assert list(profile._triton_resources()) == before
+
+
 def test_counters_or_why_there_are_none(monkeypatch):
     ran = []
     text = profile._counters(lambda: ran.append(1), 3)

@@ -345,13 +345,15 @@ def _resources() -> Iterator[str]:
 
 
 def _triton_resources() -> Iterator[list[str]]:
-    """A line for each Triton kernel of ours that this process has compiled for a GPU."""
+    """A line for each Triton kernel of ours that this process has put on a GPU."""
     for name, module in list(sys.modules.items()):
         if not name.startswith("vlmfast.kernels."):
             continue
         for kernel in vars(module).values():
             for cache in getattr(kernel, "device_caches", {}).values():
                 for compiled in cache[0].values():
+                    if compiled.module is None:  # on no GPU yet, which would tell its registers
+                        continue
                     yield [
                         compiled.name,
                         str(compiled.n_regs),
